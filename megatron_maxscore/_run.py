@@ -1,0 +1,71 @@
+"""Run a user's training script as ``__main__`` and end every rank cleanly."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+import time
+
+# How long other ranks give rank 0 to print before they exit: torchrun ends all workers as soon
+# as the first one is gone, and would otherwise cut rank 0's message off.
+_GRACE_SECONDS = 10.0
+
+
+def is_rank_zero() -> bool:
+    """Return whether this process is rank 0, by the launcher's environment variable."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def exit_with_error(message: str, code: int = 2) -> None:
+    """End this rank with one line on rank 0's standard error.
+
+    Args:
+        message: what was wrong, the value, and what mends it. Line breaks are folded.
+        code: exit status of every rank.
+
+    Raises:
+        SystemExit: always.
+    """
+    if is_rank_zero():
+        print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    else:
+        time.sleep(_GRACE_SECONDS)
+    raise SystemExit(code)
+
+
+def run_script(arguments: list[str]) -> None:
+    """Run ``arguments[0]`` as ``__main__`` with the rest as its command line.
+
+    A ValueError or AssertionError raised before the process group exists is a mistake in the
+    options, the same on every rank: it becomes one line and exit status 2.
+    """
+    import torch.distributed as dist
+
+    script = arguments[0]
+    if not os.path.isfile(script):
+        exit_with_error(f"script {script!r} does not exist; give the path of a training script")
+    sys.argv = list(arguments)
+    sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except (ValueError, AssertionError) as error:
+        if dist.is_available() and dist.is_initialized():
+            raise
+        if os.environ.get("MAXSCORE_DEBUG"):
+            raise
+        exit_with_error(str(error) or f"{type(error).__name__} in {_where(error)}")
+    finally:
+        # gloo aborts a process that exits with a live group. After an error the peers may never
+        # arrive, so then only the ordinary exit path is taken.
+        if sys.exc_info()[0] is None and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _where(error: BaseException) -> str:
+    frames = error.__traceback__
+    while frames is not None and frames.tb_next is not None:
+        frames = frames.tb_next
+    if frames is None:
+        return "an unknown place"
+    return f"{frames.tb_frame.f_code.co_filename}:{frames.tb_lineno}"

@@ -1,0 +1,74 @@
+"""Run Megatron's training loop on CPU with gloo.
+
+Megatron calls ``torch.cuda`` unconditionally in its training loop. CPU mode answers those calls:
+every device that names CUDA becomes the CPU, ``nccl`` becomes gloo, streams and events become
+no-ops. Nothing happens on import; :func:`enable` installs the answers, :func:`disable` removes
+them, and both may be called twice. What is answered is listed by module:
+
+* :mod:`~megatron_maxscore.cpu.devices` -- device queries, memory statistics, device arguments
+* :mod:`~megatron_maxscore.cpu.streams` -- streams, events, synchronisation
+* :mod:`~megatron_maxscore.cpu.rng` -- the CUDA generator and Megatron's RNG tracker
+* :mod:`~megatron_maxscore.cpu.collectives` -- the backend name and gloo's gaps
+* :mod:`~megatron_maxscore.cpu.megatron_fixes` -- symbols of Megatron that assume a GPU build
+
+It knows nothing of MaxScore: ``python -m megatron_maxscore.cpu SCRIPT ARGS`` runs stock Megatron.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+
+from megatron_maxscore._patches import PatchSet
+from megatron_maxscore.cpu import collectives, devices, megatron_fixes, rng, streams
+
+_patches = PatchSet("CPU mode")
+
+# Asked for before any answer is installed: afterwards is_available() says True.
+_cuda_is_available = torch.cuda.is_available
+
+
+def is_enabled() -> bool:
+    """Return whether CPU mode is on in this process."""
+    return bool(_patches)
+
+
+def enable() -> None:
+    """Install CPU mode in this process; a second call does nothing.
+
+    Call it before Megatron modules other than ``megatron.core.jit`` are imported: some of them
+    bind CUDA functions by name when they are imported.
+    """
+    if is_enabled():
+        return
+    # torch.compile on these wrappers gains nothing on CPU and costs seconds of start-up.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    for part in (devices, streams, rng, collectives, megatron_fixes):
+        for answer in part.ANSWERS:
+            answer(_patches)
+
+
+def disable() -> None:
+    """Remove every answer; a second call does nothing."""
+    if is_enabled():
+        os.environ.pop("TORCHDYNAMO_DISABLE", None)
+    _patches.undo()
+
+
+def enable_if_needed(forced: bool = False) -> bool:
+    """Enable CPU mode when asked for or when there is no CUDA device; return whether it is on.
+
+    Prints one line on rank 0 when it switches on. With a CUDA device and ``forced=False`` nothing
+    is changed.
+    """
+    if is_enabled():
+        return True
+    if not forced and _cuda_is_available():
+        return False
+    enable()
+    if os.environ.get("RANK", "0") == "0":
+        why = "--cpu was given" if forced else "no CUDA device was found"
+        print(f"megatron_maxscore: CPU mode (gloo) because {why}", file=sys.stderr, flush=True)
+    return True

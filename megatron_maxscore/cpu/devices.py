@@ -1,0 +1,158 @@
+"""Device queries, memory statistics, and device arguments that name CUDA."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from megatron_maxscore._patches import PatchSet
+
+CPU = torch.device("cpu")
+
+# Factory functions that take a ``device`` keyword and are called by Megatron with a CUDA device.
+_FACTORIES = (
+    "arange as_tensor empty empty_like empty_strided eye full full_like linspace ones ones_like "
+    "rand rand_like randint randint_like randn randn_like randperm tensor zeros zeros_like"
+).split()
+
+
+def _names_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    if isinstance(device, str):
+        return device == "cuda" or device.startswith("cuda:")
+    # A bare index means an accelerator.
+    return isinstance(device, int) and not isinstance(device, bool)
+
+
+def answer_queries(patches: PatchSet) -> None:
+    """One device of compute capability 9.0 per local rank, which is the CPU."""
+    count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    properties = SimpleNamespace(
+        name="cpu", major=9, minor=0, total_memory=0, multi_processor_count=1
+    )
+    answers = {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "init": lambda: None,
+        "device_count": lambda: count,
+        # A torch.device and not an index: it is passed on as a device argument, also inside
+        # backward passes on other threads.
+        "current_device": lambda: CPU,
+        "set_device": lambda device: None,
+        "get_device_name": lambda device=None: "cpu",
+        "get_device_capability": lambda device=None: (9, 0),
+        "get_device_properties": lambda device=None: properties,
+        "temperature": lambda device=None: 0,
+        "power_draw": lambda device=None: 0,
+        "utilization": lambda device=None: 0,
+        "clock_rate": lambda device=None: 0,
+        "_lazy_init": lambda: None,
+        "_lazy_call": lambda function, **kwargs: function(),
+    }
+    for name, answer in answers.items():
+        patches.set(torch.cuda, name, answer)
+
+
+def answer_memory(patches: PatchSet) -> None:
+    """Memory statistics are 0: there is no caching allocator."""
+    for name in (
+        "memory_allocated max_memory_allocated memory_reserved max_memory_reserved "
+        "device_memory_used"
+    ).split():
+        patches.set(torch.cuda, name, lambda device=None: 0)
+    # Callers read single keys by name.
+    patches.set(torch.cuda, "memory_stats", lambda device=None: _Zeros())
+    patches.set(torch.cuda, "mem_get_info", lambda device=None: (0, 0))
+    for name in ("empty_cache", "reset_peak_memory_stats", "ipc_collect"):
+        patches.set(torch.cuda, name, lambda *args, **kwargs: None)
+
+
+class _Zeros(dict):
+    def __missing__(self, key: str) -> int:
+        return 0
+
+
+def answer_device_contexts(patches: PatchSet) -> None:
+    """``with torch.cuda.device(...)`` does nothing."""
+    from contextlib import nullcontext
+
+    patches.set(torch.cuda, "device", lambda device=None: nullcontext())
+
+
+def answer_factories(patches: PatchSet) -> None:
+    """Tensor factories called with a CUDA device make CPU tensors.
+
+    Plain wrappers and not a TorchFunctionMode: a mode is per thread and absent in the threads and
+    nested passes of autograd.
+    """
+
+    def make(original: Any) -> Any:
+        def factory(*args: Any, **kwargs: Any) -> Any:
+            if _names_cuda(kwargs.get("device")):
+                kwargs["device"] = CPU
+            # Pinned memory needs a CUDA runtime.
+            kwargs.pop("pin_memory", None)
+            return original(*args, **kwargs)
+
+        return factory
+
+    for name in _FACTORIES:
+        patches.wrap(torch, name, make)
+
+
+def answer_tensor_moves(patches: PatchSet) -> None:
+    """``.cuda()``, ``.to('cuda')``, ``.pin_memory()`` leave tensors and modules where they are."""
+
+    def make_to(original: Any) -> Any:
+        def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if args and _names_cuda(args[0]):
+                args = (CPU, *args[1:])
+            if _names_cuda(kwargs.get("device")):
+                kwargs["device"] = CPU
+            return original(self, *args, **kwargs)
+
+        return to
+
+    def make_new(original: Any) -> Any:
+        def new(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if _names_cuda(kwargs.get("device")):
+                kwargs["device"] = CPU
+            return original(self, *args, **kwargs)
+
+        return new
+
+    patches.wrap(torch.Tensor, "to", make_to)
+    patches.wrap(torch.nn.Module, "to", make_to)
+    for name in ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"):
+        patches.wrap(torch.Tensor, name, make_new)
+    patches.set(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
+    patches.set(torch.nn.Module, "cuda", lambda self, *args, **kwargs: self)
+    patches.set(torch.Tensor, "pin_memory", lambda self, *args, **kwargs: self)
+
+
+def answer_tensor_type(patches: PatchSet) -> None:
+    """``Tensor.type()`` says ``torch.cuda.FloatTensor``: the optimizer compares such strings."""
+
+    def make(original: Any) -> Any:
+        def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if args or kwargs:
+                return original(self, *args, **kwargs)
+            return original(self).replace("torch.", "torch.cuda.", 1)
+
+        return type_
+
+    patches.wrap(torch.Tensor, "type", make)
+
+
+ANSWERS = (
+    answer_queries,
+    answer_memory,
+    answer_device_contexts,
+    answer_factories,
+    answer_tensor_moves,
+    answer_tensor_type,
+)

@@ -1,0 +1,56 @@
+"""Symbols of Megatron itself that assume a GPU build."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from typing import Any
+
+from megatron_maxscore._patches import PatchSet
+
+
+def answer_jit(patches: PatchSet) -> None:
+    """``jit_fuser`` compiles nothing; must come before modules that bind it by name."""
+    from megatron.core import jit
+
+    patches.set(jit, "jit_fuser", jit.noop_decorator)
+
+
+def answer_dataset_helpers(patches: PatchSet) -> None:
+    """The wheel ships its index builder compiled: do not run make when it can be imported."""
+    from megatron.core.datasets import utils
+
+    def make(original: Any) -> Any:
+        def compile_helpers() -> None:
+            if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
+                original()
+
+        return compile_helpers
+
+    patches.wrap(utils, "compile_helpers", make)
+
+
+def answer_torch_norm(patches: PatchSet) -> None:
+    """``WrappedTorchNorm`` under sequence parallelism.
+
+    It refuses sequence parallelism because a plain torch norm's parameters lack the mark that
+    makes Megatron sum their gradients over the tensor-parallel group. Here they get the mark.
+    """
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    original = WrappedTorchNorm.__new__
+
+    def new(cls: Any, config: Any, hidden_size: int, *args: Any, **kwargs: Any) -> Any:
+        if not getattr(config, "sequence_parallel", False):
+            return original(cls, config, hidden_size, *args, **kwargs)
+        plain = copy.copy(config)
+        plain.sequence_parallel = False
+        norm = original(cls, plain, hidden_size, *args, **kwargs)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = True
+        return norm
+
+    patches.set(WrappedTorchNorm, "__new__", new)
+
+
+ANSWERS = (answer_jit, answer_dataset_helpers, answer_torch_norm)

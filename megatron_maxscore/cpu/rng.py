@@ -1,0 +1,69 @@
+"""The CUDA generator is the CPU's default generator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.data import dataloader
+
+from megatron_maxscore._patches import PatchSet
+
+
+def answer_generator(patches: PatchSet) -> None:
+    """Seeding, reading and setting the CUDA generator's state."""
+
+    def seed(value: int) -> None:
+        torch.default_generator.manual_seed(int(value))
+
+    def get_state(device: Any = "cuda") -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(state: torch.Tensor, device: Any = "cuda") -> None:
+        torch.set_rng_state(state)
+
+    for owner in (torch.cuda, torch.cuda.random):
+        patches.set(owner, "manual_seed", seed)
+        patches.set(owner, "manual_seed_all", seed)
+        patches.set(owner, "get_rng_state", get_state)
+        patches.set(owner, "set_rng_state", set_state)
+    patches.set(torch.cuda, "default_generators", (torch.default_generator,))
+
+
+def answer_tracker(patches: PatchSet) -> None:
+    """Megatron's RNG tracker binds the CUDA functions by name when it is imported."""
+    from megatron.core.tensor_parallel import random
+
+    def get_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> Any:
+        return torch.get_rng_state()
+
+    def set_state(new_state: Any, device: Any = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
+
+    patches.set(random, "_get_cuda_rng_state", get_state)
+    patches.set(random, "_set_cuda_rng_state", set_state)
+    patches.set(random, "_lazy_init", lambda: None)
+    patches.set(random, "_lazy_call", lambda function, **kwargs: function())
+
+
+def answer_dataloader_seed(patches: PatchSet) -> None:
+    """Making a data iterator draws a seed from the CPU generator.
+
+    On a GPU that leaves the stream that dropout uses alone. Here both are one generator, so its
+    state is put back; a resumed run would otherwise differ from an uninterrupted one.
+    """
+
+    def make(original: Any) -> Any:
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            state = torch.get_rng_state()
+            try:
+                original(self, *args, **kwargs)
+            finally:
+                torch.set_rng_state(state)
+
+        return init
+
+    patches.wrap(dataloader._BaseDataLoaderIter, "__init__", make)
+
+
+ANSWERS = (answer_generator, answer_tracker, answer_dataloader_seed)
