@@ -29,10 +29,14 @@ def _names_cuda(device: Any) -> bool:
 
 
 def answer_queries(patches: PatchSet) -> None:
-    """One device of compute capability 9.0 per local rank, which is the CPU."""
+    """One device per local rank, which is the CPU.
+
+    Compute capability 10.0: from there on Megatron does not ask for CUDA_DEVICE_MAX_CONNECTIONS=1,
+    an ordering of launches that the CPU has anyway.
+    """
     count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     properties = SimpleNamespace(
-        name="cpu", major=9, minor=0, total_memory=0, multi_processor_count=1
+        name="cpu", major=10, minor=0, total_memory=0, multi_processor_count=1
     )
     answers = {
         "is_available": lambda: True,
@@ -44,7 +48,7 @@ def answer_queries(patches: PatchSet) -> None:
         "current_device": lambda: CPU,
         "set_device": lambda device: None,
         "get_device_name": lambda device=None: "cpu",
-        "get_device_capability": lambda device=None: (9, 0),
+        "get_device_capability": lambda device=None: (10, 0),
         "get_device_properties": lambda device=None: properties,
         "temperature": lambda device=None: 0,
         "power_draw": lambda device=None: 0,

@@ -1,0 +1,6 @@
+"""Exact maximum-score assignment of tokens to experts under capacities."""
+
+from megatron_maxscore.flow.solution import FlowSolution
+from megatron_maxscore.flow.solver import solve
+
+__all__ = ["FlowSolution", "solve"]

@@ -1,0 +1,38 @@
+"""The immutable result of a solve."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class FlowSolution:
+    """An assignment with the certificate that it is the best one.
+
+    Shape letters: T this rank's tokens, E experts, K experts per token, R ranks. For a batch of B
+    problems every tensor has a leading dimension B. No attribute communicates.
+
+    Attributes:
+        experts: (T, K) int64, best score first, ties by expert index; -1 in padding rows unless
+            they are filled.
+        prices: (E,) float32 in score units, mean 0 when the capacities leave no slack, otherwise
+            minimum 0. A warm start for the next solve.
+        objective: 0-dim float64, total score of the assignment.
+        bound: 0-dim float64, the dual value at ``prices``: no assignment scores more.
+        gap: 0-dim float64, ``(bound - objective)`` over the sum of the rows' score ranges; 0 when
+            the numerator is 0, inf when only the denominator is.
+        converged: 0-dim bool, whether the tolerance was met; feasible either way.
+        loads: (R, E) int64, every rank's count per expert exactly as dispatched.
+        rounds: collectives used.
+    """
+
+    experts: Tensor
+    prices: Tensor
+    objective: Tensor
+    bound: Tensor
+    gap: Tensor
+    converged: Tensor
+    loads: Tensor
+    rounds: int

@@ -1,0 +1,5 @@
+"""Tensor operators of MaxScore routing."""
+
+from megatron_maxscore.ops.soft_topk import VARIANTS, soft_topk
+
+__all__ = ["VARIANTS", "soft_topk"]

@@ -1,0 +1,144 @@
+r"""SoftTopk: a differentiable relaxation of choosing k of E.
+
+For one row of logits :math:`z \in R^E` and a temperature t > 0, the bi-entropic variant is
+
+.. math::
+    p = \arg\max_{0 \le p \le 1,\ \sum_j p_j = k}
+        \sum_j p_j z_j - t \sum_j [p_j \log p_j + (1 - p_j) \log(1 - p_j)]
+
+whose solution is :math:`p_j = \sigma((z_j - \tau) / t)` with the one :math:`\tau` that makes the
+sum k. It is the entropic relaxation of the per-token part of the routing flow (choose k distinct
+experts of maximum total score). Its definition in the MaxScore paper (Dong et al., Findings of
+ACL 2025) was not available to us; this is the variant we implement, under its own name.
+
+Shape letters: N rows, E experts, K = k.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+VARIANTS = ("bientropic",)
+
+# Safeguarded Newton steps on a function whose slope lies in (-2, 0); float64 has converged by then.
+_MAX_STEPS = 40
+# Stands for -inf so that differences stay finite; far below any logit that can matter.
+_LOWEST = -1e30
+
+
+def soft_topk(
+    logits: Tensor, k: int, temperature: float = 1.0, variant: str = "bientropic"
+) -> Tensor:
+    """Return entries in [0, 1] that sum to k over the last dimension.
+
+    Example:
+        >>> soft_topk(torch.tensor([[2.0, 1.0, 0.0, -1.0]]), k=2)
+        tensor([[0.8176, 0.6225, 0.3775, 0.1824]])
+
+    Args:
+        logits: (..., E) floating tensor. bfloat16 and float16 are computed in float32. -inf gives
+            0 as long as at least k entries of the row are finite. NaN gives NaN in its row.
+        k: how many experts a token takes, 1 <= k <= E. At k = E every entry is 1.
+        temperature: t > 0, in the unit of the logits; small t approaches the hard choice.
+        variant: one of :data:`VARIANTS`.
+
+    Returns:
+        (..., E) tensor of the logits' dtype. Its gradient is
+        ``p (1 - p) / t * (g - sum(p (1 - p) g) / sum(p (1 - p)))``, and 0 where every
+        ``p (1 - p)`` underflows.
+
+    Raises:
+        ValueError: k, temperature or variant is out of range.
+    """
+    num_experts = logits.shape[-1]
+    if not 1 <= k <= num_experts:
+        raise ValueError(f"k must lie between 1 and the number of experts {num_experts}, got {k}")
+    if not temperature > 0.0 or math.isinf(temperature):
+        raise ValueError(f"temperature must be a positive number, got {temperature}")
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+    if not logits.is_floating_point():
+        raise ValueError(f"logits must be floating point, got {logits.dtype}")
+    result: Tensor = _BiEntropic.apply(logits, k, float(temperature))  # type: ignore[no-untyped-call]
+    return result
+
+
+class _BiEntropic(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, k: int, temperature: float) -> Tensor:
+        compute = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        u_NE = logits.to(compute) / temperature
+        num_experts = u_NE.shape[-1]
+        if k == num_experts:
+            p_NE, v_NE = torch.ones_like(u_NE), torch.zeros_like(u_NE)
+        else:
+            x_NE = u_NE - threshold(u_NE, k)
+            p_NE = torch.sigmoid(x_NE)
+            # p (1 - p) without the cancellation in 1 - p.
+            v_NE = p_NE * torch.sigmoid(-x_NE)
+        ctx.save_for_backward(v_NE)
+        ctx.temperature = temperature
+        return p_NE.to(logits.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_NE: Tensor) -> tuple[Tensor, None, None]:
+        (v_NE,) = ctx.saved_tensors
+        g_NE = grad_NE.to(v_NE.dtype)
+        total_N = v_NE.sum(-1, keepdim=True)
+        mean_N = (v_NE * g_NE).sum(-1, keepdim=True) / torch.where(total_N > 0, total_N, 1.0)
+        return ((v_NE * (g_NE - mean_N)) / ctx.temperature).to(grad_NE.dtype), None, None
+
+
+def threshold(u_NE: Tensor, k: int) -> Tensor:
+    """Return the tau with ``sum(sigmoid(u - tau)) == k`` per row, for 1 <= k < E.
+
+    The sum is k exactly where what the k largest lack equals what the others have. The logarithms
+    of both sides are compared: nothing cancels, the slope in tau lies in (-2, 0), and where the
+    logits are far apart the function is linear, so the start below is already the solution even
+    when every sigmoid underflows. Newton's method with a bracket does the rest.
+
+    Args:
+        u_NE: (..., E) float32 or float64.
+        k: 1 <= k < E.
+
+    Returns:
+        (..., 1) tau, in the unit of ``u_NE``.
+    """
+    num_experts = u_NE.shape[-1]
+    u_NE = u_NE.clamp(min=_LOWEST)
+    # Which of equal entries count as the top makes no difference to the equation.
+    order_NE = u_NE.topk(k + 1, dim=-1)
+    top_NK = order_NE.values[..., :k]
+    is_rest_NE = torch.ones_like(u_NE).scatter_(-1, order_NE.indices[..., :k], 0.0)
+    rest_NE = torch.where(is_rest_NE > 0, u_NE, _LOWEST)
+    low_N = order_NE.values[..., k:] - math.log(k)
+    high_N = top_NK[..., -1:] + math.log(num_experts - k)
+    tau_N = (rest_NE.logsumexp(-1, keepdim=True) - (-top_NK).logsumexp(-1, keepdim=True)) / 2
+    tau_N = torch.minimum(torch.maximum(tau_N, low_N), high_N)
+    tolerance = 4 * torch.finfo(u_NE.dtype).eps
+    for _ in range(_MAX_STEPS):
+        have_NE, lack_NK = torch.sigmoid(rest_NE - tau_N), torch.sigmoid(tau_N - top_NK)
+        have_N, lack_N = have_NE.sum(-1, keepdim=True), lack_NK.sum(-1, keepdim=True)
+        slope_N = (
+            (have_NE * have_NE).sum(-1, keepdim=True) / have_N
+            + (lack_NK * lack_NK).sum(-1, keepdim=True) / lack_N
+            - 2.0
+        )
+        value_N = have_N.log() - lack_N.log()
+        low_N = torch.where(value_N > 0, tau_N, low_N)
+        high_N = torch.where(value_N < 0, tau_N, high_N)
+        newton_N = tau_N - value_N / slope_N
+        inside = (newton_N >= low_N) & (newton_N <= high_N)
+        next_N = torch.where(inside, newton_N, (low_N + high_N) / 2)
+        # Where a side underflows, or the row has NaN, the start stands.
+        next_N = torch.where(value_N.isfinite(), next_N, tau_N)
+        moved = (next_N - tau_N).abs() > tolerance * (1.0 + tau_N.abs())
+        tau_N = next_N
+        if not bool(moved.any()):
+            break
+    return tau_N
