@@ -1,0 +1,254 @@
+"""The options of MaxScore routing, and their place in Megatron's ``TransformerConfig``.
+
+:class:`MaxScoreConfig` is the one list of options. :func:`install_config_fields` makes each of them
+a real field ``maxscore_<name>`` of ``TransformerConfig`` (next to ``moe_router_type``), from which
+Megatron's own argument factory makes the command-line flags.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from megatron_maxscore._patches import PatchSet
+
+PREFIX = "maxscore_"
+# Set on a class whose __init__ takes our fields, so that it is extended once.
+_MARK = "_maxscore_fields"
+
+
+def _option(default: Any, help_text: str, **argparse_meta: Any) -> Any:
+    return field(
+        default=default, metadata={"argparse_meta": {"help": help_text, **argparse_meta}}
+    )
+
+
+@dataclass(frozen=True)
+class MaxScoreConfig:
+    """Options of MaxScore routing; the defaults are those of the command line.
+
+    Raises:
+        ValueError: a value is out of range or not available yet; names the flag and the fix.
+    """
+
+    scope: Literal["local", "group", "sequence"] = _option(
+        "local",
+        "Whose tokens form one flow problem. local: each rank's own, with quotas that balance "
+        "the experts without any communication. group and sequence do not exist yet.",
+    )
+    mode: Literal["exact", "bounded"] = _option(
+        "exact", "exact: the optimum, with a certificate. bounded does not exist yet."
+    )
+    capacity_factor: float = _option(
+        1.0,
+        "Capacity of an expert over an equal share of the assignments, at least 1. Nothing is "
+        "ever dropped; at 1.0 every expert gets exactly its share.",
+    )
+    tolerance: float = _option(
+        0.0, "Relative duality gap at which the solver may stop; 0 is the exact optimum."
+    )
+    gate: Literal["soft_topk", "score"] = _option(
+        "soft_topk",
+        "Weight of an expert's output. soft_topk: SoftTopk of the logits, unchanged. score: what "
+        "Megatron makes of --moe-router-score-function for the chosen experts.",
+    )
+    variant: Literal["bientropic"] = _option("bientropic", "Variant of SoftTopk.")
+    temperature: float = _option(1.0, "Temperature of SoftTopk, in the unit of the logits.")
+    objective: Literal["logits", "scores"] = _option(
+        "logits",
+        "What the flow maximises. scores: SoftTopk values, or with --maxscore-gate score the "
+        "values of the score function.",
+    )
+    eval_routing: Literal["both", "price", "flow"] = _option(
+        "both",
+        "Routing in evaluation. price: each token takes its best experts by score minus price, "
+        "which is causal. flow: as in training. both: validation reports price, then flow.",
+    )
+    price_decay: float = _option(
+        0.9, "Decay per global batch of the running average of expert prices, in [0, 1)."
+    )
+    stats_file: str | None = _option(
+        None,
+        "Write one JSON line per iteration to this file: expert loads, dropped assignments, "
+        "maxvio, gap, time in solve. Works with --moe-router-type topk too.",
+    )
+
+    def __post_init__(self) -> None:
+        flags = {f.name: "--maxscore-" + f.name.replace("_", "-") for f in dataclasses.fields(self)}
+        if self.scope != "local":
+            raise ValueError(
+                f"{flags['scope']} {self.scope} does not exist yet; use {flags['scope']} local"
+            )
+        if self.mode != "exact":
+            raise ValueError(
+                f"{flags['mode']} {self.mode} does not exist yet; use {flags['mode']} exact"
+            )
+        for name, ok, range_text in (
+            ("capacity_factor", self.capacity_factor >= 1.0, "at least 1"),
+            ("tolerance", self.tolerance >= 0.0, "at least 0"),
+            ("temperature", self.temperature > 0.0, "greater than 0"),
+            ("price_decay", 0.0 <= self.price_decay < 1.0, "in [0, 1)"),
+        ):
+            if not ok:
+                raise ValueError(f"{flags[name]} must be {range_text}, got {getattr(self, name)}")
+        for name, choices in (
+            ("gate", ("soft_topk", "score")),
+            ("variant", ("bientropic",)),
+            ("objective", ("logits", "scores")),
+            ("eval_routing", ("both", "price", "flow")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{flags[name]} must be one of {', '.join(choices)}, got {getattr(self, name)}"
+                )
+
+    @classmethod
+    def from_transformer_config(cls, config: Any) -> MaxScoreConfig:
+        """Read the ``maxscore_*`` attributes of a TransformerConfig or parsed arguments."""
+        present = {
+            f.name: getattr(config, PREFIX + f.name)
+            for f in dataclasses.fields(cls)
+            if hasattr(config, PREFIX + f.name)
+        }
+        return cls(**present)
+
+
+def check_transformer_config(config: Any, options: MaxScoreConfig) -> None:
+    """Refuse combinations that cannot work.
+
+    Args:
+        config: a TransformerConfig, or Megatron's parsed arguments.
+        options: MaxScore's own options.
+
+    Raises:
+        ValueError: names both flags and the nearest supported choice.
+    """
+
+    def get(*names: str) -> Any:
+        return next((getattr(config, n) for n in names if getattr(config, n, None) is not None), None)
+
+    num_experts, topk = get("num_moe_experts", "num_experts"), get("moe_router_topk")
+    who = "--moe-router-type maxscore"
+    if num_experts is None:
+        raise ValueError(f"{who} needs experts; add --num-experts")
+    if topk > num_experts:
+        raise ValueError(
+            f"--moe-router-topk {topk} is more than --num-experts {num_experts}; "
+            "a token takes distinct experts, lower --moe-router-topk"
+        )
+    balancing = get("moe_router_load_balancing_type")
+    for name in [balancing] if isinstance(balancing, str) else balancing or []:
+        if name in ("sinkhorn", "quantile_balancing"):
+            raise ValueError(
+                f"{who} cannot be combined with --moe-router-load-balancing-type {name}, which "
+                "routes by itself; use none or an auxiliary loss"
+            )
+    if get("moe_expert_capacity_factor") is not None:
+        raise ValueError(
+            f"{who} cannot be combined with --moe-expert-capacity-factor, which drops tokens; "
+            "use --maxscore-capacity-factor"
+        )
+    refused = (
+        ("moe_pad_expert_input_to_capacity", "splits are static already, leave it out"),
+        ("moe_router_enable_expert_bias", "prices do its work, leave it out"),
+        ("moe_router_num_groups", "leave group-limited routing out"),
+        ("moe_router_group_topk", "leave group-limited routing out"),
+        ("moe_router_fusion", "leave it out"),
+        ("batch_invariant_mode", "leave it out"),
+        ("use_megatron_fsdp", "use --use-distributed-optimizer"),
+        ("use_torch_fsdp2", "use --use-distributed-optimizer"),
+    )
+    for name, fix in refused:
+        if get(name):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{who} cannot be combined with {flag}; {fix}")
+    dispatcher = get("moe_token_dispatcher_type")
+    if dispatcher not in (None, "alltoall"):
+        raise ValueError(
+            f"{who} cannot be combined with --moe-token-dispatcher-type {dispatcher}; use alltoall"
+        )
+    score_function = get("moe_router_score_function")
+    if options.gate == "soft_topk" and score_function not in (None, "softmax"):
+        raise ValueError(
+            f"--maxscore-gate soft_topk replaces --moe-router-score-function {score_function}; "
+            "use --maxscore-gate score, or leave the score function at softmax"
+        )
+    if get("transformer_impl") == "inference_optimized":
+        raise ValueError(
+            f"{who} cannot be combined with --transformer-impl inference_optimized; use "
+            "transformer_engine or local"
+        )
+    graph_modules = get("cuda_graph_modules", "cuda_graph_scope") or []
+    graphed = {str(getattr(m, "name", m)) for m in graph_modules}
+    if get("cuda_graph_impl") not in (None, "none") and (
+        not graphed or graphed & {"moe", "moe_router", "moe_preprocess", "full_iteration"}
+    ):
+        raise ValueError(
+            f"{who} cannot be captured in a CUDA graph, its solver runs on the host; use "
+            "--cuda-graph-modules attn"
+        )
+
+
+def config_fields() -> dict[str, dataclasses.Field]:
+    """Return the fields added to ``TransformerConfig``, by name."""
+
+    @dataclass
+    class _Fields:
+        moe_router_type: Literal["topk", "maxscore"] = _option(
+            "topk", "Router of MoE layers. topk: Megatron's own. maxscore: MaxScore routing."
+        )
+
+    fields = {f.name: f for f in dataclasses.fields(_Fields)}
+    fields["moe_router_type"].type = Literal["topk", "maxscore"]
+    hints = _resolved_types()
+    for option in dataclasses.fields(MaxScoreConfig):
+        clone = dataclasses.field(default=option.default, metadata=option.metadata)
+        clone.name, clone.type = PREFIX + option.name, hints[option.name]
+        clone._field_type = option._field_type  # type: ignore[attr-defined]
+        clone.kw_only = False
+        fields[clone.name] = clone
+    return fields
+
+
+def _resolved_types() -> dict[str, Any]:
+    import typing
+
+    return typing.get_type_hints(MaxScoreConfig)
+
+
+def install_config_fields(patches: PatchSet) -> None:
+    """Make our options fields of ``TransformerConfig`` and of its subclasses.
+
+    Classes derived later inherit them. ``dataclasses.replace``, ``asdict`` and copies keep the
+    values, since the fields are real ones.
+    """
+    from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+    from megatron.core.transformer.heterogeneous import heterogeneous_config
+
+    fields = config_fields()
+    for cls in (
+        TransformerConfig,
+        MLATransformerConfig,
+        heterogeneous_config.HeterogeneousTransformerConfig,
+    ):
+        if _MARK in vars(cls):
+            continue
+        own = vars(cls)["__dataclass_fields__"]
+        patches.set(cls, "__dataclass_fields__", {**own, **fields})
+        for name, item in fields.items():
+            patches.set(cls, name, item.default)
+        patches.wrap(cls, "__init__", functools.partial(_taking_fields, fields))
+        patches.set(cls, _MARK, True)
+
+
+def _taking_fields(fields: dict[str, dataclasses.Field], original: Any) -> Any:
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        # Set before the original runs, so that __post_init__ sees them.
+        for name, item in fields.items():
+            value = kwargs.pop(name, getattr(self, name, item.default))
+            object.__setattr__(self, name, value)
+        original(self, *args, **kwargs)
+
+    return init

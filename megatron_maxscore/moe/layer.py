@@ -1,0 +1,122 @@
+"""Put MaxScore's router and dispatcher into Megatron's MoE layers.
+
+Megatron builds MoE layers from many specs, and rebuilds some of them (multi-token prediction) from
+its own functions. All of them end in ``MoELayer.__init__``, so that is the one place that is
+wrapped: it swaps the router class in the layer's submodules and, while the layer is built, the
+dispatcher class.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from typing import Any
+
+from megatron.core.transformer.moe import moe_layer
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.router import TopKRouter
+
+from megatron_maxscore._patches import PatchSet
+from megatron_maxscore.moe.config import MaxScoreConfig
+from megatron_maxscore.moe.dispatcher import MaxScoreTokenDispatcher
+from megatron_maxscore.moe.plan import RoutingPlan
+from megatron_maxscore.moe.router import MaxScoreRouter
+
+_patches = PatchSet("MaxScore layer hook")
+
+
+def install_layer_hook() -> None:
+    """Wrap ``MoELayer.__init__``; a second call does nothing.
+
+    Layers whose config says ``moe_router_type == 'maxscore'``, or whose spec comes from
+    :func:`with_maxscore`, are built with our router and dispatcher; all others as before.
+    """
+    if not _patches:
+        _patches.wrap(MoELayer, "__init__", _choosing_router)
+
+
+def remove_layer_hook() -> None:
+    """Undo :func:`install_layer_hook`; layers that exist keep what they have."""
+    _patches.undo()
+
+
+def with_maxscore(spec: Any, options: MaxScoreConfig | None = None) -> Any:
+    """Return a copy of a layer or block spec whose MoE parts are MaxScore's.
+
+    Args:
+        spec: any GPT layer spec, block spec or multi-token-prediction block spec, local or
+            Transformer Engine.
+        options: None reads the ``maxscore_*`` fields of the TransformerConfig, if it has them.
+
+    Returns:
+        A spec of the same type. The one given is left as it was.
+
+    Raises:
+        ValueError: the spec holds no MoE layer.
+    """
+    install_layer_hook()
+    result = copy.deepcopy(spec)
+    found = _moe_submodules(result, set())
+    if not found:
+        raise ValueError(
+            "the spec holds no MoE layer to route; build it with num_experts "
+            "(--num-experts) set"
+        )
+    for submodules in found:
+        submodules.router = functools.partial(MaxScoreRouter, maxscore=options)
+    return result
+
+
+def _moe_submodules(part: Any, seen: set[int]) -> list[MoESubmodules]:
+    """Find every MoESubmodules below a spec: through dataclasses, partials and containers."""
+    if id(part) in seen or part is None or isinstance(part, (str, int, float, type)):
+        return []
+    seen.add(id(part))
+    if isinstance(part, MoESubmodules):
+        return [part]
+    children: list[Any] = []
+    if isinstance(part, functools.partial):
+        children = [*part.args, *part.keywords.values()]
+    elif isinstance(part, dict):
+        children = list(part.values())
+    elif isinstance(part, (list, tuple)):
+        children = list(part)
+    elif dataclasses.is_dataclass(part):
+        children = [getattr(part, f.name, None) for f in dataclasses.fields(part)]
+    return [found for child in children for found in _moe_submodules(child, seen)]
+
+
+def _router_options(config: Any, router: Any) -> tuple[bool, MaxScoreConfig | None]:
+    """Return whether a layer is ours, and the options its spec carries."""
+    if getattr(router, "func", None) is MaxScoreRouter:
+        return True, router.keywords.get("maxscore")
+    if router is MaxScoreRouter:
+        return True, None
+    wanted = getattr(config, "moe_router_type", "topk") == "maxscore" and router is TopKRouter
+    return wanted, None
+
+
+def _choosing_router(original: Any) -> Any:
+    def init(self: Any, config: Any, submodules: Any = None, *args: Any, **kwargs: Any) -> None:
+        router = getattr(submodules, "router", None)
+        ours, options = _router_options(config, router)
+        if not ours:
+            original(self, config, submodules, *args, **kwargs)
+            return
+        plan = RoutingPlan()
+        submodules = dataclasses.replace(
+            submodules, router=functools.partial(MaxScoreRouter, maxscore=options, plan=plan)
+        )
+        building = PatchSet("MaxScore dispatcher")
+        building.set(
+            moe_layer,
+            "MoEAlltoAllTokenDispatcher",
+            functools.partial(MaxScoreTokenDispatcher, plan=plan),
+        )
+        try:
+            original(self, config, submodules, *args, **kwargs)
+        finally:
+            building.undo()
+
+    return init

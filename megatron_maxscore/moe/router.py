@@ -1,0 +1,277 @@
+"""``MaxScoreRouter``: Megatron's top-k router with its choice of experts replaced by the flow.
+
+The choice enters at one seam: Megatron's routing function asks ``router_replay`` for indices and
+gates, if the router has one. Everything else, the losses, jitter, dtypes, metrics and genuine
+replay, stays Megatron's.
+
+Shape letters: T tokens of this rank, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.random import is_checkpointing
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from megatron_maxscore.flow import FlowSolution, solve
+from megatron_maxscore.moe.config import MaxScoreConfig, check_transformer_config
+from megatron_maxscore.moe.evaluation import uses_flow
+from megatron_maxscore.moe.plan import RoutingPlan
+from megatron_maxscore.moe.quotas import capacities
+from megatron_maxscore.ops import soft_topk
+
+
+@dataclass
+class SolveStatistics:
+    """What a router's solves did since the last reset; kept on the host."""
+
+    solves: int = 0
+    seconds: float = 0.0
+    largest_gap: float = 0.0
+    bad_tokens: int = 0
+
+
+class _Selector:
+    """Stands in ``router_replay``'s place and answers Megatron's question for the top k.
+
+    A genuine replay, if configured, is asked first and falls back on the flow.
+    """
+
+    def __init__(self, router: MaxScoreRouter, replay: Any) -> None:
+        self._select = router._select
+        self.replay = replay
+        self._layer_number: int | None = None
+
+    @property
+    def layer_number(self) -> int | None:
+        return self._layer_number
+
+    @layer_number.setter
+    def layer_number(self, value: int) -> None:
+        self._layer_number = value
+        if self.replay is not None:
+            self.replay.layer_number = value
+
+    def get_replay_topk(
+        self,
+        scores: Tensor,
+        topk: int,
+        num_groups: int | None = None,
+        group_topk: int | None = None,
+        default_compute_topk: Callable | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the gates (T, K) and the experts (T, K) int64 for Megatron's scores (T, E)."""
+        return self._select(scores, self.replay)
+
+
+class MaxScoreRouter(TopKRouter):
+    """Router whose assignment is the maximum-score flow.
+
+    In training every token gets exactly k experts and no expert more than its capacity. In
+    evaluation each token takes the k largest of score minus price on its own, with prices averaged
+    over training (:attr:`expert_prices`); gates are never changed by prices.
+
+    A scope ``local`` router communicates nothing.
+
+    Args:
+        config: TransformerConfig.
+        pg_collection: Megatron's process groups; ``tp_ep`` gives the rank that rotates quotas.
+        is_mtp_layer: whether this router belongs to a multi-token-prediction layer.
+        maxscore: options; None reads the ``maxscore_*`` fields of ``config``.
+        plan: shared with the layer's dispatcher.
+
+    Raises:
+        ValueError: the configuration cannot be combined with MaxScore routing.
+    """
+
+    expert_prices: Tensor
+
+    def __init__(
+        self,
+        config: Any,
+        pg_collection: Any = None,
+        is_mtp_layer: bool = False,
+        *,
+        maxscore: MaxScoreConfig | None = None,
+        plan: RoutingPlan | None = None,
+        **kwargs: Any,
+    ) -> None:
+        options = maxscore or MaxScoreConfig.from_transformer_config(config)
+        check_transformer_config(config, options)
+        if options.gate == "soft_topk":
+            # With softmax before the selection Megatron passes gates on as they are; otherwise it
+            # renormalises them over the chosen experts. A copy: the config is shared by all layers.
+            config = copy.copy(config)
+            config.moe_router_pre_softmax = True
+        super().__init__(config, pg_collection, is_mtp_layer, **kwargs)
+        self.options = options
+        self.plan = plan or RoutingPlan()
+        tp_ep = getattr(pg_collection, "tp_ep", None)
+        self.group_rank = tp_ep.rank() if tp_ep is not None else 0
+        self.has_fixed_lengths = not any(
+            getattr(config, name, False)
+            for name in ("variable_seq_lengths", "hybrid_context_parallel")
+        )
+        self.statistics = SolveStatistics()
+        self.router_replay = _Selector(self, self.router_replay)
+        self.register_buffer(
+            "expert_prices",
+            torch.zeros(config.num_moe_experts, dtype=torch.float32, device=self.weight.device),
+        )
+        # Sum over the solves of the current global batch, and their number; never saved.
+        self.register_buffer("price_sum", torch.zeros_like(self.expert_prices), persistent=False)
+        self.price_count = 0
+        # Assignments of checkpointed forward passes, one per microbatch, for their recomputation.
+        self._forwarded: deque[Tensor] = deque()
+        self._logits: Tensor | None = None
+        self._padding: Tensor | None = None
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """Route (S, B, E) logits; see the base class.
+
+        Returns:
+            probs (T, E) of the logits' dtype, 0 where not routed, and routing_map (T, E) bool with
+            exactly k per row.
+        """
+        # The first pipeline stage slices the mask for sequence parallelism, later ones get it whole.
+        num_tokens = logits.shape[0] * logits.shape[1]
+        if padding_mask is not None and padding_mask.numel() != num_tokens:
+            padding_mask = self._own_part(padding_mask, num_tokens)
+        self._padding = None if padding_mask is None else padding_mask.reshape(-1)
+        logits = self._without_bad_scores(logits)
+        probs, routing_map = super().routing(logits, padding_mask=padding_mask, **kwargs)
+        self._logits = self._padding = None
+        self.plan.routing_map = routing_map
+        return probs, routing_map
+
+    def apply_z_loss(self, logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Note the logits that carry the z-loss: gates must be made of them, or it is lost."""
+        self._logits = super().apply_z_loss(logits, *args, **kwargs)
+        return self._logits
+
+    def _own_part(self, padding_mask: Tensor, num_tokens: int) -> Tensor:
+        ranks = self.tp_group.size()
+        if padding_mask.numel() != num_tokens * ranks:
+            raise ValueError(
+                f"padding_mask has {padding_mask.numel()} tokens, the router {num_tokens}"
+            )
+        return padding_mask.chunk(ranks, dim=0)[self.tp_group.rank()]
+
+    def _without_bad_scores(self, logits: Tensor) -> Tensor:
+        """Replace non-finite logits by 0 and count their tokens.
+
+        Raising here would leave the other ranks waiting in the all-to-all; the count is reduced
+        over all ranks before the optimizer step, which then fails everywhere.
+        """
+        finite = torch.isfinite(logits.detach())
+        if bool(finite.all()):
+            return logits
+        bad_T = ~finite.all(-1).reshape(-1)
+        if self._padding is not None:
+            bad_T = bad_T & ~self._padding
+        self.statistics.bad_tokens += int(bad_T.sum())
+        return torch.where(finite, logits, 0.0)
+
+    def _select(self, scores_TE: Tensor, replay: Any) -> tuple[Tensor, Tensor]:
+        assert self._logits is not None
+        logits_TE = self._logits
+        wide_TE = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
+        if self.options.gate == "soft_topk":
+            gates_TE = soft_topk(
+                wide_TE, self.topk, self.options.temperature, self.options.variant
+            )
+        else:
+            gates_TE = scores_TE
+
+        pass_ = self._recompute_pass()
+
+        def choose(
+            scores: Tensor, topk: int, num_groups: int | None = None, group_topk: int | None = None
+        ) -> tuple[Tensor, Tensor]:
+            with torch.no_grad():
+                experts_TK = self._experts(self._objective(wide_TE, gates_TE), pass_)
+            return scores.gather(1, experts_TK), experts_TK
+
+        if replay is None:
+            return choose(gates_TE, self.topk)
+        # Replayed experts need not meet the quotas; choose() says so when it is asked instead.
+        self.plan.has_static_quotas = False
+        gates_TK, experts_TK = replay.get_replay_topk(gates_TE, self.topk, None, None, choose)
+        return gates_TK, experts_TK
+
+    def _recompute_pass(self) -> str | None:
+        """Return "first" or "again" inside activation recomputation, else None."""
+        # A repeated MTP layer recomputes its calls in reverse order, so it solves again.
+        if not self.training or not is_checkpointing() or self.is_mtp_layer:
+            return None
+        return "again" if torch.is_grad_enabled() else "first"
+
+    def _objective(self, logits_TE: Tensor, gates_TE: Tensor) -> Tensor:
+        """Return what the flow maximises, (T, E)."""
+        if self.options.objective == "logits":
+            return logits_TE
+        if self.options.gate == "score" and self.score_function == "softmax":
+            # Without pre-softmax the seam hands over logits.
+            return torch.softmax(logits_TE, dim=-1)
+        return gates_TE
+
+    def _experts(self, scores_TE: Tensor, recompute_pass: str | None) -> Tensor:
+        """Return the (T, K) int64 experts by the rule in force."""
+        if not self.training and not uses_flow(self.options.eval_routing):
+            self.plan.has_static_quotas = False
+            biased_TE = scores_TE - self.expert_prices.to(scores_TE.dtype)
+            return biased_TE.topk(self.topk, dim=1).indices
+        self.plan.has_static_quotas = (
+            self.options.capacity_factor == 1.0 and self.has_fixed_lengths
+        )
+        if recompute_pass == "again" and self._forwarded:
+            return self._forwarded.popleft()
+        experts_TK = self._solve(scores_TE).experts
+        if recompute_pass == "first":
+            self._forwarded.append(experts_TK)
+        return experts_TK
+
+    def _solve(self, scores_TE: Tensor) -> FlowSolution:
+        num_tokens, num_experts = scores_TE.shape
+        capacity_E = capacities(
+            num_tokens, self.topk, num_experts, self.group_rank, self.options.capacity_factor
+        )
+        started = time.perf_counter()
+        solution = solve(
+            scores_TE,
+            self.topk,
+            capacity=capacity_E,
+            prices=self.expert_prices,
+            valid=None if self._padding is None else ~self._padding,
+            fill_padding=True,
+            tolerance=self.options.tolerance,
+            mode=self.options.mode,
+        )
+        if self.training:
+            self.statistics.seconds += time.perf_counter() - started
+            self.statistics.solves += 1
+            gap = float(solution.gap)
+            self.statistics.largest_gap = max(self.statistics.largest_gap, gap)
+            self.price_sum += solution.prices
+            self.price_count += 1
+        return solution
+
+    def _maintain_float32_expert_bias(self) -> None:
+        """Keep prices in float32 when a half-precision wrapper has converted the module."""
+        super()._maintain_float32_expert_bias()
+        for name in ("expert_prices", "price_sum"):
+            buffer = getattr(self, name, None)
+            if buffer is not None and buffer.dtype != torch.float32:
+                buffer.data = buffer.data.float()
+
+    def forget_forwarded(self) -> None:
+        """Drop assignments kept for recomputation; a new global batch begins."""
+        self._forwarded.clear()

@@ -1,0 +1,98 @@
+"""Command-line arguments: one-line errors, and checks that need all arguments at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from megatron_maxscore._patches import PatchSet
+from megatron_maxscore.moe.config import MaxScoreConfig, check_transformer_config
+
+
+def hook(patches: PatchSet) -> None:
+    """Wrap parsing and validation of arguments, and what ``--use-checkpoint-args`` restores."""
+    from megatron.training import arguments, checkpointing
+
+    patches.wrap(arguments, "parse_args", _with_short_errors)
+    patches.wrap(arguments, "validate_args", _with_our_checks)
+    patches.wrap(checkpointing, "load_args_from_checkpoint", _with_router_type)
+
+
+def _with_short_errors(original: Any) -> Any:
+    """Argparse prints Megatron's several hundred flags before the error; we print the error."""
+
+    def error(self: argparse.ArgumentParser, message: str) -> None:
+        raise ValueError(message)
+
+    def parse_args(*args: Any, **kwargs: Any) -> Any:
+        during = PatchSet("argument errors")
+        during.set(argparse.ArgumentParser, "error", error)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            during.undo()
+
+    return parse_args
+
+
+def _with_our_checks(original: Any) -> Any:
+    def validate_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
+        options = MaxScoreConfig.from_transformer_config(args)
+        if args.moe_router_type == "maxscore":
+            check_transformer_config(args, options)
+        if args.num_experts is not None:
+            parallel = args.expert_model_parallel_size
+            if args.num_experts % parallel:
+                raise ValueError(
+                    f"--num-experts {args.num_experts} is not divisible by "
+                    f"--expert-model-parallel-size {parallel}; change one of them"
+                )
+            if args.moe_router_topk > args.num_experts:
+                raise ValueError(
+                    f"--moe-router-topk {args.moe_router_topk} is more than --num-experts "
+                    f"{args.num_experts}; lower --moe-router-topk"
+                )
+        _check_data_paths(args)
+        return original(args, *rest, **kwargs)
+
+    return validate_args
+
+
+def _check_data_paths(args: Any) -> None:
+    """Only some ranks open the data; a missing file would leave the others waiting."""
+    for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
+        for item in getattr(args, name, None) or []:
+            if _is_number(item) or "://" in item:
+                continue
+            for suffix in (".idx", ".bin"):
+                if not os.path.exists(item + suffix):
+                    flag = "--" + name.replace("_", "-")
+                    raise ValueError(
+                        f"{flag} {item}: {item + suffix} does not exist; give the path without "
+                        "its ending, or make the data with tools/prepare_data.py"
+                    )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _with_router_type(original: Any) -> Any:
+    """Let ``--use-checkpoint-args`` restore the router type and our options."""
+
+    def load_args_from_checkpoint(args: Any, *rest: Any, **kwargs: Any) -> Any:
+        result = original(args, *rest, **kwargs)
+        saved = result[1] if isinstance(result, tuple) else None
+        for name, value in vars(saved).items() if saved is not None else ():
+            if name == "moe_router_type" or (
+                name.startswith("maxscore_") and name != "maxscore_stats_file"
+            ):
+                setattr(args, name, value)
+        return result
+
+    return load_args_from_checkpoint

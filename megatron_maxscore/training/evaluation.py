@@ -1,0 +1,73 @@
+"""Validation reports the loss under both routing rules, on the same samples."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from megatron_maxscore._patches import PatchSet
+from megatron_maxscore.moe.evaluation import evaluation_routing
+
+
+def hook(patches: PatchSet) -> None:
+    """Wrap the function that evaluates and prints."""
+    from megatron.training import training
+
+    patches.wrap(training, "evaluate_and_print_results", _under_both_rules)
+
+
+class _Recorder:
+    """Passes a data iterator's samples on and keeps them."""
+
+    def __init__(self, iterator: Any) -> None:
+        self._iterator = iterator
+        self.samples: list[Any] = []
+
+    def __iter__(self) -> _Recorder:
+        return self
+
+    def __next__(self) -> Any:
+        sample = next(self._iterator)
+        # A script may change the batch in place.
+        self.samples.append(dict(sample) if isinstance(sample, dict) else sample)
+        return sample
+
+
+def _recording(iterators: Any) -> Any:
+    if isinstance(iterators, list):
+        return [_recording(item) for item in iterators]
+    return None if iterators is None else _Recorder(iterators)
+
+
+def _replaying(recorders: Any) -> Any:
+    if isinstance(recorders, list):
+        return [_replaying(item) for item in recorders]
+    return None if recorders is None else iter(recorders.samples)
+
+
+def _under_both_rules(original: Any) -> Any:
+    signature = inspect.signature(original)
+
+    def evaluate_and_print_results(*args: Any, **kwargs: Any) -> Any:
+        from megatron.training import get_args
+
+        arguments = get_args()
+        if arguments.moe_router_type != "maxscore" or arguments.maxscore_eval_routing != "both":
+            return original(*args, **kwargs)
+        call = signature.bind(*args, **kwargs).arguments
+        prefix, recorders = call["prefix"], _recording(call["data_iterator"])
+        call["data_iterator"] = recorders
+        call["prefix"] = f"{prefix} (price routing)"
+        with evaluation_routing("price"):
+            original(**call)
+        consumed = arguments.consumed_valid_samples
+        call["data_iterator"] = _replaying(recorders)
+        call["prefix"] = f"{prefix} (flow routing)"
+        # The writers' curves have one name: they keep the causal rule's loss.
+        call["write_to_tensorboard"] = False
+        with evaluation_routing("flow"):
+            original(**call)
+        arguments.consumed_valid_samples = consumed
+        return None
+
+    return evaluate_and_print_results
