@@ -100,4 +100,52 @@ def answer_splits(patches: PatchSet) -> None:
     patches.wrap(dist, "all_to_all_single", make)
 
 
-ANSWERS = (answer_init, answer_new_group, answer_barrier, answer_splits)
+def answer_uneven(patches: PatchSet) -> None:
+    """``all_gather`` and ``reduce_scatter`` of lists with unequal sizes, which gloo lacks.
+
+    Both become one ``all_to_all_single`` with unequal splits along the first dimension. Sums are
+    taken in rank order.
+    """
+
+    def sizes(tensors: list[torch.Tensor]) -> list[int]:
+        return [tensor.shape[0] for tensor in tensors]
+
+    def make_gather(original: Any) -> Any:
+        def all_gather(
+            outputs: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, **kwargs: Any
+        ) -> Any:
+            if len({t.shape for t in outputs}) == 1:
+                return original(outputs, tensor, group=group, **kwargs)
+            received = tensor.new_empty((sum(sizes(outputs)), *tensor.shape[1:]))
+            sent = torch.cat([tensor] * len(outputs))
+            own = [tensor.shape[0]] * len(outputs)
+            dist.all_to_all_single(received, sent, sizes(outputs), own, group=group)
+            for output, part in zip(outputs, received.split(sizes(outputs)), strict=True):
+                output.copy_(part)
+            return None
+
+        return all_gather
+
+    def make_scatter(original: Any) -> Any:
+        def reduce_scatter(
+            output: torch.Tensor,
+            inputs: list[torch.Tensor],
+            op: Any = dist.ReduceOp.SUM,
+            group: Any = None,
+            **kwargs: Any,
+        ) -> Any:
+            if len({t.shape for t in inputs}) == 1 or op != dist.ReduceOp.SUM:
+                return original(output, inputs, op=op, group=group, **kwargs)
+            received = output.new_empty((len(inputs) * output.shape[0], *output.shape[1:]))
+            own = [output.shape[0]] * len(inputs)
+            dist.all_to_all_single(received, torch.cat(inputs), own, sizes(inputs), group=group)
+            output.copy_(received.reshape(len(inputs), *output.shape).sum(0))
+            return None
+
+        return reduce_scatter
+
+    patches.wrap(dist, "all_gather", make_gather)
+    patches.wrap(dist, "reduce_scatter", make_scatter)
+
+
+ANSWERS = (answer_init, answer_new_group, answer_barrier, answer_splits, answer_uneven)

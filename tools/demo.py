@@ -1,0 +1,274 @@
+"""Pretrain small mixture-of-experts models and compare routers.
+
+Trains the same model on the same data with MaxScore and with Megatron's top-k router on 4 ranks as
+TP 2 x EP 2, then with MaxScore as PP 2 x EP 2, all through Megatron's own training loop on CPU.
+Prints a table and draws a picture. Loads and dropped assignments are counted from the tokens that
+reach the experts.
+
+    bash tools/demo.sh
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+ROOT = Path(__file__).resolve().parents[1]
+TENSOR_EXPERT = (
+    "--tensor-model-parallel-size 2 --sequence-parallel "
+    "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1"
+)
+PIPELINE_EXPERT = "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2"
+MODEL = """
+    --num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 256
+    --max-position-embeddings 256 --position-embedding-type rope --normalization RMSNorm --swiglu
+    --disable-bias-linear --attention-dropout 0 --hidden-dropout 0
+    --num-experts 16 --moe-router-topk 2 --moe-ffn-hidden-size 128
+    --moe-token-dispatcher-type alltoall
+"""
+TRAINING = """
+    --micro-batch-size 4 --global-batch-size 8 --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine
+    --lr-warmup-fraction 0.1 --weight-decay 0.1 --clip-grad 1.0 --seed 1234
+    --log-interval 1 --eval-interval 100000 --eval-iters 20
+"""
+# What a machine without Transformer Engine, Apex and a GPU needs.
+LOCAL = """
+    --transformer-impl local --no-persist-layer-norm --no-bias-swiglu-fusion --no-rope-fusion
+    --no-masked-softmax-fusion --no-gradient-accumulation-fusion --num-workers 0
+"""
+# Top-k needs an auxiliary loss to balance; this is its usual coefficient.
+STOCK_ROUTER = "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2"
+MAXSCORE_ROUTER = (
+    "--moe-router-type maxscore --maxscore-scope local --maxscore-mode exact "
+    "--moe-router-load-balancing-type none"
+)
+
+
+@dataclass
+class Run:
+    """One training run: what to start, and what came out of it."""
+
+    name: str
+    title: str
+    layout: str
+    router: str
+    iterations: int
+    losses: list[float] = field(default_factory=list)
+    step_ms: list[float] = field(default_factory=list)
+    validation: dict[str, float] = field(default_factory=dict)
+    statistics: list[dict] = field(default_factory=list)
+
+    def moe_layers(self, key: str) -> np.ndarray:
+        """Return a statistic per iteration and layer."""
+        return np.array([line[key] for line in self.statistics])
+
+
+def command(run: Run, data: Path, output: Path) -> list[str]:
+    """Return the torchrun command line of a run."""
+    flags = f"{MODEL} {TRAINING} {LOCAL} {run.layout} {run.router}".split()
+    return [
+        *f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 4".split(),
+        *"-m megatron_maxscore.launch --cpu examples/pretrain_gpt.py".split(),
+        *flags,
+        *("--train-iters", str(run.iterations), "--lr-decay-iters", str(run.iterations)),
+        *("--tokenizer-type", "SentencePieceTokenizer"),
+        *("--tokenizer-model", str(data / "tokenizer.model")),
+        *("--train-data-path", str(data / "train_text_document")),
+        *("--valid-data-path", str(data / "valid_text_document")),
+        *("--data-cache-path", str(output / "cache")),
+        *("--maxscore-stats-file", str(output / f"{run.name}.jsonl")),
+    ]
+
+
+def follow(lines: Iterator[str], run: Run) -> Iterator[int]:
+    """Read a run's log, keep losses and times, yield each finished iteration."""
+    number = r"([-+.\deE]+)"
+    step = re.compile(
+        rf"iteration +(\d+)/.*elapsed time per iteration \(ms\): {number}.* lm loss: {number}"
+    )
+    valid = re.compile(rf"validation loss at .* on validation set(.*?) \| lm loss value: {number}")
+    for line in lines:
+        if match := step.search(line):
+            run.step_ms.append(float(match[2]))
+            run.losses.append(float(match[3]))
+            yield int(match[1])
+        elif match := valid.search(line):
+            run.validation[match[1].strip(" ()").removesuffix(" routing") or "price"] = float(
+                match[2]
+            )
+
+
+def train(run: Run, data: Path, output: Path, console: Console) -> None:
+    """Run one training; on failure show the end of its log and exit."""
+    log_path, stats_path = output / f"{run.name}.log", output / f"{run.name}.jsonl"
+    stats_path.unlink(missing_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} loss {task.fields[loss]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with log_path.open("w", encoding="utf-8") as log, Progress(*columns, console=console) as bar:
+        task = bar.add_task(run.title, total=run.iterations, loss="")
+        process = subprocess.Popen(
+            command(run, data, output),
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        assert process.stdout is not None
+
+        def tee(stream: Iterator[str]) -> Iterator[str]:
+            for line in stream:
+                log.write(line)
+                yield line
+
+        try:
+            for iteration in follow(tee(process.stdout), run):
+                bar.update(task, completed=iteration, loss=f"{run.losses[-1]:.3f}")
+            status = process.wait()
+        finally:
+            process.terminate()
+    if status != 0 or len(run.losses) != run.iterations or not run.validation:
+        tail = log_path.read_text(encoding="utf-8").splitlines()[-30:]
+        console.print("\n".join(tail), markup=False, highlight=False)
+        console.print(f"error: {run.title} failed; the whole log is {log_path}", markup=False)
+        raise SystemExit(1)
+    run.statistics = [json.loads(line) for line in stats_path.read_text().splitlines()]
+
+
+def table_of(runs: list[Run]) -> Table:
+    """Return the comparison of all runs."""
+    table = Table(title="MaxScore and stock top-k through Megatron's training loop, on CPU")
+    table.add_column("")
+    for run in runs:
+        table.add_column(run.title, justify="right")
+
+    def row(label: str, values: list[str]) -> None:
+        table.add_row(label, *values)
+
+    def validation(run: Run, rule: str) -> str:
+        if rule not in run.validation:
+            return "–"
+        return f"{run.validation[rule]:.4f}"
+
+    row("iterations", [str(run.iterations) for run in runs])
+    row("training loss, first", [f"{run.losses[0]:.4f}" for run in runs])
+    row("training loss, last", [f"{np.mean(run.losses[-5:]):.4f}" for run in runs])
+    row("validation loss, own rule (price / top-k)", [validation(r, "price") for r in runs])
+    row("validation loss, flow routing", [validation(r, "flow") for r in runs])
+    for label, reduce in (("min", np.min), ("mean", np.mean), ("max", np.max)):
+        values = [f"{reduce(run.moe_layers('loads')):,.0f}" for run in runs]
+        row(f"tokens per expert and step, {label}", values)
+    row("maxvio, mean", [f"{run.moe_layers('maxvio').mean():.4f}" for run in runs])
+    row("maxvio, max", [f"{run.moe_layers('maxvio').max():.4f}" for run in runs])
+    row("dropped assignments", [f"{run.moe_layers('dropped').sum():,}" for run in runs])
+    gaps = [max(line["largest_gap"] for line in run.statistics) for run in runs]
+    solves = [sum(line["solves"] for line in run.statistics) for run in runs]
+    row(
+        "largest relative gap",
+        [f"{gap:.1e}" if n else "–" for gap, n in zip(gaps, solves, strict=True)],
+    )
+    shares = []
+    for run, count in zip(runs, solves, strict=True):
+        steps = run.statistics[1:]  # the first step warms up
+        share = sum(s["solve_seconds"] for s in steps) / sum(s["step_seconds"] for s in steps)
+        shares.append(f"{share:.1%}" if count else "–")
+    row("time inside solve, share of the step", shares)
+    row("ms per step, median", [f"{np.median(run.step_ms[1:]):.0f}" for run in runs])
+    return table
+
+
+def picture(runs: list[Run], path: Path) -> None:
+    """Draw loss curves, and the expert loads of the first two runs over time."""
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), width_ratios=(1.15, 1, 1))
+    for run in runs:
+        smooth = np.convolve(run.losses, np.ones(5) / 5, mode="valid")
+        axes[0].plot(np.arange(len(smooth)) + 5, smooth, label=run.title, linewidth=1.6)
+    axes[0].set(xlabel="iteration", ylabel="training loss (mean of 5)", title="Loss")
+    axes[0].grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    # The layer where stock top-k is least balanced, the same one for both.
+    layer = int(runs[1].moe_layers("maxvio").mean(0).argmax())
+    image = None
+    for axis, run in zip(axes[1:], runs[:2], strict=True):
+        loads = run.moe_layers("loads")[:, layer]
+        relative = loads / loads.mean(1, keepdims=True)
+        image = axis.imshow(
+            relative.T, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest"
+        )
+        axis.set(xlabel="iteration", ylabel="expert", title=f"{run.title}: load of layer {layer+1}")
+    figure.colorbar(image, ax=axes[1:], label="load / mean load (white = 1)")
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)
+
+
+def main() -> int:
+    """Prepare data, train, report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=ROOT / "data", help="prepared data")
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "demo", help="results")
+    parser.add_argument("--iterations", type=int, default=200, help="of the first two runs")
+    parser.add_argument("--pipeline-iterations", type=int, default=60, help="of the third")
+    arguments = parser.parse_args()
+    console = Console(width=118 if not sys.stdout.isatty() else None)
+    started = time.monotonic()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    prepare = [sys.executable, str(ROOT / "tools/prepare_data.py"), "--output", str(arguments.data)]
+    if subprocess.run(prepare, check=False).returncode:
+        return 1
+    runs = [
+        Run("maxscore", "MaxScore TP2xEP2", TENSOR_EXPERT, MAXSCORE_ROUTER, arguments.iterations),
+        Run("topk", "top-k TP2xEP2", TENSOR_EXPERT, STOCK_ROUTER, arguments.iterations),
+        Run(
+            "pipeline",
+            "MaxScore PP2xEP2",
+            PIPELINE_EXPERT,
+            MAXSCORE_ROUTER,
+            arguments.pipeline_iterations,
+        ),
+    ]
+    for run in runs:
+        train(run, arguments.data, arguments.output, console)
+    shutil.rmtree(arguments.output / "cache", ignore_errors=True)
+    table = table_of(runs)
+    console.print(table)
+    with (arguments.output / "table.txt").open("w", encoding="utf-8") as file:
+        Console(file=file, width=118).print(table)
+    picture(runs, arguments.output / "demo.png")
+    minutes = (time.monotonic() - started) / 60
+    console.print(f"{minutes:.1f} minutes; table, picture and logs are in {arguments.output}")
+    unbalanced = [r.title for r in (runs[0], runs[2]) if r.moe_layers("dropped").any()]
+    rising = [r.title for r in runs if np.mean(r.losses[-5:]) > 0.8 * r.losses[0]]
+    for title in unbalanced:
+        console.print(f"error: {title} dropped assignments")
+    for title in rising:
+        console.print(f"error: the training loss of {title} did not fall by a fifth")
+    return 1 if unbalanced or rising else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
