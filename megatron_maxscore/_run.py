@@ -38,9 +38,14 @@ def run_script(arguments: list[str]) -> None:
     """Run ``arguments[0]`` as ``__main__`` with the rest as its command line.
 
     A ValueError or AssertionError raised before the process group exists is a mistake in the
-    options, the same on every rank: it becomes one line and exit status 2.
+    options, the same on every rank: it becomes one line and exit status 2. So does, with status
+    1, an error that all ranks raise together. ``MAXSCORE_DEBUG=1`` shows the traceback instead.
     """
     import torch.distributed as dist
+
+    from megatron_maxscore.errors import CollectiveError
+
+    debug = bool(os.environ.get("MAXSCORE_DEBUG"))
 
     script = arguments[0]
     if not os.path.isfile(script):
@@ -50,16 +55,18 @@ def run_script(arguments: list[str]) -> None:
     try:
         runpy.run_path(script, run_name="__main__")
     except (ValueError, AssertionError) as error:
-        if dist.is_available() and dist.is_initialized():
-            raise
-        if os.environ.get("MAXSCORE_DEBUG"):
+        if debug or dist.is_initialized():
             raise
         exit_with_error(str(error) or f"{type(error).__name__} in {_where(error)}")
-    finally:
-        # gloo aborts a process that exits with a live group. After an error the peers may never
-        # arrive, so then only the ordinary exit path is taken.
-        if sys.exc_info()[0] is None and dist.is_initialized():
+    except CollectiveError as error:
+        if debug:
+            raise
+        if dist.is_initialized():
             dist.destroy_process_group()
+        exit_with_error(str(error), code=1)
+    # gloo aborts a process that exits with a live group.
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _where(error: BaseException) -> str:

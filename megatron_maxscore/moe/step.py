@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_maxscore.errors import CollectiveError
 from megatron_maxscore.moe.router import MaxScoreRouter
 
 
-class BadScoresError(RuntimeError):
+class BadScoresError(CollectiveError):
     """Router scores were NaN or infinite; raised on every rank together."""
 
 

@@ -1,0 +1,65 @@
+"""Imports point one way, and importing the package changes nothing."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "megatron_maxscore"
+# What each layer may import of the project and of Megatron, besides torch, numpy and the standard
+# library.
+ALLOWED = {
+    "ops": {"megatron_maxscore.ops"},
+    "flow": {"megatron_maxscore.flow", "megatron_maxscore.ops"},
+    "cpu": {"megatron_maxscore.cpu", "megatron_maxscore._", "megatron.core"},
+    "moe": {
+        "megatron_maxscore.moe",
+        "megatron_maxscore.flow",
+        "megatron_maxscore.ops",
+        "megatron_maxscore._",
+        "megatron_maxscore.errors",
+        "megatron.core",
+    },
+    "training": {"megatron_maxscore", "megatron.core", "megatron.training"},
+}
+FORBIDDEN_IN_TRAINING = "megatron_maxscore.cpu"
+
+
+def imports(path: Path) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.append(node.module or "")
+    return names
+
+
+@pytest.mark.parametrize("layer", sorted(ALLOWED))
+def test_direction(layer):
+    files = list((PACKAGE / layer).glob("*.py"))
+    assert files
+    for path in files:
+        for name in imports(path):
+            if name.split(".")[0] in ("megatron", "megatron_maxscore"):
+                assert any(name.startswith(prefix) for prefix in ALLOWED[layer]), (path, name)
+                if layer == "training":
+                    assert not name.startswith(FORBIDDEN_IN_TRAINING), (path, name)
+
+
+def test_importing_changes_nothing_and_needs_no_megatron():
+    code = (
+        "import sys, torch\n"
+        "before = (torch.zeros, torch.Tensor.to, torch.cuda.is_available, torch.cuda.Stream)\n"
+        "import megatron_maxscore, megatron_maxscore.flow, megatron_maxscore.ops\n"
+        "import megatron_maxscore.cpu, megatron_maxscore._patches\n"
+        "after = (torch.zeros, torch.Tensor.to, torch.cuda.is_available, torch.cuda.Stream)\n"
+        "assert before == after\n"
+        "assert 'megatron.core' not in sys.modules and 'megatron.training' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
