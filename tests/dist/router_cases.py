@@ -1,0 +1,365 @@
+"""What the ranks do in the router tests."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import torch
+
+from tests.dist.cases import EXPERTS, HIDDEN, TOPK, groups, make_layer, own_input
+from tests.oracles import highs_objective
+
+
+def reference_gates(logits_TE, experts_TK, score_function, pre_softmax, gate):
+    """Return the (T, K) gates by definition, in float64."""
+    from megatron_maxscore.ops import soft_topk
+
+    z_TE = logits_TE.double()
+    if gate == "soft_topk":
+        return soft_topk(z_TE, TOPK).gather(1, experts_TK)
+    if score_function == "softmax":
+        if pre_softmax:
+            return z_TE.softmax(-1).gather(1, experts_TK)
+        return z_TE.gather(1, experts_TK).softmax(-1)
+    score_TE = z_TE.sigmoid()
+    if score_function == "sqrtsoftplus":
+        score_TE = torch.nn.functional.softplus(z_TE).sqrt()
+    chosen_TK = score_TE.gather(1, experts_TK)
+    return chosen_TK / chosen_TK.sum(-1, keepdim=True)
+
+
+def reference_objective(logits_TE, score_function, gate, objective):
+    """Return the (T, E) matrix that the flow should maximise, in float64."""
+    from megatron_maxscore.ops import soft_topk
+
+    z_TE = logits_TE.double()
+    if objective == "logits":
+        return z_TE
+    if gate == "soft_topk":
+        return soft_topk(z_TE, TOPK)
+    return {
+        "softmax": z_TE.softmax(-1),
+        "sigmoid": z_TE.sigmoid(),
+        "sqrtsoftplus": torch.nn.functional.softplus(z_TE).sqrt(),
+    }[score_function]
+
+
+def table_row(rank, size, score_function, pre_softmax, gate, objective, scaling=None):
+    """Check one row of the table of gates: what is maximised and what reaches the experts."""
+    from megatron_maxscore.moe import MaxScoreConfig
+
+    layer = make_layer(
+        ep=size,
+        options=MaxScoreConfig(gate=gate, objective=objective),
+        moe_router_score_function=score_function,
+        moe_router_pre_softmax=pre_softmax,
+        moe_router_topk_scaling_factor=scaling,
+    )
+    layer.train()
+    hidden = own_input(rank, 20) * 5  # scores that differ
+    probs, routing_map = layer.router(hidden)
+    logits_TE = layer.router.gating(hidden).reshape(20, EXPERTS).detach()
+    assert routing_map.sum(1).tolist() == [TOPK] * 20
+    experts_TK = routing_map.nonzero()[:, 1].reshape(20, TOPK)
+    gates_TK = reference_gates(logits_TE, experts_TK, score_function, pre_softmax, gate)
+    expected = torch.zeros(20, EXPERTS, dtype=torch.float64).scatter(1, experts_TK, gates_TK)
+    torch.testing.assert_close(
+        probs.double(), expected * (scaling or 1.0), rtol=1e-5, atol=1e-6
+    )
+    matrix = reference_objective(logits_TE, score_function, gate, objective).numpy()
+    total = float(np.take_along_axis(matrix, experts_TK.numpy(), 1).sum())
+    best = highs_objective(matrix, TOPK, np.full(EXPERTS, 5))
+    np.testing.assert_allclose(total, best, rtol=1e-6)
+    return bool((gates_TK.sum(-1) - 1).abs().max() < 1e-6)
+
+
+def losses_like_stock(rank, size, balancing, z_loss=None, per_token=False):
+    """Compare the gradients and metrics of the router's losses with stock's.
+
+    Gates are multiplied by 0, so only the losses reach the router's weight.
+    """
+    from megatron.core.transformer.moe.moe_logging import (
+        destroy_moe_metrics_tracker,
+        get_moe_metrics_tracker,
+    )
+
+    found = {}
+    for router in ("topk", "maxscore"):
+        destroy_moe_metrics_tracker()
+        layer = make_layer(
+            ep=size,
+            router=router,
+            moe_router_load_balancing_type=balancing,
+            moe_aux_loss_coeff=0.0 if balancing == "none" else 0.3,
+            moe_z_loss_coeff=z_loss,
+            calculate_per_token_loss=per_token,
+        )
+        layer.train()
+        mask = torch.zeros(20, 1, dtype=torch.bool)
+        mask[15:] = True
+        probs, _ = layer.router(own_input(rank, 20), mask)
+        (probs.sum() * 0.0).backward()
+        metrics = {k: v.values.clone() for k, v in get_moe_metrics_tracker().metrics.items()}
+        found[router] = layer.router.weight.grad.clone(), metrics
+    (stock_grad, stock), (our_grad, ours) = found["topk"], found["maxscore"]
+    assert stock_grad.abs().max() > 0 and stock
+    torch.testing.assert_close(our_grad, stock_grad, rtol=1e-5, atol=1e-7)
+    assert stock.keys() == ours.keys()
+    for name in stock:
+        torch.testing.assert_close(ours[name], stock[name])
+    return sorted(stock)
+
+
+def padding(rank, size):
+    """Valid tokens get the best assignment that leaves padding its room."""
+    from tests.oracles import check_assignment
+
+    layer = make_layer(ep=size)
+    layer.train()
+    hidden = own_input(rank, 24).detach()
+    mask = torch.zeros(24, 1, dtype=torch.bool)
+    mask[10:14] = True
+    hidden[mask] = float("nan")  # padding may hold anything
+    probs, routing_map = layer.router(hidden, mask)
+    assert torch.isfinite(probs).all() and layer.router.statistics.bad_tokens == 0
+    logits = layer.router.gating(hidden.nan_to_num()).reshape(24, EXPERTS).detach()
+    logits[mask.flatten()] = 0.0
+    matrix = logits.double().numpy()
+    experts = routing_map.nonzero()[:, 1].reshape(24, TOPK).numpy()
+    order = np.take_along_axis(-matrix, experts, 1).argsort(1, kind="stable")
+    experts = np.take_along_axis(experts, order, 1)
+    total = check_assignment(experts, matrix, TOPK, np.full(EXPERTS, 6))
+    np.testing.assert_allclose(total, highs_objective(matrix, TOPK, np.full(EXPERTS, 6)), rtol=1e-6)
+    # Later pipeline stages get the mask of the whole sequence.
+    return routing_map.sum(1).unique().tolist()
+
+
+def price_routing(rank, size):
+    """In evaluation tokens choose alone, by score minus price; gates carry no price."""
+    from megatron_maxscore.moe.evaluation import evaluation_routing
+    from megatron_maxscore.ops import soft_topk
+
+    layer = make_layer(ep=size)
+    router = layer.router
+    router.expert_prices.copy_(torch.linspace(-1.0, 1.0, EXPERTS))
+    layer.eval()
+    hidden = own_input(rank, 16).detach()
+    probs, routing_map = router(hidden)
+    logits = router.gating(hidden).reshape(16, EXPERTS).detach()
+    chosen = (logits - router.expert_prices).topk(TOPK, dim=1).indices
+    expected = torch.zeros_like(logits).scatter(1, chosen, soft_topk(logits, TOPK).gather(1, chosen))
+    torch.testing.assert_close(probs, expected)
+    alone = [router(hidden[t : t + 1])[1] for t in range(16)]
+    assert torch.equal(torch.cat(alone), routing_map), "a token's experts depend on it alone"
+    with evaluation_routing("flow"):
+        _, flow_map = router(hidden)
+    assert flow_map.sum(0).tolist() == [4] * EXPERTS
+    assert router.statistics.solves == 0 and router.price_count == 0, "nothing is learned"
+    return routing_map.sum(0).tolist()
+
+
+def half_precision(rank, size):
+    """A bfloat16 model keeps prices in float32, also through its state dict."""
+    layer = make_layer(ep=size, params_dtype=torch.bfloat16, bf16=True)
+    router = layer.router
+    router.bfloat16()
+    layer.train()
+    probs, _ = router(own_input(rank, 16).bfloat16())
+    assert probs.dtype == torch.bfloat16
+    assert router.expert_prices.dtype == router.price_sum.dtype == torch.float32
+    exact = torch.linspace(-1, 1, EXPERTS) + 1e-5
+    router.expert_prices.copy_(exact)
+    saved = {name: value.clone() for name, value in router.state_dict().items()}
+    assert torch.equal(saved["expert_prices"], exact) and "price_sum" not in saved
+    router.expert_prices.zero_()
+    router.load_state_dict(saved)
+    assert torch.equal(router.expert_prices, exact)
+    sharded = router.sharded_state_dict(prefix="mlp.router.")
+    return sorted(sharded)
+
+
+def replay(rank, size):
+    """Record an assignment and replay it on other inputs."""
+    from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
+
+    RouterReplay.global_router_replay_instances.clear()
+    layer = make_layer(ep=size, moe_enable_routing_replay=True)
+    layer.train()
+    RouterReplay.set_global_router_replay_action(RouterReplayAction.RECORD)
+    _, first = layer.router(own_input(rank, 16))
+    assert layer.router.plan.has_static_quotas
+    recorded = RouterReplay.get_recorded_data()
+    RouterReplay.set_replay_data([index.clone() for index in recorded])
+    RouterReplay.set_global_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+    hidden = own_input(rank + 50, 16)
+    probs, second = layer.router(hidden)
+    assert torch.equal(first, second)
+    assert not layer.router.plan.has_static_quotas, "replayed loads need not be the quotas"
+    probs.sum().backward()
+    RouterReplay.clear_global_router_replay_action()
+    _, third = layer.router(hidden)
+    assert not torch.equal(third, first)
+    RouterReplay.global_router_replay_instances.clear()
+    return recorded[0].shape
+
+
+def specs(rank, size):
+    """``with_maxscore`` on layer, block and MTP specs; the flag alone; stock left alone."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_decoder_block_spec,
+        get_gpt_layer_local_spec,
+        get_gpt_mtp_block_spec,
+    )
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    from megatron_maxscore.moe import (
+        MaxScoreConfig,
+        MaxScoreRouter,
+        MaxScoreTokenDispatcher,
+        with_maxscore,
+    )
+    from megatron_maxscore.moe.step import maxscore_routers
+
+    collection = groups(ep=size)
+    config = TransformerConfig(
+        num_layers=2,
+        hidden_size=HIDDEN,
+        num_attention_heads=4,
+        num_moe_experts=EXPERTS,
+        moe_router_topk=TOPK,
+        moe_layer_freq=[1, 0],
+        moe_token_dispatcher_type="alltoall",
+        moe_router_load_balancing_type="none",
+        expert_model_parallel_size=size,
+        mtp_num_layers=1,
+        add_bias_linear=False,
+        use_cpu_initialization=True,
+    )
+    options = MaxScoreConfig(temperature=0.5)
+    found = []
+    layer_spec = get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False)
+    with_maxscore(layer_spec, options)  # returns a copy: the stock model comes after it
+    for kind in ("stock", "layer", "block"):
+        spec = layer_spec
+        if kind == "block":
+            spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
+        mtp = get_gpt_mtp_block_spec(config, layer_spec, use_transformer_engine=False)
+        if kind != "stock":
+            spec, mtp = with_maxscore(spec, options), with_maxscore(mtp, options)
+        model = GPTModel(
+            config, spec, vocab_size=64, max_sequence_length=16, mtp_block_spec=mtp,
+            position_embedding_type="rope", pg_collection=collection,
+        )  # fmt: skip
+        routers = [m for m in model.modules() if isinstance(m, TopKRouter)]
+        ours = maxscore_routers([model])
+        dispatchers = [m.token_dispatcher for m in model.modules() if hasattr(m, "token_dispatcher")]
+        assert len(routers) == len(dispatchers)
+        if kind == "stock":
+            assert not ours and not any(type(d) is MaxScoreTokenDispatcher for d in dispatchers)
+        else:
+            assert len(ours) == len(routers)
+            assert all(type(r) is MaxScoreRouter and r.options == options for r in ours)
+            assert all(type(d) is MaxScoreTokenDispatcher for d in dispatchers)
+            for module in model.modules():
+                if hasattr(module, "token_dispatcher"):
+                    assert module.token_dispatcher.plan is module.router.plan
+            assert any(r.is_mtp_layer for r in ours), "the MTP layer is ours too"
+        found.append(len(ours))
+    try:
+        with_maxscore(get_gpt_layer_local_spec())
+    except ValueError as error:
+        assert "no MoE layer" in str(error)
+    else:
+        raise AssertionError("a dense spec was accepted")
+    return found
+
+
+REFUSED = {
+    "--maxscore-capacity-factor 0.9": ["--maxscore-capacity-factor", "0.9", "at least 1"],
+    "--maxscore-scope group": ["--maxscore-scope group", "local"],
+    "--maxscore-scope sequence": ["--maxscore-scope sequence", "local"],
+    "--maxscore-mode bounded": ["--maxscore-mode bounded", "exact"],
+    "--maxscore-temperature 0": ["--maxscore-temperature", "greater than 0"],
+    "--maxscore-price-decay 1": ["--maxscore-price-decay"],
+    "--maxscore-gate hard": ["--maxscore-gate", "soft_topk", "score"],
+    "--moe-router-topk 9": ["--moe-router-topk 9", "--num-experts 8"],
+    "--moe-router-load-balancing-type sinkhorn": ["sinkhorn", "none"],
+    "--moe-router-load-balancing-type quantile_balancing": ["quantile_balancing", "none"],
+    "--moe-expert-capacity-factor 1.0": [
+        "--moe-expert-capacity-factor",
+        "--maxscore-capacity-factor",
+    ],
+    "--moe-token-dispatcher-type allgather": ["allgather", "alltoall"],
+    "--moe-token-dispatcher-type flex": ["flex", "alltoall"],
+    "--moe-router-score-function sigmoid": ["sigmoid", "--maxscore-gate score"],
+    "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --maxscore-gate score": [
+        "--moe-router-enable-expert-bias"
+    ],
+    "--moe-router-num-groups 2 --moe-router-group-topk 1": ["--moe-router-num-groups"],
+    "--moe-router-fusion": ["--moe-router-fusion"],
+    "--num-experts 7 --expert-model-parallel-size 2": ["--num-experts 7", "divisible"],
+    "--bogus-flag 3": ["--bogus-flag"],
+    "--moe-router-type best": ["--moe-router-type", "best"],
+    "--train-data-path 0.5 /nowhere/text": ["--train-data-path", "/nowhere/text.idx"],
+}
+
+
+def arguments(rank, size):
+    """Parse good and bad command lines in one process; return the messages of the bad ones."""
+    from megatron_maxscore import training
+
+    training.install()
+    training.install()  # twice is once
+    try:
+        from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+        from megatron.training import arguments as megatron_arguments
+        from megatron.training.arguments import core_transformer_config_from_args
+
+        from tests.dist.training_runs import MODEL
+
+        def parse(flags):
+            sys.argv = ["script", *MODEL.split(), "--train-iters", "2", *flags.split()]
+            args = megatron_arguments.parse_args()
+            args.rank, args.world_size = 0, 2
+            megatron_arguments.validate_args(args)
+            return args
+
+        stock = parse("")
+        assert stock.moe_router_type == "topk"
+        assert core_transformer_config_from_args(stock).moe_router_type == "topk"
+        ours = parse(
+            "--moe-router-type maxscore --maxscore-capacity-factor 1.25 --maxscore-gate score "
+            "--moe-router-score-function sigmoid --maxscore-eval-routing price"
+        )
+        config = core_transformer_config_from_args(ours)
+        assert config.moe_router_type == "maxscore" and config.maxscore_capacity_factor == 1.25
+        import copy
+        import dataclasses
+
+        for clone in (
+            dataclasses.replace(config),
+            copy.deepcopy(config),
+            TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1,
+                              maxscore_capacity_factor=1.25, moe_router_type="maxscore"),
+        ):  # fmt: skip
+            assert clone.maxscore_capacity_factor == 1.25, clone
+            assert dataclasses.asdict(clone)["moe_router_type"] == "maxscore"
+        mla = MLATransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+        assert mla.maxscore_scope == "local"
+        messages = {}
+        for flags in REFUSED:
+            try:
+                parse(f"--moe-router-type maxscore {flags}".replace(
+                    "--moe-router-type maxscore --moe-router-type", "--moe-router-type"))
+            except ValueError as error:
+                messages[flags] = str(error)
+        # The same without the router type: stock accepts what stock accepts.
+        parse("--moe-router-load-balancing-type sinkhorn")
+    finally:
+        training.uninstall()
+    assert not hasattr(TransformerConfig, "maxscore_scope")
+    assert "maxscore_scope" not in {f.name for f in dataclasses.fields(TransformerConfig)}
+    return messages

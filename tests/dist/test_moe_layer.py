@@ -1,0 +1,148 @@
+"""The MoE layer on several ranks: round trip, reference, collectives, agreement."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_maxscore.moe import MaxScoreConfig
+from tests.dist import cases
+from tests.dist.pool import Pool, RankError
+
+LAYOUTS = [
+    (2, dict(ep=2)),
+    (4, dict(ep=4)),
+    (4, dict(tp=2, ep=2, etp=1)),
+    (4, dict(tp=2, ep=2, etp=2)),
+    (4, dict(tp=4, ep=2, etp=1)),
+]
+
+
+def total_loads(results, experts=cases.EXPERTS):
+    loads = [0] * experts
+    for result in results:
+        if result["etp_rank"] == 0:
+            for offset, load in enumerate(result["loads"]):
+                loads[result["first"] + offset] += load
+    return loads
+
+
+@pytest.mark.parametrize(("size", "layout"), LAYOUTS)
+@pytest.mark.parametrize("num_tokens", [24, 21])  # 21 * 2 is not divisible by 8 experts
+def test_round_trip_restores_input_and_gradient(ranks, size, layout, num_tokens):
+    results = ranks(size, cases.round_trip, num_tokens=num_tokens, **layout)
+    for result in results:
+        assert result["per_token"] == [cases.TOPK] * num_tokens
+        assert max(result["own"]) - min(result["own"]) <= 1, "a rank's own loads are its quotas"
+    loads = total_loads(results)
+    assert sum(loads) == size * num_tokens * cases.TOPK, "nothing is dropped"
+    shares = size // (layout["ep"] * layout.get("etp", 1))
+    assert max(loads) - min(loads) <= shares, "remainders rotate over the ranks of a group"
+
+
+@pytest.mark.parametrize(("size", "layout"), LAYOUTS[:4])
+@pytest.mark.parametrize("kind", ["evaluation", "slack", "variable"])
+def test_round_trip_where_loads_are_not_static(ranks, size, layout, kind):
+    settings = dict(layout)
+    if kind == "evaluation":
+        settings["training"] = False
+    elif kind == "slack":
+        settings["options"] = MaxScoreConfig(capacity_factor=1.5)
+    else:
+        settings["variable_seq_lengths"] = True
+    results = ranks(size, cases.round_trip, num_tokens=24, **settings)
+    assert sum(total_loads(results)) == size * 24 * cases.TOPK
+    if kind == "slack":
+        assert max(max(result["own"]) for result in results) <= 9  # ceil(24 * 2 * 1.5 / 8)
+
+
+@pytest.mark.parametrize(
+    ("size", "settings"),
+    [
+        (2, dict(ep=2)),
+        (4, dict(tp=2, ep=2, etp=1)),
+        (4, dict(ep=4, options=MaxScoreConfig(gate="score"))),
+        (4, dict(ep=4, moe_router_dtype="fp64")),
+    ],
+)
+def test_layer_equals_a_loop_over_tokens(ranks, size, settings):
+    totals = ranks(size, cases.layer_equals_reference, **settings)
+    assert len(set(totals)) > 1, "inputs differ by rank"
+
+
+@pytest.mark.parametrize(("size", "layout"), [(2, dict(ep=2)), (4, dict(tp=2, ep=2, etp=2))])
+def test_collectives_are_stocks_minus_the_metadata_gather(ranks, size, layout):
+    stock = ranks(size, cases.count_collectives, router="topk", **layout)
+    ours = ranks(size, cases.count_collectives, **layout)
+    for (stock_counts, stock_sync), (our_counts, our_sync) in zip(stock, ours, strict=True):
+        assert stock_sync == "before_ep_alltoall" and our_sync == "no_sync"
+        if layout.get("etp", 1) == 1:
+            expected = dict(stock_counts)
+            expected["all_gather"] -= 1
+            assert our_counts == {name: n for name, n in expected.items() if n}
+        else:
+            # The gather over expert-tensor-parallel ranks is an equal one with known splits.
+            assert our_counts["all_to_all_single"] <= stock_counts["all_to_all_single"]
+            assert sum(our_counts.values()) < sum(stock_counts.values())
+    slack = ranks(
+        size, cases.count_collectives, options=MaxScoreConfig(capacity_factor=2.0), **layout
+    )
+    assert [counts for counts, _ in slack] == [counts for counts, _ in stock]
+
+
+def test_prices_are_the_running_average_on_every_rank(ranks):
+    histories = ranks(4, cases.prices_after_batches, tp=2, ep=2, etp=1)
+    expected = torch.zeros(cases.EXPERTS)
+    for batch in range(3):
+        sums = sum(history[batch][0][0] for history in histories)
+        count = sum(history[batch][0][1] for history in histories)
+        assert count == 8
+        mean = sums / count
+        expected = mean if batch == 0 else 0.9 * expected + 0.1 * mean
+        for history in histories:
+            assert torch.equal(history[batch][1], histories[0][batch][1]), "replicas are equal"
+            torch.testing.assert_close(history[batch][1], expected)
+
+
+def test_bad_scores_raise_one_error_on_every_rank(ranks):
+    messages = ranks(4, cases.bad_scores)
+    assert len(set(messages)) == 1
+    assert "iteration 6" in messages[0] and "layer 1 on rank 1: 3 tokens" in messages[0]
+
+
+@pytest.mark.parametrize("settings", [dict(how="full"), dict(how="selective")])
+def test_recompute_reuses_the_assignment(ranks, settings):
+    plain = ranks(2, cases.recompute, how="none", ep=2)
+    extra = {}
+    if settings["how"] == "selective":
+        extra = dict(recompute_granularity="selective", recompute_modules=["moe"])
+    again = ranks(2, cases.recompute, ep=2, **settings, **extra)
+    for a, b in zip(plain, again, strict=True):
+        assert all(map(torch.equal, a["outputs"], b["outputs"]))
+        assert all(map(torch.equal, a["grads"], b["grads"]))
+        assert a["solves"] == b["solves"] == 2 and b["kept"] == 0
+        assert a["price_count"] == b["price_count"] == 2
+        assert a["gathers"] == b["gathers"] == 0
+
+
+def test_tensor_parallel_copies_agree_in_evaluation(ranks):
+    results = ranks(2, cases.same_experts_on_tensor_parallel_copies)
+    assert all(map(torch.equal, results[0], results[1]))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_uneven_collectives_of_cpu_mode(ranks, size):
+    assert all(ranks(size, cases.uneven_collectives))
+
+
+@pytest.mark.xdist_group("ranks")
+def test_pool_reports_errors_and_hangs():
+    pool = Pool(2)
+    with pytest.raises(RankError, match=r"rank 0 failed:[\s\S]*as intended"):
+        pool.run(cases.raise_on_one_rank)
+    assert pool.is_alive
+    with pytest.raises(RankError) as caught:
+        pool.run(cases.sleep_on_one_rank, timeout=3.0)
+    text = str(caught.value)
+    assert "rank 0 hung" in text and "rank 1 hung" in text and "sleep_on_one_rank" in text
+    assert not pool.is_alive

@@ -1,0 +1,88 @@
+"""The router beside definitions, stock Megatron and HiGHS."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.dist import router_cases as cases
+
+# docs/routing.md has this table: score function, softmax before selection, gate, flow objective,
+# and whether what reaches the experts sums to 1 per token.
+TABLE = [
+    ("softmax", False, "soft_topk", "logits", False),
+    ("softmax", False, "soft_topk", "scores", False),
+    ("softmax", True, "soft_topk", "logits", False),
+    ("softmax", False, "score", "logits", True),
+    ("softmax", False, "score", "scores", True),
+    ("softmax", True, "score", "logits", False),
+    ("softmax", True, "score", "scores", False),
+    ("sigmoid", False, "score", "logits", True),
+    ("sigmoid", False, "score", "scores", True),
+    ("sqrtsoftplus", False, "score", "logits", True),
+    ("sqrtsoftplus", False, "score", "scores", True),
+]
+
+
+@pytest.mark.parametrize(("function", "pre_softmax", "gate", "objective", "renormalised"), TABLE)
+def test_table_of_gates(ranks, function, pre_softmax, gate, objective, renormalised):
+    results = ranks(
+        2,
+        cases.table_row,
+        score_function=function,
+        pre_softmax=pre_softmax,
+        gate=gate,
+        objective=objective,
+    )
+    assert results == [renormalised] * 2
+
+
+@pytest.mark.parametrize("gate", ["soft_topk", "score"])
+def test_scaling_factor(ranks, gate):
+    ranks(
+        2, cases.table_row, score_function="softmax", pre_softmax=False, gate=gate,
+        objective="logits", scaling=2.5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("balancing", ["aux_loss", "seq_aux_loss", "global_aux_loss"])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_auxiliary_losses_are_stocks(ranks, balancing, per_token):
+    names = ranks(2, cases.losses_like_stock, balancing=balancing, per_token=per_token)
+    assert names[0] == names[1] and len(names[0]) == 1
+
+
+def test_z_loss_is_stocks(ranks):
+    names = ranks(2, cases.losses_like_stock, balancing="none", z_loss=0.1)
+    assert names == [["z_loss"]] * 2
+
+
+def test_padding_mask(ranks):
+    assert ranks(2, cases.padding) == [[2], [2]]
+
+
+def test_price_routing_in_evaluation(ranks):
+    for loads in ranks(2, cases.price_routing):
+        assert sum(loads) == 32 and loads[0] > loads[-1], "dear experts are taken less"
+
+
+def test_half_precision_models_keep_float32_prices(ranks):
+    names = ["mlp.router.expert_prices", "mlp.router.weight"]
+    assert ranks(2, cases.half_precision) == [names, names]
+
+
+def test_router_replay(ranks):
+    assert ranks(2, cases.replay) == [(16, 2), (16, 2)]
+
+
+def test_specs(ranks):
+    stock, layer, block = ranks(2, cases.specs)[0]
+    # A layer spec has a MoE layer everywhere; the block spec follows moe_layer_freq [1, 0].
+    assert stock == 0 and layer == 3 and block == 2
+
+
+def test_arguments(ranks):
+    for messages in ranks(2, cases.arguments):
+        assert messages.keys() == cases.REFUSED.keys()
+        for flags, words in cases.REFUSED.items():
+            for word in words:
+                assert word in messages[flags], (flags, messages[flags])

@@ -1,0 +1,89 @@
+"""Megatron's own training loop, started as a user starts it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.dist.training_runs import MAXSCORE, TOPK, run, succeed
+
+# Runs use every core; one at a time.
+pytestmark = pytest.mark.xdist_group("ranks")
+
+LAYOUTS = {
+    "TP2xEP2": "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2 "
+    "--expert-tensor-parallel-size 1 --moe-z-loss-coeff 1e-3",
+    "PP2xEP2": "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2",
+    "EP4": "--expert-model-parallel-size 4 --bf16 --moe-router-dtype fp32",
+    "TP2xPP2": "--tensor-model-parallel-size 2 --sequence-parallel "
+    "--pipeline-model-parallel-size 2",
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_trains_in_every_layout(tmp_path, layout):
+    result = succeed(tmp_path, 4, f"{MAXSCORE} {LAYOUTS[layout]} --train-iters 6")
+    losses = [float.fromhex(text) for text in result.losses]
+    assert len(losses) == 6 and losses[-1] < losses[0] - 0.1
+    assert set(result.validation) == {"(price routing)", "(flow routing)"}
+    assert len(result.statistics) == 6
+    for line in result.statistics:
+        assert line["maxvio"] == [0.0, 0.0] and line["dropped"] == [0, 0]
+        # 8 sequences of 64 tokens, 2 experts each, over 8 experts.
+        assert line["loads"] == [[128] * 8] * 2
+        assert line["largest_gap"] <= 1e-9 and line["solves"] > 0
+
+
+def test_topk_is_stock_bit_for_bit(tmp_path):
+    flags = f"{TOPK} --expert-model-parallel-size 2 --train-iters 20 --hidden-dropout 0.1"
+    stock = succeed(tmp_path / "cpu", 2, flags, module="megatron_maxscore.cpu")
+    ours = succeed(tmp_path / "launch", 2, f"{flags} --moe-router-type topk")
+    assert len(stock.losses) == 20
+    assert ours.losses == stock.losses
+    assert ours.validation == stock.validation
+    assert sum(map(sum, ours.statistics[-1]["loads"])) == 2 * 8 * 64 * 2
+
+
+def test_resumed_run_continues_bit_for_bit(tmp_path):
+    flags = f"{MAXSCORE} --expert-model-parallel-size 2 --hidden-dropout 0.1 --ckpt-format torch_dist"
+    whole = succeed(tmp_path / "whole", 2, f"{flags} --train-iters 8")
+    checkpoint = tmp_path / "checkpoint"
+    first = succeed(
+        tmp_path / "first",
+        2,
+        f"{flags} --train-iters 8 --exit-interval 4 --save {checkpoint} --save-interval 4",
+    )
+    second = succeed(tmp_path / "second", 2, f"{flags} --train-iters 8 --load {checkpoint}")
+    assert len(first.losses) == 4 and len(second.losses) == 4
+    assert first.losses + second.losses == whole.losses
+    # Price routing sees the saved running average.
+    assert second.validation == whole.validation
+
+
+def test_bad_scores_end_every_rank_before_the_step(tmp_path):
+    result = run(
+        tmp_path,
+        4,
+        f"{MAXSCORE} --expert-model-parallel-size 4 --train-iters 5",
+        environment={"BAD_RANK": "2", "BAD_ITERATION": "3"},
+    )
+    assert result.status != 0 and len(result.losses) == 2
+    assert len(result.errors) == 1
+    # The first layer's logits of one position of two sequences.
+    assert "in iteration 3" in result.errors[0]
+    assert "layer 1 on rank 2: 2 tokens" in result.errors[0]
+    assert "Traceback" not in result.output.split("error: router scores")[0].split("iteration")[-1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (f"{MAXSCORE} --moe-router-type greedy", ["--moe-router-type", "greedy", "maxscore"]),
+        (f"{MAXSCORE} --data-path nowhere/text", ["--data-path nowhere/text", ".idx"]),
+    ],
+)
+def test_wrong_options_end_every_rank_with_one_line(tmp_path, flags, words):
+    flags = flags.replace("--mock-data", "")
+    result = run(tmp_path, 2, f"--train-iters 2 {flags}", timeout=90.0)
+    assert result.status != 0 and len(result.errors) == 1 and not result.losses
+    for word in words:
+        assert word in result.errors[0]

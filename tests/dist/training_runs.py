@@ -1,0 +1,113 @@
+"""Start real training runs through torchrun and read exact losses back."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = """
+    --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 64
+    --max-position-embeddings 64 --position-embedding-type rope --normalization RMSNorm --swiglu
+    --disable-bias-linear --num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 32
+    --moe-token-dispatcher-type alltoall --transformer-impl local --no-persist-layer-norm
+    --no-bias-swiglu-fusion --no-rope-fusion --no-masked-softmax-fusion
+    --no-gradient-accumulation-fusion --num-workers 0 --micro-batch-size 2 --global-batch-size 8
+    --lr 1e-2 --lr-decay-style constant --weight-decay 0.1 --seed 7 --log-interval 1
+    --eval-interval 1000 --eval-iters 2 --split 80,10,10
+    --mock-data --tokenizer-type NullTokenizer --vocab-size 127 --distributed-timeout-minutes 2
+"""
+MAXSCORE = (
+    "--moe-router-type maxscore --maxscore-scope local --maxscore-mode exact "
+    "--moe-router-load-balancing-type none"
+)
+TOPK = "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2"
+
+
+@dataclass
+class Result:
+    """What a run printed, its exit status, and its losses as exact hexadecimal floats."""
+
+    status: int
+    output: str
+    losses: list[str]
+    statistics: list[dict]
+
+    @property
+    def validation(self) -> dict[str, float]:
+        """Validation loss per routing rule, "" for stock."""
+        pattern = r"on validation set ?(\([a-z ]+\))? \| lm loss value: ([\d.E+-]+)"
+        return {rule: float(loss) for rule, loss in re.findall(pattern, self.output)}
+
+    @property
+    def errors(self) -> list[str]:
+        """One-line errors."""
+        return re.findall(r"^error: .*", self.output, flags=re.MULTILINE)
+
+
+def run(
+    directory: Path,
+    ranks: int,
+    flags: str,
+    module: str = "megatron_maxscore.launch --cpu",
+    script: str = "tests/dist/exact_losses.py",
+    environment: dict[str, str] | None = None,
+    timeout: float = 240.0,
+) -> Result:
+    """Run a training script under torchrun.
+
+    Args:
+        directory: for the losses, statistics and data cache of this run.
+        ranks: processes.
+        flags: Megatron's arguments besides ``MODEL``.
+        module: launcher module and its options.
+        script: training script.
+        environment: additional variables.
+        timeout: seconds until the run counts as hung and is killed.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    losses, stats = directory / "losses", directory / "stats.jsonl"
+    for path in (losses, stats):
+        path.unlink(missing_ok=True)
+    command = (
+        f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node {ranks} "
+        f"-m {module} {script} {MODEL} --data-cache-path {directory}/cache {flags}"
+    )
+    if "launch" in module:
+        command += f" --maxscore-stats-file {stats}"
+    try:
+        process = subprocess.run(
+            command.split(),
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "EXACT_LOSSES": str(losses),
+                **(environment or {}),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+        )
+    except subprocess.TimeoutExpired as error:
+        text = (error.stdout or b"").decode(errors="replace")
+        raise AssertionError(f"the run hung; its output so far:\n{text[-6000:]}") from None
+    return Result(
+        process.returncode,
+        process.stdout,
+        losses.read_text().split() if losses.exists() else [],
+        [json.loads(line) for line in stats.read_text().splitlines()] if stats.exists() else [],
+    )
+
+
+def succeed(*args, **kwargs) -> Result:
+    """Run and assert exit status 0."""
+    result = run(*args, **kwargs)
+    assert result.status == 0, result.output[-6000:]
+    return result
