@@ -18,7 +18,9 @@ def ortools_objective(scores_TE: np.ndarray, topk: int, capacity_E: np.ndarray) 
     sink = source + 1
     experts = num_tokens + np.arange(num_experts)
     tails = np.concatenate([np.full(num_tokens, source), rows, experts])
-    heads = np.concatenate([np.arange(num_tokens), num_tokens + columns, np.full(num_experts, sink)])
+    heads = np.concatenate(
+        [np.arange(num_tokens), num_tokens + columns, np.full(num_experts, sink)]
+    )
     capacities = np.concatenate([np.full(num_tokens, topk), np.ones(len(rows)), capacity_E])
     costs = np.concatenate([np.zeros(num_tokens), -scores_TE[rows, columns], np.zeros(num_experts)])
     flow = min_cost_flow.SimpleMinCostFlow()

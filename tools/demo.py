@@ -172,7 +172,7 @@ def table_of(runs: list[Run]) -> Table:
 
     def validation(run: Run, rule: str) -> str:
         if rule not in run.validation:
-            return "–"
+            return "-"
         return f"{run.validation[rule]:.4f}"
 
     row("iterations", [str(run.iterations) for run in runs])
@@ -190,13 +190,13 @@ def table_of(runs: list[Run]) -> Table:
     solves = [sum(line["solves"] for line in run.statistics) for run in runs]
     row(
         "largest relative gap",
-        [f"{gap:.1e}" if n else "–" for gap, n in zip(gaps, solves, strict=True)],
+        [f"{gap:.1e}" if n else "-" for gap, n in zip(gaps, solves, strict=True)],
     )
     shares = []
     for run, count in zip(runs, solves, strict=True):
         steps = run.statistics[1:]  # the first step warms up
         share = sum(s["solve_seconds"] for s in steps) / sum(s["step_seconds"] for s in steps)
-        shares.append(f"{share:.1%}" if count else "–")
+        shares.append(f"{share:.1%}" if count else "-")
     row("time inside solve, share of the step", shares)
     row("ms per step, median", [f"{np.median(run.step_ms[1:]):.0f}" for run in runs])
     return table
@@ -220,7 +220,9 @@ def picture(runs: list[Run], path: Path) -> None:
         image = axis.imshow(
             relative.T, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest"
         )
-        axis.set(xlabel="iteration", ylabel="expert", title=f"{run.title}: load of layer {layer+1}")
+        axis.set(
+            xlabel="iteration", ylabel="expert", title=f"{run.title}: load of layer {layer + 1}"
+        )
     figure.colorbar(image, ax=axes[1:], label="load / mean load (white = 1)")
     figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)

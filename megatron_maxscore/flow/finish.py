@@ -15,6 +15,8 @@ Shape letters: T tokens, E experts, N = E or E + 1 nodes.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from megatron_maxscore.flow.problem import BoolArray, IntArray, Problem
@@ -87,7 +89,7 @@ class Finish:
             path.append(int(parent_N[path[-1]]))
         path.reverse()
         units = int(min(self.excess_N[path[0]], -self.excess_N[target]))
-        arcs = list(zip(path[:-1], path[1:], strict=True))
+        arcs = list(itertools.pairwise(path))
         tokens = {}
         for a, b in arcs:
             if a == self.sink:

@@ -52,7 +52,7 @@ class Problem:
     @property
     def is_tight(self) -> bool:
         """Whether the capacities sum to exactly what the tokens demand."""
-        return int(self.capacity_E.sum()) == self.q_TE.shape[0] * self.topk
+        return bool(self.capacity_E.sum() == self.q_TE.shape[0] * self.topk)
 
 
 def build(scores_TE: NDArray, topk: int, capacity_E: IntArray) -> Problem:

@@ -20,9 +20,7 @@ _MARK = "_maxscore_fields"
 
 
 def _option(default: Any, help_text: str, **argparse_meta: Any) -> Any:
-    return field(
-        default=default, metadata={"argparse_meta": {"help": help_text, **argparse_meta}}
-    )
+    return field(default=default, metadata={"argparse_meta": {"help": help_text, **argparse_meta}})
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,9 @@ def check_transformer_config(config: Any, options: MaxScoreConfig) -> None:
     """
 
     def get(*names: str) -> Any:
-        return next((getattr(config, n) for n in names if getattr(config, n, None) is not None), None)
+        return next(
+            (getattr(config, n) for n in names if getattr(config, n, None) is not None), None
+        )
 
     num_experts, topk = get("num_moe_experts", "num_experts"), get("moe_router_topk")
     who = "--moe-router-type maxscore"

@@ -60,8 +60,7 @@ def with_maxscore(spec: Any, options: MaxScoreConfig | None = None) -> Any:
     found = _moe_submodules(result, set())
     if not found:
         raise ValueError(
-            "the spec holds no MoE layer to route; build it with num_experts "
-            "(--num-experts) set"
+            "the spec holds no MoE layer to route; build it with num_experts (--num-experts) set"
         )
     for submodules in found:
         submodules.router = functools.partial(MaxScoreRouter, maxscore=options)

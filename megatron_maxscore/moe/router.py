@@ -141,7 +141,7 @@ class MaxScoreRouter(TopKRouter):
             probs (T, E) of the logits' dtype, 0 where not routed, and routing_map (T, E) bool with
             exactly k per row.
         """
-        # The first pipeline stage slices the mask for sequence parallelism, later ones get it whole.
+        # The first pipeline stage slices the mask for sequence parallelism, others get it whole.
         num_tokens = logits.shape[0] * logits.shape[1]
         if padding_mask is not None and padding_mask.numel() != num_tokens:
             padding_mask = self._own_part(padding_mask, num_tokens)
@@ -185,9 +185,7 @@ class MaxScoreRouter(TopKRouter):
         logits_TE = self._logits
         wide_TE = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
         if self.options.gate == "soft_topk":
-            gates_TE = soft_topk(
-                wide_TE, self.topk, self.options.temperature, self.options.variant
-            )
+            gates_TE = soft_topk(wide_TE, self.topk, self.options.temperature, self.options.variant)
         else:
             gates_TE = scores_TE
 
@@ -229,9 +227,7 @@ class MaxScoreRouter(TopKRouter):
             self.plan.has_static_quotas = False
             biased_TE = scores_TE - self.expert_prices.to(scores_TE.dtype)
             return biased_TE.topk(self.topk, dim=1).indices
-        self.plan.has_static_quotas = (
-            self.options.capacity_factor == 1.0 and self.has_fixed_lengths
-        )
+        self.plan.has_static_quotas = self.options.capacity_factor == 1.0 and self.has_fixed_lengths
         if recompute_pass == "again" and self._forwarded:
             return self._forwarded.popleft()
         experts_TK = self._solve(scores_TE).experts

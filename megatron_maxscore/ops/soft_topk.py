@@ -63,7 +63,7 @@ def soft_topk(
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
     if not logits.is_floating_point():
         raise ValueError(f"logits must be floating point, got {logits.dtype}")
-    result: Tensor = _BiEntropic.apply(logits, k, float(temperature))  # type: ignore[no-untyped-call]
+    result: Tensor = _BiEntropic.apply(logits, k, float(temperature))
     return result
 
 

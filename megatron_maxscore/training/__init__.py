@@ -1,4 +1,4 @@
-"""Hooks into ``megatron.training``: arguments, the end of a global batch, evaluation, statistics."""
+"""Hooks into ``megatron.training``: arguments, end of a batch, evaluation, statistics."""
 
 from __future__ import annotations
 

@@ -22,7 +22,9 @@ def instances(draw):
     num_experts = draw(st.integers(1, 9))
     num_tokens = draw(st.integers(0, 24))
     topk = draw(st.integers(1, num_experts))
-    scores = rng.integers(0, draw(st.sampled_from([1, 2, 4, 1000, 10**6])), (num_tokens, num_experts))
+    scores = rng.integers(
+        0, draw(st.sampled_from([1, 2, 4, 1000, 10**6])), (num_tokens, num_experts)
+    )
     scores = scores.astype(np.float64) - draw(st.sampled_from([0, 3, 10**5]))
     if draw(st.booleans()) and num_tokens:
         scores = scores[rng.integers(0, draw(st.integers(1, num_tokens)), num_tokens)]
@@ -85,9 +87,7 @@ def test_float_scores_reach_the_linear_optimum(family, factor):
 
 def test_warm_price_on_an_underfilled_expert_is_lowered():
     # Nobody is overfull at these prices, and yet the assignment they give is not optimal.
-    solution = solve(
-        torch.tensor([[1.0, 0.5]]), 1, capacity=1, prices=torch.tensor([0.8, 0.0])
-    )
+    solution = solve(torch.tensor([[1.0, 0.5]]), 1, capacity=1, prices=torch.tensor([0.8, 0.0]))
     assert solution.experts.tolist() == [[0]]
     assert solution.gap.item() == 0.0
 

@@ -1,0 +1,141 @@
+"""Symbols and signatures of the installed megatron-core that we build on.
+
+A release that changes one of them fails here by name, before anything fails in training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+
+import pytest
+
+SYMBOLS = [
+    "megatron.core.jit:noop_decorator",
+    "megatron.core.jit:jit_fuser",
+    "megatron.core.datasets.utils:compile_helpers",
+    "megatron.core.datasets.indexed_dataset:IndexedDatasetBuilder.add_item",
+    "megatron.core.tensor_parallel.random:_get_cuda_rng_state",
+    "megatron.core.tensor_parallel.random:_set_cuda_rng_state",
+    "megatron.core.tensor_parallel.random:is_checkpointing",
+    "megatron.core.transformer.torch_norm:WrappedTorchNorm",
+    "megatron.core.transformer.moe.moe_layer:MoEAlltoAllTokenDispatcher",
+    "megatron.core.transformer.moe.moe_layer:MoELayer.__init__",
+    "megatron.core.transformer.moe.router:TopKRouter.apply_z_loss",
+    "megatron.core.transformer.moe.router:TopKRouter._maintain_float32_expert_bias",
+    "megatron.core.transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher.dispatch_postprocess",
+    "megatron.training.arguments:parse_args",
+    "megatron.training.arguments:validate_args",
+    "megatron.training.checkpointing:load_args_from_checkpoint",
+    "megatron.training.training:finalize_model_grads",
+    "megatron.training.training:train_step",
+    "megatron.training.training:evaluate_and_print_results",
+]
+
+# Parameters that we pass or receive, in order; others may follow.
+PARAMETERS = {
+    "megatron.core.transformer.moe.moe_layer:MoELayer.__init__": ["self", "config", "submodules"],
+    "megatron.core.transformer.moe.router:TopKRouter.__init__": [
+        "self",
+        "config",
+        "pg_collection",
+        "is_mtp_layer",
+    ],
+    "megatron.core.transformer.moe.router:TopKRouter.routing": ["self", "logits", "padding_mask"],
+    "megatron.core.transformer.moe.router:TopKRouter.apply_z_loss": ["self", "logits"],
+    "megatron.core.transformer.moe.router_replay:RouterReplay.get_replay_topk": [
+        "self",
+        "scores",
+        "topk",
+        "num_groups",
+        "group_topk",
+        "default_compute_topk",
+    ],
+    "megatron.core.transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher.preprocess": [
+        "self",
+        "routing_map",
+    ],
+    "megatron.training.training:evaluate_and_print_results": [
+        "prefix",
+        "forward_step_func",
+        "data_iterator",
+        "model",
+    ],
+}
+
+
+def resolve(path: str):
+    module, _, name = path.partition(":")
+    value = importlib.import_module(module)
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+@pytest.mark.parametrize("path", SYMBOLS)
+def test_symbol_exists(path):
+    assert resolve(path) is not None
+
+
+@pytest.mark.parametrize("path", PARAMETERS)
+def test_signature(path):
+    names = list(inspect.signature(resolve(path)).parameters)
+    assert names[: len(PARAMETERS[path])] == PARAMETERS[path]
+
+
+def test_evaluate_takes_write_to_tensorboard():
+    function = resolve("megatron.training.training:evaluate_and_print_results")
+    assert "write_to_tensorboard" in inspect.signature(function).parameters
+
+
+def test_router_slot():
+    submodules = resolve("megatron.core.transformer.moe.moe_layer:MoESubmodules")
+    fields = {f.name: f for f in dataclasses.fields(submodules)}
+    top_k = resolve("megatron.core.transformer.moe.router:TopKRouter")
+    assert fields["router"].default is top_k
+
+
+def test_layer_builds_its_dispatcher_through_the_module_global():
+    source = inspect.getsource(resolve("megatron.core.transformer.moe.moe_layer:MoELayer.__init__"))
+    assert "= MoEAlltoAllTokenDispatcher(" in source
+    assert source.index("self.router = ") < source.index("= MoEAlltoAllTokenDispatcher(")
+
+
+def test_router_asks_router_replay_and_reads_pre_softmax_from_its_config():
+    source = inspect.getsource(resolve("megatron.core.transformer.moe.router:TopKRouter.routing"))
+    assert "router_replay=self.router_replay" in source
+    assert "use_pre_softmax=self.config.moe_router_pre_softmax" in source
+    assert "logits = self.apply_z_loss(" in source
+
+
+def test_dispatcher_attributes_set_by_preprocess():
+    cls = resolve("megatron.core.transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher")
+    source = inspect.getsource(cls.preprocess)
+    for name in (
+        "num_out_tokens",
+        "input_splits",
+        "output_splits",
+        "output_splits_tp",
+        "num_global_tokens_per_local_expert",
+    ):
+        assert f"self.{name} =" in source
+    assert "cuda_sync_point" in inspect.getsource(cls.__init__)
+
+
+def test_loop_reads_finalize_model_grads_as_a_global():
+    source = inspect.getsource(resolve("megatron.training.training:train"))
+    assert "config.finalize_model_grads_func = finalize_model_grads" in source
+
+
+def test_data_loader_draws_its_seed_in_the_iterator():
+    base = resolve("torch.utils.data.dataloader:_BaseDataLoaderIter")
+    assert "_base_seed" in inspect.getsource(base.__init__)
+
+
+def test_config_fields_are_not_upstreams():
+    """Our option names must not collide with fields that Megatron adds."""
+    from megatron_maxscore.moe.config import config_fields
+
+    config = resolve("megatron.core.transformer:TransformerConfig")
+    assert not {f.name for f in dataclasses.fields(config)} & config_fields().keys()

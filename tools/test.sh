@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Set up .venv and run the checks and tests. --full adds the tests that take minutes each.
+# Other options are passed on to pytest.
+set -euo pipefail
+# shellcheck source=tools/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+maxscore_setup test
+
+select=(-m "not full and not gpu")
+if [ "${1:-}" = --full ]; then
+  shift
+  select=(-m "not gpu")
+fi
+
+echo "== ruff, mypy"
+ruff check .
+ruff format --check .
+mypy
+echo "== pytest"
+# Tests that start ranks stay in one worker; the other worker runs the rest beside them.
+exec python -m pytest -n 2 --dist loadgroup --timeout 600 "${select[@]}" "$@"
