@@ -29,6 +29,10 @@ from megatron_maxscore.moe.quotas import capacities
 from megatron_maxscore.ops import soft_topk
 
 
+# Name of the buffer of running average prices, also in checkpoints.
+PRICES_NAME = "expert_prices"
+
+
 @dataclass
 class SolveStatistics:
     """What a router's solves did since the last reset; kept on the host."""
@@ -123,7 +127,7 @@ class MaxScoreRouter(TopKRouter):
         self.statistics = SolveStatistics()
         self.router_replay = _Selector(self, self.router_replay)
         self.register_buffer(
-            "expert_prices",
+            PRICES_NAME,
             torch.zeros(config.num_moe_experts, dtype=torch.float32, device=self.weight.device),
         )
         # Sum over the solves of the current global batch, and their number; never saved.
@@ -260,10 +264,18 @@ class MaxScoreRouter(TopKRouter):
             self.price_count += 1
         return solution
 
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Load; a state of a stock router has no prices, they then start at zero."""
+        if prefix + PRICES_NAME not in state_dict:
+            state_dict[prefix + PRICES_NAME] = torch.zeros_like(self.expert_prices)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def _maintain_float32_expert_bias(self) -> None:
         """Keep prices in float32 when a half-precision wrapper has converted the module."""
         super()._maintain_float32_expert_bias()
-        for name in ("expert_prices", "price_sum"):
+        for name in (PRICES_NAME, "price_sum"):
             buffer = getattr(self, name, None)
             if buffer is not None and buffer.dtype != torch.float32:
                 buffer.data = buffer.data.float()

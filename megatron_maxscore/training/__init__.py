@@ -19,11 +19,11 @@ def install() -> None:
     # Before megatron.training is imported: its argument parser reads these fields.
     install_config_fields(_patches)
     from megatron_maxscore.moe.layer import install_layer_hook
-    from megatron_maxscore.training import arguments, evaluation, statistics, steps
+    from megatron_maxscore.training import arguments, checkpoints, evaluation, statistics, steps
 
     install_layer_hook()
-    for hook in (arguments.hook, steps.hook, evaluation.hook, statistics.hook):
-        hook(_patches)
+    for part in (arguments, checkpoints, steps, evaluation, statistics):
+        part.hook(_patches)
 
 
 def uninstall() -> None:

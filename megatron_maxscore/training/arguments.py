@@ -25,9 +25,19 @@ def _with_short_errors(original: Any) -> Any:
     def error(self: argparse.ArgumentParser, message: str) -> None:
         raise ValueError(message)
 
+    def expand_help(self: argparse.HelpFormatter, action: argparse.Action) -> str:
+        try:
+            return expand(self, action)
+        except (ValueError, TypeError, KeyError):
+            # A per cent sign in one of Megatron's help texts would otherwise end --help.
+            return action.help or ""
+
+    expand = argparse.HelpFormatter._expand_help
+
     def parse_args(*args: Any, **kwargs: Any) -> Any:
         during = PatchSet("argument errors")
         during.set(argparse.ArgumentParser, "error", error)
+        during.set(argparse.HelpFormatter, "_expand_help", expand_help)
         try:
             return original(*args, **kwargs)
         finally:

@@ -10,6 +10,8 @@ import pytest
 from tests.dist.pool import Pool
 
 
+# Before xdist reads the groups.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that share the pools run in one xdist worker."""
     for item in items:

@@ -356,6 +356,14 @@ def arguments(rank, size):
                     "--moe-router-type maxscore --moe-router-type", "--moe-router-type"))
             except ValueError as error:
                 messages[flags] = str(error)
+        import contextlib
+        import io
+
+        shown = io.StringIO()
+        with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+            parse("--help")
+        for name in ("--moe-router-type {topk,maxscore}", "--maxscore-scope {", "--num-layers"):
+            assert name in shown.getvalue(), name
         # The same without the router type: stock accepts what stock accepts.
         parse("--moe-router-load-balancing-type sinkhorn")
     finally:

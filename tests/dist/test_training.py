@@ -59,6 +59,23 @@ def test_resumed_run_continues_bit_for_bit(tmp_path):
     assert second.validation == whole.validation
 
 
+def test_checkpoints_of_stock_and_maxscore_load_into_each_other(tmp_path):
+    flags = "--expert-model-parallel-size 2 --ckpt-format torch_dist --train-iters 4"
+    finetune = "--finetune --load"
+    for name, save, load in (("stock", TOPK, MAXSCORE), ("maxscore", MAXSCORE, TOPK)):
+        saved = tmp_path / name / "checkpoint"
+        first = succeed(
+            tmp_path / name / "save", 2, f"{save} {flags} --save {saved} --save-interval 4"
+        )
+        # The stock side runs without our hooks.
+        module = "megatron_maxscore.cpu" if load == TOPK else "megatron_maxscore.launch --cpu"
+        second = succeed(
+            tmp_path / name / "load", 2, f"{load} {flags} {finetune} {saved}", module=module
+        )
+        assert ("has no expert prices; they start at zero" in second.output) == (name == "stock")
+        assert float.fromhex(second.losses[0]) < float.fromhex(first.losses[2]), "it goes on"
+
+
 def test_bad_scores_end_every_rank_before_the_step(tmp_path):
     result = run(
         tmp_path,
