@@ -28,7 +28,6 @@ from megatron_maxscore.moe.plan import RoutingPlan
 from megatron_maxscore.moe.quotas import capacities
 from megatron_maxscore.ops import soft_topk
 
-
 # Name of the buffer of running average prices, also in checkpoints.
 PRICES_NAME = "expert_prices"
 
