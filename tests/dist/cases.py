@@ -120,18 +120,23 @@ def layer_equals_reference(rank, size, num_tokens=20, **settings):
     layer.router.forward = lambda *a: noted.setdefault("routed", route(*a))
     output, _ = layer(hidden)
     probs, routing_map = noted["routed"]
-    # All experts' weights, in expert order, from the ranks that hold them.
+    # All experts' weights from the ranks that hold them; expert-tensor-parallel ranks hold slices
+    # of the inner dimension.
     own = [
         (e.linear_fc1.weight.detach().clone(), e.linear_fc2.weight.detach().clone())
         for e in layer.experts.local_experts
     ]
+    dispatcher = layer.token_dispatcher
     everyone = [None] * size
-    dist.all_gather_object(everyone, (layer.token_dispatcher.local_expert_indices, own))
-    weights = {}
-    for indices, pairs in everyone:
+    dist.all_gather_object(everyone, (dispatcher.local_expert_indices, dispatcher.tp_rank, own))
+    slices = {}
+    for indices, etp_rank, pairs in everyone:
         for index, pair in zip(indices, pairs, strict=True):
-            weights[index] = pair
-    assert sorted(weights) == list(range(layer.config.num_moe_experts))
+            slices[index, etp_rank] = pair
+    weights = {}
+    for index in range(layer.config.num_moe_experts):
+        parts = [slices[index, t] for t in range(dispatcher.tp_size)]
+        weights[index] = torch.cat([fc1 for fc1, _ in parts]), torch.cat([w for _, w in parts], 1)
     again = hidden.detach().clone().requires_grad_()
     probs_again, _ = route(again)
     rows = []

@@ -120,7 +120,8 @@ def padding(rank, size):
     hidden = own_input(rank, 24).detach()
     mask = torch.zeros(24, 1, dtype=torch.bool)
     mask[10:14] = True
-    hidden[mask] = float("nan")  # padding may hold anything
+    hidden[mask] *= 1e3  # padding may hold anything
+    hidden[13] = float("nan")
     probs, routing_map = layer.router(hidden, mask)
     assert torch.isfinite(probs).all() and layer.router.statistics.bad_tokens == 0
     logits = layer.router.gating(hidden.nan_to_num()).reshape(24, EXPERTS).detach()

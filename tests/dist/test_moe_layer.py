@@ -60,7 +60,8 @@ def test_round_trip_where_loads_are_not_static(ranks, size, layout, kind):
     ("size", "settings"),
     [
         (2, dict(ep=2)),
-        (4, dict(tp=2, ep=2, etp=1)),
+        (4, dict(tp=2, ep=2, etp=1, num_tokens=21)),  # 42 assignments over 8 experts
+        (4, dict(tp=2, ep=2, etp=2, num_tokens=21)),
         (4, dict(ep=4, options=MaxScoreConfig(gate="score"))),
         (4, dict(ep=4, moe_router_dtype="fp64")),
     ],

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_maxscore.flow import solve
+from megatron_maxscore.flow import certificate, solve
+from megatron_maxscore.flow.problem import build
 from tests.oracles import check_assignment, highs_objective, ortools_objective
 
 
@@ -173,6 +174,33 @@ def test_metamorphic(seed):
     assert value(scores + bonus, tight) == value(scores, tight) + (bonus * tight).sum()
     more = capacity + rng.integers(0, 3, 6)
     assert value(scores, more) >= base
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.3])
+def test_bound_is_the_dual_at_the_prices(factor):
+    # min over prices of sum of the k largest of s - price, plus capacity times price; by loops.
+    scores = torch.randn(60, 6).double()
+    solution = solve(scores, 2, capacity_factor=factor)
+    capacity, prices = math.ceil(60 * 2 * factor / 6), solution.prices.tolist()
+    dual = capacity * sum(prices)
+    for row in scores.tolist():
+        dual += sum(sorted((s - p for s, p in zip(row, prices, strict=True)), reverse=True)[:2])
+    assert solution.bound.item() == pytest.approx(dual, rel=1e-6)
+
+
+@pytest.mark.parametrize("capacity", [20, 24])
+def test_certificate_tells_a_worse_assignment(capacity):
+    rng = np.random.default_rng(3)
+    scores = rng.integers(0, 100, (60, 6)).astype(np.float64)
+    limits = np.full(6, capacity)
+    best = solve(torch.tensor(scores), 2, capacity=capacity)
+    worse = np.stack([np.arange(60) % 6, (np.arange(60) + 1) % 6], 1)  # feasible, ignores scores
+    prices = best.prices.double().numpy()
+    objective, bound, gap = certificate.evaluate(scores, worse, prices, build(scores, 2, limits))
+    assert objective == sum(scores[t, e] for t in range(60) for e in worse[t])
+    assert bound == pytest.approx(ortools_objective(scores, 2, limits), abs=1e-3)
+    ranges = sum(max(row) - min(row) for row in scores.tolist())
+    assert gap == pytest.approx((bound - objective) / ranges) and gap > 0.01
 
 
 def test_warm_and_cold_starts_agree():
