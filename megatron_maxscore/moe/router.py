@@ -177,10 +177,12 @@ class MaxScoreRouter(TopKRouter):
         finite = torch.isfinite(logits.detach())
         if bool(finite.all()):
             return logits
-        bad_T = ~finite.all(-1).reshape(-1)
-        if self._padding is not None:
-            bad_T = bad_T & ~self._padding
-        self.statistics.bad_tokens += int(bad_T.sum())
+        # Evaluation takes no step, and recomputation sees the same scores a second time.
+        if self.training and self._recompute_pass() != "again":
+            bad_T = ~finite.all(-1).reshape(-1)
+            if self._padding is not None:
+                bad_T = bad_T & ~self._padding
+            self.statistics.bad_tokens += int(bad_T.sum())
         return torch.where(finite, logits, 0.0)
 
     def _select(self, scores_TE: Tensor, replay: Any) -> tuple[Tensor, Tensor]:

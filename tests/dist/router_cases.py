@@ -269,6 +269,17 @@ def specs(rank, size):
                     assert module.token_dispatcher.plan is module.router.plan
             assert any(r.is_mtp_layer for r in ours), "the MTP layer is ours too"
         found.append(len(ours))
+    # Releases differ in how a spec holds the MoE layer: a ModuleSpec or a partial.
+    from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+    from megatron.core.transformer.moe.router import TopKRouter as StockRouter
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    inner = MoESubmodules(experts=None)
+    given = ModuleSpec(
+        module=GPTModel, submodules={"mlp": ModuleSpec(module=MoELayer, submodules=inner)}
+    )
+    swapped = with_maxscore(given, options).submodules["mlp"].submodules.router
+    assert swapped.func is MaxScoreRouter and inner.router is StockRouter
     try:
         with_maxscore(get_gpt_layer_local_spec())
     except ValueError as error:
