@@ -17,7 +17,18 @@ from megatron_maxscore.moe.router import MaxScoreRouter
 
 
 class BadScoresError(CollectiveError):
-    """Router scores were NaN or infinite; raised on every rank together."""
+    """Router scores were NaN or infinite; raised on every rank together.
+
+    Attributes:
+        where: what was met, in which iteration, layer and rank.
+    """
+
+    def __init__(self, where: str) -> None:
+        super().__init__(
+            f"{where}; the optimizer step was not taken. Lower the learning rate, raise "
+            "--moe-z-loss-coeff, or set --moe-router-dtype fp32, and resume from the last checkpoint"
+        )
+        self.where = where
 
 
 def maxscore_routers(model: Iterable[torch.nn.Module]) -> list[MaxScoreRouter]:
@@ -57,11 +68,7 @@ def raise_on_bad_scores(routers: Sequence[MaxScoreRouter], iteration: int) -> No
         for layer, count in found
         if count
     )
-    raise BadScoresError(
-        f"router scores were NaN or infinite in iteration {iteration} ({where}); the optimizer "
-        "step was not taken. Lower the learning rate, raise --moe-z-loss-coeff, or set "
-        "--moe-router-dtype fp32, and resume from the last checkpoint"
-    )
+    raise BadScoresError(f"router scores were NaN or infinite in iteration {iteration} ({where})")
 
 
 def _default_device() -> torch.device:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from megatron_maxscore._patches import PatchSet
+from megatron_maxscore._run import is_rank_zero
 from megatron_maxscore.moe.step import (
     BadScoresError,
     average_prices,
@@ -34,11 +35,13 @@ def _ending_batch(original: Any) -> Any:
         try:
             # Before Megatron's own check of the gradients, which raises on single ranks.
             raise_on_bad_scores(routers, getattr(arguments, "curr_iteration", -1) + 1)
-        except BadScoresError:
+        except BadScoresError as error:
             # A dynamic loss scaler skips the step and lowers the scale, as for any overflow.
             skip = bool(arguments.fp16) and arguments.loss_scale is None
             if not skip:
                 raise
+            if is_rank_zero():
+                print(f"megatron_maxscore: {error.where}; the step is skipped", flush=True)
         result = original(model, *args, **kwargs)
         if skip:
             _overflow(model)

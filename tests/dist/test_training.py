@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from tests.dist.training_runs import MAXSCORE, TOPK, run, succeed
@@ -89,6 +91,20 @@ def test_bad_scores_end_every_rank_before_the_step(tmp_path):
     assert "in iteration 3" in result.errors[0]
     assert "layer 1 on rank 2: 2 tokens" in result.errors[0]
     assert "Traceback" not in result.output.split("error: router scores")[0].split("iteration")[-1]
+
+
+def test_bad_scores_skip_the_step_under_a_dynamic_loss_scaler(tmp_path):
+    result = succeed(
+        tmp_path,
+        4,
+        f"{MAXSCORE} --pipeline-model-parallel-size 2 --expert-model-parallel-size 2 "
+        "--fp16 --initial-loss-scale 1024 --train-iters 4",
+        environment={"BAD_RANK": "1", "BAD_ITERATION": "2"},
+    )
+    skipped = re.findall(r"iteration +(\d)/.*number of skipped iterations: +1", result.output)
+    assert skipped == ["2"]
+    assert "in iteration 2 (layer 1 on rank 1: " in result.output
+    assert "the step is skipped" in result.output
 
 
 @pytest.mark.parametrize(
