@@ -26,7 +26,8 @@ class BadScoresError(CollectiveError):
     def __init__(self, where: str) -> None:
         super().__init__(
             f"{where}; the optimizer step was not taken. Lower the learning rate, raise "
-            "--moe-z-loss-coeff, or set --moe-router-dtype fp32, and resume from the last checkpoint"
+            "--moe-z-loss-coeff, or set --moe-router-dtype fp32, and resume from the last "
+            "checkpoint"
         )
         self.where = where
 
