@@ -12,10 +12,13 @@ from megatron_maxscore.moe.config import MaxScoreConfig, check_transformer_confi
 
 def hook(patches: PatchSet) -> None:
     """Wrap parsing and validation of arguments, and what ``--use-checkpoint-args`` restores."""
-    from megatron.training import arguments, checkpointing
+    from megatron.training import arguments, checkpointing, initialize
 
-    patches.wrap(arguments, "parse_args", _with_short_errors)
-    patches.wrap(arguments, "validate_args", _with_our_checks)
+    for name, wrapper in (("parse_args", _with_short_errors), ("validate_args", _with_our_checks)):
+        patches.wrap(arguments, name, wrapper)
+        # Up to 0.17 the initialization binds both by name when it is imported.
+        if hasattr(initialize, name):
+            patches.set(initialize, name, getattr(arguments, name))
     patches.wrap(checkpointing, "load_args_from_checkpoint", _with_router_type)
 
 
