@@ -1,4 +1,4 @@
-r"""The dual: alternating sweeps that bring prices close to optimal.
+r"""The dual: sweeps that bring prices close to optimal.
 
 The dual of the flow is
 
@@ -6,90 +6,245 @@ The dual of the flow is
     \min_{\beta} \sum_i \text{(sum of the k largest of } s_i - \beta) + \sum_j C_j \beta_j,
     \qquad \beta \ge 0 \text{ unless the capacities leave no slack}
 
-A sweep sets each token's threshold midway between its k-th and (k+1)-th reduced score, then each
-expert's price midway between the C-th and (C+1)-th of its scores minus the thresholds. Midpoints,
-because the neighbouring values themselves leave the boundary token undecided. Sweeps need not
-reach the optimum: :mod:`~megatron_maxscore.flow.finish` does, from any prices.
+A sweep sets each row's threshold midway between its k-th and (k+1)-th reduced score, and counts by
+how much every score lies above its threshold. From the counts follows, per expert, the price step
+that would leave C of its bids positive (:mod:`buckets`). When an expert's price moves, a row's
+threshold follows half the way, so a step falls short by about a half where many experts compete:
+steps are taken 1.5 times as long (over-relaxation), until one makes things worse.
 
-Shape letters: T tokens, E experts.
+A cold start sweeps over a sample of rows first. Sweeps need not reach the optimum:
+:mod:`~megatron_maxscore.flow.finish` does, from any prices.
+
+Shape letters: B problems, N rows of all problems, E experts.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 
-from megatron_maxscore.flow.problem import IntArray, Problem
-from megatron_maxscore.flow.selection import largest, reduced_scores
+from megatron_maxscore.flow import buckets
+from megatron_maxscore.flow.problem import SCORE_BITS, BoolArray, FloatArray, IntArray, Problem
 
-MAX_SWEEPS = 16
+MAX_PASSES = 8
+_SAMPLE_PASSES = 10
+# Sampled assignments per expert, so that its load is known to about 12 %.
+_SAMPLE_LOAD = 64
+_MIN_SAMPLE = 512
+# Overflow at which the finish is cheaper than another sweep: units per expert, or of all units.
+_UNITS_PER_EXPERT = 1.5
+_SHARE_OF_UNITS = 1 / 600
+# A warm start worse than this share of all units is not better than a cold one.
+_LOST = 1 / 8
+_RELAXATION = 1.5
 # A sweep that leaves more than this share of the overflow is not worth another.
-_STALLED = 0.8
+_STALLED = 0.7
+_EVERYTHING = 1 << 49
+# What moving a unit of overflow without a search costs at least, in ranges of a row.
+_FILL_COST = 0.05
 
 
-def improve(problem: Problem, prices_E: IntArray, max_sweeps: int = MAX_SWEEPS) -> IntArray:
-    """Return prices with little overflow, starting from ``prices_E``.
+@dataclass
+class PriceState:
+    """Prices, and the assignment of every row's k best experts at them.
 
-    Stops when the overflow (units above capacity at top-k of score minus price) is at most one
-    per expert, no longer falls, or after ``max_sweeps``; returns the best prices seen.
+    Attributes:
+        prices_BE: (B, E) int64, >= 0 unless the problem is tight.
+        load_BE: (B, E) int64.
+        gap_N: (N,) int64 k-th less (k+1)-th reduced score.
+        x_NE: (N, E) bool.
+        threshold_N: (N,) int64 mean of the k-th and (k+1)-th reduced score.
+        overflow_B: (B,) int64 units that violate complementary slackness.
+        filled_B: (B,) bool, whether x is already feasible and within the tolerance.
+        passes: how often the scores were read.
+    """
+
+    prices_BE: IntArray
+    load_BE: IntArray
+    gap_N: IntArray
+    x_NE: BoolArray
+    threshold_N: IntArray
+    overflow_B: IntArray
+    filled_B: BoolArray
+    passes: int
+
+
+def improve(
+    backend: Any,
+    problem: Problem,
+    prices_BE: IntArray,
+    max_passes: int = MAX_PASSES,
+    tolerance: float = 0.0,
+    sum_ranges_B: FloatArray | None = None,
+) -> PriceState:
+    """Return prices with little overflow.
 
     Args:
-        problem: integer problem, 1 <= topk < E.
-        prices_E: (E,) int64, all >= 0.
-        max_sweeps: most sweeps to make.
-
-    Returns:
-        (E,) int64; all >= 0 unless the problem is tight, where prices are free.
+        backend: :mod:`plain` or :mod:`fused`.
+        problem: the problems.
+        prices_BE: (B, E) int64 >= 0 to start from; equal prices are a cold start.
+        max_passes: most passes over the scores.
+        tolerance: relative gap at which a filled assignment will do; all arcs must be allowed.
+        sum_ranges_B: (B,) float64 sum of the rows' ranges as integers; needed with a tolerance.
     """
-    num_experts = prices_E.shape[0]
-    best_E, best_overflow = prices_E, None
-    stalls = 0
-    for sweep in range(max_sweeps + 1):
-        values_TK, experts_TK = largest(reduced_scores(problem, prices_E), problem.topk + 1)
-        load_E = np.bincount(experts_TK[:, :-1].ravel(), minlength=num_experts)
-        overflow = _violation(load_E, prices_E, problem)
-        if best_overflow is None or overflow < best_overflow:
-            stalls = stalls + 1 if best_overflow and overflow > _STALLED * best_overflow else 0
-            best_E, best_overflow = prices_E, overflow
-        else:
-            stalls += 1
-        if overflow <= num_experts // 2 or stalls >= 3 or sweep == max_sweeps:
-            break
-        # Floor division of negative sums is fine: any value between the two serves.
-        threshold_T = (values_TK[:, -2] + values_TK[:, -1]) // 2
-        if problem.allowed_TE is not None:
-            # Tokens whose (k+1)-th expert is forbidden keep what they have at any price.
-            no_choice = values_TK[:, -1] < -(1 << 49)
-            threshold_T = np.where(no_choice, values_TK[:, -2] - 1, threshold_T)
-        prices_E = _expert_prices(problem, threshold_T)
-    return best_E
+    is_cold_B = (prices_BE == prices_BE[:, :1]).all(1)
+    sample = _sample(problem)
+    window_B = np.full(problem.num_problems, _EVERYTHING)
+    if sample is not None and is_cold_B.any():
+        start = _sweep(backend, sample, prices_BE, window_B, _SAMPLE_PASSES, aim=0.0)
+        prices_BE = np.where(is_cold_B[:, None], start.prices_BE, prices_BE)
+        sample = None
+    # A sample's prices, or those of another batch, are off by less than this.
+    window_B = np.full(problem.num_problems, 1 << (SCORE_BITS - 4))
+    return _sweep(
+        backend, problem, prices_BE, window_B, max_passes, sample, None, tolerance, sum_ranges_B
+    )
 
 
-def _violation(load_E: IntArray, prices_E: IntArray, problem: Problem) -> int:
-    over = int(np.maximum(load_E - problem.capacity_E, 0).sum())
-    if problem.is_tight:
-        return over
-    idle_E = np.where(prices_E > 0, np.maximum(problem.capacity_E - load_E, 0), 0)
-    return max(over, int(idle_E.sum()))
+def _sample(problem: Problem) -> Problem | None:
+    """Return the problem over evenly spaced rows, with capacities to match."""
+    wanted = max(_MIN_SAMPLE, -(-_SAMPLE_LOAD * problem.num_experts // problem.topk))
+    rows_B = problem.rows_B
+    size_B = np.where(rows_B >= 4 * wanted, wanted, rows_B)
+    if (size_B == rows_B).all():
+        return None
+    start_B = np.concatenate([[0], size_B.cumsum()])
+    rows = np.concatenate(
+        [
+            first + np.arange(size) * count // max(size, 1)
+            for first, size, count in zip(
+                problem.start_B[:-1].tolist(), size_B.tolist(), rows_B.tolist(), strict=True
+            )
+        ]
+    )
+    return problem.take(
+        rows, start_B, problem.capacity_BE * (size_B / np.maximum(rows_B, 1))[:, None]
+    )
 
 
-def _expert_prices(problem: Problem, threshold_T: IntArray) -> IntArray:
-    num_tokens, num_experts = problem.q_TE.shape
-    bids_TE = problem.q_TE - threshold_T[:, None]
-    lowest = int(bids_TE.min()) - 1
-    if problem.allowed_TE is not None:
-        bids_TE[~problem.allowed_TE] = lowest
-    bids_ET = np.ascontiguousarray(bids_TE.T)
-    prices_E = np.empty(num_experts, np.int64)
-    for expert, capacity in enumerate(problem.capacity_E.tolist()):
-        bids_T = bids_ET[expert]
-        if capacity >= num_tokens:
-            # Never full. Tight problems have free prices, and this one is the lowest of all.
-            prices_E[expert] = lowest if problem.is_tight else 0
+def overflow(load_BE: IntArray, prices_BE: IntArray, problem: Problem) -> np.ndarray:
+    """Return (B,) units above capacity, or missing at a positive price, whichever is more."""
+    excess_BE = load_BE - problem.capacity_BE
+    over_B = np.maximum(excess_BE, 0).sum(1)
+    idle_B = np.where(prices_BE > 0, np.maximum(-excess_BE, 0), 0).sum(1)
+    return np.asarray(np.where(_is_tight(problem), over_B, np.maximum(over_B, idle_B)))
+
+
+def _is_tight(problem: Problem) -> BoolArray:
+    # A sample's capacities are not integers.
+    total_B = problem.capacity_BE.sum(1)
+    return np.asarray(np.abs(total_B - problem.rows_B * problem.topk) < 0.5)
+
+
+def _sweep(
+    backend: Any,
+    problem: Problem,
+    prices_BE: IntArray,
+    window_B: IntArray,
+    max_passes: int,
+    sample: Problem | None = None,
+    aim: float | None = None,
+    tolerance: float = 0.0,
+    sum_ranges_B: FloatArray | None = None,
+) -> PriceState:
+    rows, num_experts = problem.scores_NE.shape
+    num_problems = problem.num_problems
+    units_B = problem.rows_B * problem.topk
+    aim_B = np.maximum(_UNITS_PER_EXPERT * num_experts, _SHARE_OF_UNITS * units_B)
+    if aim is not None:
+        aim_B = np.full(num_problems, aim)
+    is_free_B1 = _is_tight(problem)[:, None]
+    first_window_B = window_B
+    threshold_N, gap_N = np.zeros(rows, np.int64), np.empty(rows, np.int64)
+    x_NE = np.empty((rows, num_experts), np.bool_)
+    load_BE = np.zeros((num_problems, num_experts), np.int64)
+    overflow_B = np.zeros(num_problems)
+    best_BE = last_BE = prices_BE
+    best_B = np.full(num_problems, np.inf)
+    step_BE = np.zeros_like(prices_BE)
+    relaxation_B = np.full(num_problems, _RELAXATION)
+    stalls_B = np.zeros(num_problems, np.int64)
+    active_B = units_B > 0
+    filled_B = np.zeros(num_problems, np.bool_)
+    passes = 0
+
+    def clipped(prices: np.ndarray) -> IntArray:
+        whole = np.rint(prices).astype(np.int64)
+        return np.asarray(np.where(is_free_B1, whole, np.maximum(whole, 0)))
+
+    while active_B.any():
+        loads, count_bids = backend.price_pass(
+            problem, prices_BE, window_B, active_B, threshold_N, passes > 0, gap_N, x_NE
+        )
+        passes += 1
+        load_BE = np.where(active_B[:, None], loads, load_BE)
+        now_B = overflow(load_BE, prices_BE, problem)
+        overflow_B = np.where(active_B, now_B, overflow_B)
+        if sum_ranges_B is not None:
+            for b in np.flatnonzero(active_B & (now_B > 0)).tolist():
+                total = float(sum_ranges_B[b])
+                if now_B[b] * _FILL_COST * total > tolerance * total * problem.rows_B[b]:
+                    continue  # hopeless
+                state = prices_BE, threshold_N, load_BE, x_NE
+                if _fills(backend, problem, b, tolerance * total, *state):
+                    filled_B[b], active_B[b] = True, False
+        lost_B = active_B & (now_B > _LOST * units_B)
+        if passes == 1 and sample is not None and lost_B.any():
+            zeros = np.zeros_like(prices_BE)
+            start = _sweep(backend, sample, zeros, np.full_like(window_B, _EVERYTHING), 10, aim=0.0)
+            best_B, best_BE = np.where(active_B, now_B, best_B), prices_BE
+            prices_BE = np.where(lost_B[:, None], start.prices_BE, prices_BE)
             continue
-        if capacity == 0:
-            prices_E[expert] = int(bids_T.max()) + 1
-        else:
-            split = num_tokens - capacity
-            part_T = np.partition(bids_T, (split - 1, split))
-            prices_E[expert] = (int(part_T[split - 1]) + int(part_T[split])) // 2
-    return prices_E if problem.is_tight else np.maximum(prices_E, 0)
+        is_best_B = now_B <= best_B
+        stalls_B += active_B & ((now_B > _STALLED * best_B) | ~is_best_B)
+        # Exactly as before: a plateau, which no price can part.
+        stalls_B += active_B & (now_B == best_B)
+        # A long step that made things worse is taken back to its plain length.
+        take_back_B = active_B & ~is_best_B & (relaxation_B > 1.0) & (passes > 1)
+        relaxation_B = np.where(take_back_B | (now_B > _STALLED * best_B), 1.0, relaxation_B)
+        best_BE = np.where((active_B & is_best_B)[:, None], prices_BE, best_BE)
+        best_B = np.where(active_B & is_best_B, now_B, best_B)
+        # The last pass is kept for the best prices, should the last ones not be these.
+        enough_B = (best_B <= aim_B) | (stalls_B >= 2) | (passes >= max_passes - 1)
+        ends_B = active_B & enough_B & (is_best_B | (prices_BE == best_BE).all(1))
+        active_B = active_B & ~ends_B
+        if not active_B.any():
+            break
+        fresh_BE = buckets.price_step(count_bids(), problem.capacity_BE, window_B)
+        onward_BE = clipped(prices_BE + relaxation_B[:, None] * fresh_BE)
+        back_BE = clipped(last_BE + step_BE)
+        go_back_B1, enough_B1 = take_back_B[:, None], enough_B[:, None]
+        next_BE = np.where(enough_B1, best_BE, np.where(go_back_B1, back_BE, onward_BE))
+        step_BE = np.where(go_back_B1, step_BE, fresh_BE)
+        last_BE = np.where(go_back_B1, last_BE, prices_BE)
+        prices_BE = np.where(active_B[:, None], next_BE, prices_BE)
+        largest_B = np.abs(step_BE).max(1)
+        window_B = np.minimum(first_window_B, 4 * largest_B + 4)
+    units_B = overflow_B.astype(np.int64)
+    return PriceState(prices_BE, load_BE, gap_N, x_NE, threshold_N, units_B, filled_B, passes)
+
+
+def _fills(
+    backend: Any,
+    problem: Problem,
+    b: int,
+    allowance: float,
+    prices_BE: IntArray,
+    threshold_N: IntArray,
+    load_BE: IntArray,
+    x_NE: BoolArray,
+) -> bool:
+    """Make a problem feasible if that costs no more than the allowance; else change nothing."""
+    rows = slice(int(problem.start_B[b]), int(problem.start_B[b + 1]))
+    x_before, load_before = x_NE[rows].copy(), load_BE[b].copy()
+    loss = backend.fill(problem, b, prices_BE, threshold_N, load_BE, x_NE)
+    idle_E = problem.capacity_BE[b] - load_BE[b]
+    rent = sum(
+        price * idle for price, idle in zip(prices_BE[b].tolist(), idle_E.tolist(), strict=True)
+    )
+    if loss + rent <= allowance:
+        return True
+    x_NE[rows], load_BE[b] = x_before, load_before
+    return False

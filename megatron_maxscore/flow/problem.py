@@ -1,4 +1,4 @@
-r"""The routing flow as an integer problem.
+r"""The routing flow as integer problems.
 
 .. math::
     \max \sum_{ij} x_{ij} s_{ij}, \quad \sum_j x_{ij} = k, \quad \sum_i x_{ij} \le C_j,
@@ -6,14 +6,14 @@ r"""The routing flow as an integer problem.
 
 Scores become integers so that every comparison that decides something is exact and does not depend
 on the order of summation: ``q = round((s - lowest allowed score of the row) * 2**shift)``. A power
-of two keeps integer-valued scores exact; subtracting a constant per row changes no decision.
+of two keeps integer-valued scores exact; subtracting a constant per row changes no decision. The
+integers are made anew in every pass over the scores, which is cheaper than keeping them.
 
-Shape letters: T tokens, E experts, K experts per token.
+Shape letters: B problems, N rows of all problems, one problem after another, E experts.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,109 +24,144 @@ BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
 
 # Bits of the largest row range after scaling. Prices reach (E - 1) times that, so 36 + 10 bits
-# leave room for sums of a few of them, and everything stays exact in float64 as well.
+# leave room for sums of a few of them in 63 bits, and every integer is exact in float64 as well.
 SCORE_BITS = 36
+# Reduced scores below this belong to forbidden arcs.
+FORBIDDEN = -(1 << 61)
+# No arc, and farther than any path.
+FAR = 1 << 60
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One integer flow problem over the rows that take part.
+    """B integer flow problems with the same k and E, over the rows that take part.
 
     Attributes:
-        q_TE: (T, E) int64 scaled scores, 0 at each row's lowest allowed score and at forbidden
-            arcs.
-        allowed_TE: (T, E) bool, or None when every arc is allowed.
-        topk: experts per token.
-        capacity_E: (E,) int64, cut to at most T.
-        shift: scores were multiplied by ``2.0 ** shift``.
-        ranges_T: (T,) float64, each row's score range over allowed arcs, in score units.
+        scores_NE: (N, E) float32 or float64, C-contiguous, -inf at forbidden arcs.
+        start_B: (B + 1,) int64, problem b has the rows ``start_B[b]`` to ``start_B[b + 1]``.
+        topk: experts per token, smaller than E.
+        capacity_BE: (B, E) int64, cut to at most the problem's rows; float64 in a sample.
+        low_N: (N,) float64, each row's lowest allowed score.
+        shift_B: (B,) int64, scores are multiplied by ``2.0 ** shift``.
+        has_forbidden: whether any arc is forbidden.
     """
 
-    q_TE: IntArray
-    allowed_TE: BoolArray | None
+    scores_NE: NDArray
+    start_B: IntArray
     topk: int
-    capacity_E: IntArray
-    shift: int
-    ranges_T: FloatArray
+    capacity_BE: NDArray
+    low_N: FloatArray
+    shift_B: IntArray
+    has_forbidden: bool
 
     @property
-    def is_tight(self) -> bool:
-        """Whether the capacities sum to exactly what the tokens demand."""
-        return bool(self.capacity_E.sum() == self.q_TE.shape[0] * self.topk)
+    def num_problems(self) -> int:
+        """B."""
+        return self.start_B.size - 1
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return int(self.scores_NE.shape[1])
+
+    @property
+    def rows_B(self) -> IntArray:
+        """(B,) int64 rows of each problem."""
+        return self.start_B[1:] - self.start_B[:-1]
+
+    @property
+    def factor_B(self) -> FloatArray:
+        """(B,) float64 powers of two that scale scores to integers."""
+        return np.ldexp(1.0, self.shift_B)
+
+    @property
+    def tight_B(self) -> BoolArray:
+        """(B,) bool, whether the capacities sum to exactly what the tokens demand."""
+        return np.asarray(self.capacity_BE.sum(1) == self.rows_B * self.topk)
+
+    @property
+    def problem_N(self) -> IntArray:
+        """(N,) int64, the problem of each row."""
+        return np.repeat(np.arange(self.num_problems), self.rows_B)
+
+    def take(self, rows: IntArray, start_B: IntArray, capacity_BE: NDArray) -> Problem:
+        """Return the problem over some rows, in the same integers."""
+        return Problem(
+            np.ascontiguousarray(self.scores_NE[rows]),
+            start_B,
+            self.topk,
+            capacity_BE,
+            self.low_N[rows],
+            self.shift_B,
+            self.has_forbidden,
+        )
 
 
-def build(scores_TE: NDArray, topk: int, capacity_E: IntArray) -> Problem:
-    """Scale scores to integers and check that the demand can be met.
+def maxima(values_N: FloatArray, start_B: IntArray) -> FloatArray:
+    """Return (B,) the largest value of each problem's rows, 0 where it has none."""
+    largest_B = np.zeros(start_B.size - 1)
+    some_B = start_B[1:] > start_B[:-1]
+    if some_B.any():
+        largest_B[some_B] = np.maximum.reduceat(values_N, start_B[:-1][some_B])
+    return largest_B
 
-    Args:
-        scores_TE: (T, E) float32 or float64, rows that take part only; -inf forbids the arc.
-        topk: experts per token.
-        capacity_E: (E,) int64.
 
-    Returns:
-        The integer problem.
+def shifts(largest_B: FloatArray) -> IntArray:
+    """Return (B,) int64 shifts for the largest row range of each problem."""
+    exponent_B = np.frexp(largest_B)[1].astype(np.int64)
+    return np.asarray(np.where(largest_B == 0.0, 0, SCORE_BITS - exponent_B))
+
+
+def check_feasible(problem: Problem) -> None:
+    """Check that the demand can be met as far as counts tell.
 
     Raises:
         ValueError: a row has fewer than ``topk`` allowed experts, or the capacities hold fewer
             units than the tokens demand; names the numbers.
     """
-    num_tokens, num_experts = scores_TE.shape
-    allowed_TE: BoolArray | None = scores_TE != -np.inf
-    assert allowed_TE is not None
-    if allowed_TE.all():
-        allowed_TE = None
-    else:
-        degree_T = allowed_TE.sum(1)
-        short = np.flatnonzero(degree_T < topk)
+    topk = problem.topk
+    if problem.has_forbidden:
+        degree_N = (problem.scores_NE != -np.inf).sum(1)
+        short = np.flatnonzero(degree_N < topk)
         if short.size:
             row = int(short[0])
+            b = int(problem.problem_N[row])
             raise ValueError(
-                f"token {row} has {int(degree_T[row])} allowed experts but needs topk={topk} "
-                f"({short.size} such tokens); allow more experts for it"
+                f"token {row - int(problem.start_B[b])}{_of(problem, b)} has {int(degree_N[row])} "
+                f"allowed experts but needs topk={topk} ({short.size} such tokens); allow more "
+                "experts for it"
             )
-    capacity_E = np.minimum(capacity_E, num_tokens)
-    supply, demand = int(capacity_E.sum()), num_tokens * topk
-    if supply < demand:
+    supply_B, demand_B = problem.capacity_BE.sum(1), problem.rows_B * topk
+    for b in np.flatnonzero(supply_B < demand_B)[:1].tolist():
         raise ValueError(
-            f"capacities hold {supply} assignments but {num_tokens} tokens times topk={topk} "
-            f"need {demand}; raise capacity or capacity_factor"
+            f"capacities hold {int(supply_B[b])} assignments but {int(problem.rows_B[b])} tokens"
+            f"{_of(problem, b)} times topk={topk} need {int(demand_B[b])}; raise capacity or "
+            "capacity_factor"
         )
-    s_TE = scores_TE.astype(np.float64)
-    if num_tokens == 0:
-        empty = np.zeros((0, num_experts), np.int64)
-        return Problem(empty, None, topk, capacity_E, 0, np.zeros(0))
-    if allowed_TE is None:
-        low_T, high_T = s_TE.min(1), s_TE.max(1)
-    else:
-        low_T = np.where(allowed_TE, s_TE, np.inf).min(1)
-        high_T = s_TE.max(1)
-    ranges_T = high_T - low_T
-    largest = float(ranges_T.max())
-    shift = 0 if largest == 0.0 else SCORE_BITS - math.frexp(largest)[1]
-    # ldexp instead of a product: the factor itself may not be representable.
-    scaled_TE = np.ldexp(s_TE - low_T[:, None], shift)
-    if allowed_TE is not None:
-        scaled_TE = np.where(allowed_TE, scaled_TE, 0.0)
-    q_TE = np.rint(scaled_TE).astype(np.int64)
-    return Problem(q_TE, allowed_TE, topk, capacity_E, shift, ranges_T)
 
 
-def integer_prices(prices_E: FloatArray, problem: Problem) -> IntArray:
+def _of(problem: Problem, b: int) -> str:
+    return f" of problem {b}" if problem.num_problems > 1 else ""
+
+
+def integer_prices(prices_BE: FloatArray, problem: Problem, largest_B: FloatArray) -> IntArray:
     """Turn warm-start prices in score units into integers the solver can start from.
 
     They are shifted to minimum 0 and clipped at ``(E - 1)`` times the largest scaled range, within
     which an optimal dual of a problem without forbidden arcs always lies.
 
     Args:
-        prices_E: (E,) float64, finite.
-        problem: the problem to solve.
+        prices_BE: (B, E) float64, finite.
+        problem: the problems to solve.
+        largest_B: (B,) float64 largest row ranges.
 
     Returns:
-        (E,) int64, all >= 0.
+        (B, E) int64, all >= 0.
     """
-    num_experts = prices_E.shape[0]
-    limit = (num_experts - 1) * (int(problem.q_TE.max()) if problem.q_TE.size else 0)
+    limit_B = (problem.num_experts - 1) * np.rint(np.ldexp(largest_B, problem.shift_B))
     # A float64 difference of huge prices is inf at worst, which the clip takes.
     with np.errstate(over="ignore"):
-        scaled_E = np.ldexp(prices_E - prices_E.min(), problem.shift)
-    return np.rint(np.minimum(scaled_E, float(limit))).astype(np.int64)
+        above_BE = prices_BE - prices_BE.min(1, keepdims=True)
+        scaled_BE = np.ldexp(above_BE, problem.shift_B[:, None])
+    clipped_BE: FloatArray = np.rint(np.minimum(scaled_BE, limit_B[:, None]))
+    return clipped_BE.astype(np.int64)

@@ -1,6 +1,7 @@
 """``solve``: checks the arguments, runs prices and finish, and returns the certificate.
 
-Shape letters: B problems, T tokens of a problem, E experts, K experts per token, R ranks.
+Shape letters: B problems, S rows of a problem, N rows that take part, E experts, K experts per
+token, R ranks.
 """
 
 from __future__ import annotations
@@ -12,13 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_maxscore.flow import certificate, prices
-from megatron_maxscore.flow.finish import Finish
-from megatron_maxscore.flow.problem import FloatArray, IntArray, build, integer_prices
-from megatron_maxscore.flow.selection import order_by_score
+from megatron_maxscore.flow import prices as price_sweeps
+from megatron_maxscore.flow.backend import backend
+from megatron_maxscore.flow.finish import finish
+from megatron_maxscore.flow.problem import (
+    BoolArray,
+    FloatArray,
+    IntArray,
+    Problem,
+    check_feasible,
+    integer_prices,
+    maxima,
+    shifts,
+)
 from megatron_maxscore.flow.solution import FlowSolution
 
-MODES = ("exact",)
+MODES = ("exact", "bounded")
 
 
 def solve(
@@ -53,7 +63,8 @@ def solve(
         fill_padding: True: padding rows get k experts too, as rows of equal scores in the same
             flow. False: they get no expert and take no capacity.
         tolerance: relative gap at which the solver may stop; 0 = exact optimum.
-        mode: "exact".
+        mode: "exact", or "bounded": a fixed number of passes and moves, feasible with a certified
+            gap. Bounded mode needs every arc allowed.
         max_rounds: most collectives to use; one rank needs none.
 
     Returns:
@@ -65,11 +76,11 @@ def solve(
     """
     _check_arguments(scores, topk, capacity_factor, group, tolerance, mode, max_rounds)
     with torch.no_grad():
-        if scores.dim() == 3:
-            return _solve_batch(
-                scores, topk, capacity, capacity_factor, prices, valid, fill_padding
-            )
-        return _solve_one(scores, topk, capacity, capacity_factor, prices, valid, fill_padding)
+        batch = scores.detach() if scores.dim() == 3 else scores.detach()[None]
+        return _solve(
+            batch, scores.dim() == 3, topk, capacity, capacity_factor, prices, valid,
+            fill_padding, tolerance, mode,
+        )  # fmt: skip
 
 
 def _check_arguments(
@@ -89,6 +100,8 @@ def _check_arguments(
         raise ValueError(
             f"topk must lie between 1 and the number of experts {scores.shape[-1]}, got {topk}"
         )
+    if scores.dim() == 3 and scores.shape[0] == 0:
+        raise ValueError("scores hold no problem: the first dimension of (B, S, E) is 0")
     if not (capacity_factor > 0 and math.isfinite(capacity_factor)):
         raise ValueError(f"capacity_factor must be a positive number, got {capacity_factor}")
     if not tolerance >= 0:
@@ -104,98 +117,201 @@ def _check_arguments(
         )
 
 
-def _solve_batch(
+def _solve(
     scores: Tensor,
-    topk: int,
-    capacity: int | Tensor | None,
-    capacity_factor: float,
-    prices: Tensor | None,
-    valid: Tensor | None,
-    fill_padding: bool,
-) -> FlowSolution:
-    parts = []
-    for index in range(scores.shape[0]):
-        warm = prices[index] if prices is not None and prices.dim() == 2 else prices
-        mask = None if valid is None else valid[index]
-        parts.append(
-            _solve_one(scores[index], topk, capacity, capacity_factor, warm, mask, fill_padding)
-        )
-    if not parts:
-        raise ValueError("scores hold no problem: the first dimension of (B, S, E) is 0")
-    names = ("experts", "prices", "objective", "bound", "gap", "converged", "loads")
-    return FlowSolution(
-        **{name: torch.stack([getattr(part, name) for part in parts]) for name in names}, rounds=0
-    )
-
-
-def _solve_one(
-    scores: Tensor,
+    is_batch: bool,
     topk: int,
     capacity: int | Tensor | None,
     capacity_factor: float,
     warm: Tensor | None,
     valid: Tensor | None,
     fill_padding: bool,
+    tolerance: float,
+    mode: str,
 ) -> FlowSolution:
-    num_tokens, num_experts = scores.shape
+    num_problems, size, num_experts = scores.shape
     wide = scores if scores.dtype == torch.float64 else scores.float()
-    scores_TE = wide.detach().cpu().numpy()
-    valid_T = np.ones(num_tokens, np.bool_)
-    if valid is not None:
-        if valid.shape != (num_tokens,) or valid.dtype != torch.bool:
-            raise ValueError(
-                f"valid must be ({num_tokens},) bool, got {tuple(valid.shape)} {valid.dtype}"
-            )
-        valid_T = valid.detach().cpu().numpy()
-    bad_T = (np.isnan(scores_TE) | np.isposinf(scores_TE)).any(1) & valid_T
-    if bad_T.any():
+    scores_NE = wide.cpu().contiguous().numpy().reshape(-1, num_experts)
+    valid_N = _valid_rows(valid, scores.shape[:2] if is_batch else scores.shape[1:2])
+    rows: IntArray | None = None
+    counts_B = np.full(num_problems, size, np.int64)
+    if valid_N is not None and not valid_N.all():
+        if fill_padding:
+            scores_NE = np.where(valid_N[:, None], scores_NE, scores_NE.dtype.type(0))
+        else:
+            rows = np.flatnonzero(valid_N)
+            counts_B = valid_N.reshape(num_problems, size).sum(1)
+            scores_NE = scores_NE[rows]
+    start_B = np.concatenate([[0], counts_B.cumsum()])
+    capacity_BE = _capacities(capacity, capacity_factor, counts_B, topk, num_experts)
+    warm_BE = _warm_prices(warm, num_problems, num_experts, is_batch)
+
+    kernels = backend()
+    scores_NE, unit_B = _representable(scores_NE, start_B)
+    low_N, high_N, has_bad, has_forbidden = kernels.scan(scores_NE)
+    if has_bad:
+        raise ValueError(_where_bad(scores_NE, rows, size, is_batch))
+    with np.errstate(invalid="ignore"):  # a row without allowed experts is refused below
+        range_N = high_N - low_N
+    largest_B = maxima(np.where(range_N > 0, range_N, 0.0), start_B)
+    problem = Problem(
+        scores_NE,
+        start_B,
+        topk,
+        np.minimum(capacity_BE, counts_B[:, None]),
+        low_N,
+        shifts(largest_B),
+        has_forbidden,
+    )
+    if has_forbidden and mode == "bounded":
         raise ValueError(
-            f"scores hold NaN or +inf in {int(bad_T.sum())} tokens, first in token "
-            f"{int(np.flatnonzero(bad_T)[0])}"
+            "scores forbid arcs (-inf), which mode='bounded' cannot promise to respect; use "
+            "mode='exact'"
         )
-    if fill_padding and not valid_T.all():
-        scores_TE = np.where(valid_T[:, None], scores_TE, scores_TE.dtype.type(0))
-    takes_part_T = np.ones(num_tokens, np.bool_) if fill_padding else valid_T
-    rows = np.flatnonzero(takes_part_T)
-    rows_TE = scores_TE if rows.size == num_tokens else scores_TE[rows]
-    capacity_E = _capacities(capacity, capacity_factor, rows.size, topk, num_experts)
-    warm_E = _warm_prices(warm, num_experts)
+    check_feasible(problem)
+    start_BE = integer_prices(np.ldexp(warm_BE, unit_B[:, None]), problem, largest_B)
+    prices_BE, x_NE = _assign(kernels, problem, start_BE, range_N, tolerance, mode)
 
-    problem = build(rows_TE, topk, capacity_E)
-    start_E = integer_prices(warm_E, problem)
-    if rows.size == 0:
-        x_TE, prices_E = np.zeros((0, num_experts), np.bool_), start_E
-    elif topk == num_experts:
-        x_TE, prices_E = np.ones((rows.size, num_experts), np.bool_), np.zeros_like(start_E)
-    else:
-        finish = Finish(problem, prices.improve(problem, start_E))
-        prices_E = finish.run()
-        x_TE = finish.x_TE
-    exact_TE = rows_TE.astype(np.float64)
-    experts_TK = order_by_score(x_TE, exact_TE, topk)
-    exact_prices_E = np.ldexp(prices_E.astype(np.float64), -problem.shift)
-    objective, bound, gap = certificate.evaluate(exact_TE, experts_TK, exact_prices_E, problem)
+    exact_BE = np.ldexp(prices_BE.astype(np.float64), -problem.shift_B[:, None])
+    experts_NK, total_N, slack_N = kernels.conclude(problem, exact_BE, x_NE)
+    load_BE = _per_problem(x_NE, problem)
+    rent_B = (exact_BE * (problem.capacity_BE - load_BE)).sum(1)
+    objective_B = np.ldexp(_sums(total_N, start_B), -unit_B)
+    difference_B = np.ldexp(np.maximum(_sums(slack_N, start_B) + rent_B, 0.0), -unit_B)
+    total_range_B = np.ldexp(_sums(range_N, start_B), -unit_B)
+    gap_B = np.zeros(num_problems)
+    np.divide(difference_B, total_range_B, out=gap_B, where=total_range_B > 0)
+    gap_B[(total_range_B == 0) & (difference_B > 0)] = np.inf
 
-    all_experts_TK = np.full((num_tokens, topk), -1, np.int64)
-    all_experts_TK[rows] = experts_TK
+    all_NK = experts_NK
+    if rows is not None:
+        all_NK = np.full((num_problems * size, topk), -1, np.int64)
+        all_NK[rows] = experts_NK
+
+    def give(values: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(values)).to(scores.device)
+        return tensor if is_batch else tensor[0]
+
     return FlowSolution(
-        experts=torch.from_numpy(all_experts_TK).to(scores.device),
-        prices=_normalised(exact_prices_E, problem.is_tight).to(scores.device),
-        objective=torch.tensor(objective, dtype=torch.float64, device=scores.device),
-        bound=torch.tensor(bound, dtype=torch.float64, device=scores.device),
-        gap=torch.tensor(gap, dtype=torch.float64, device=scores.device),
-        converged=torch.tensor(True, device=scores.device),
-        loads=torch.from_numpy(x_TE.sum(0, dtype=np.int64)[None]).to(scores.device),
+        experts=give(all_NK.reshape(num_problems, size, topk)),
+        prices=give(_normalised(np.ldexp(exact_BE, -unit_B[:, None]), problem.tight_B)),
+        objective=give(objective_B),
+        bound=give(objective_B + difference_B),
+        gap=give(gap_B),
+        converged=give(gap_B <= max(tolerance, _ROUNDING)),
+        loads=give(load_BE[:, None]),
         rounds=0,
     )
 
 
+# Bounded mode: passes over the scores (as many again over a sample, and one more after a warm start
+# that was lost), and phases of each attempt of the finish.
+_BOUNDED_PASSES = 6
+_BOUNDED_PHASES = 32
+# The gap that rounding scores to integers may leave, relative to the ranges of the rows.
+_ROUNDING = 1e-9
+
+
+def _assign(
+    kernels: Any,
+    problem: Problem,
+    start_BE: IntArray,
+    range_N: FloatArray,
+    tolerance: float,
+    mode: str,
+) -> tuple[IntArray, BoolArray]:
+    """Return (B, E) int64 prices and the (N, E) bool assignment."""
+    rows, num_experts = problem.scores_NE.shape
+    if rows == 0:
+        return start_BE, np.zeros((0, num_experts), np.bool_)
+    if problem.topk == num_experts:
+        return np.zeros_like(start_BE), np.ones((rows, num_experts), np.bool_)
+    if mode == "bounded":
+        state = price_sweeps.improve(kernels, problem, start_BE, _BOUNDED_PASSES)
+        max_phases = _BOUNDED_PHASES
+    else:
+        sum_ranges_B = None
+        if tolerance > 0.0 and not problem.has_forbidden:
+            sum_ranges_B = np.ldexp(_sums(range_N, problem.start_B), problem.shift_B)
+        state = price_sweeps.improve(
+            kernels, problem, start_BE, tolerance=tolerance, sum_ranges_B=sum_ranges_B
+        )
+        max_phases = None
+    prices_BE = finish(
+        kernels,
+        problem,
+        state.prices_BE,
+        state.gap_N,
+        state.x_NE,
+        state.load_BE,
+        state.filled_B,
+        max_phases,
+    )
+    if mode == "bounded":
+        load_BE = _per_problem(state.x_NE, problem)
+        for b in np.flatnonzero((load_BE > problem.capacity_BE).any(1)).tolist():
+            kernels.fill(problem, b, prices_BE, state.threshold_N, load_BE, state.x_NE)
+    return prices_BE, state.x_NE
+
+
+def _per_problem(x_NE: BoolArray, problem: Problem) -> IntArray:
+    """Return (B, E) int64 loads."""
+    if problem.num_problems == 1:
+        return x_NE.sum(0, dtype=np.int64)[None]
+    load_BE = np.zeros((problem.num_problems, problem.num_experts), np.int64)
+    some_B = problem.rows_B > 0
+    if some_B.any():
+        load_BE[some_B] = np.add.reduceat(x_NE, problem.start_B[:-1][some_B], 0, dtype=np.int64)
+    return load_BE
+
+
+def _sums(values_N: FloatArray, start_B: IntArray) -> FloatArray:
+    """Return (B,) sums of each problem's rows."""
+    parts = zip(start_B[:-1].tolist(), start_B[1:].tolist(), strict=True)
+    return np.array([values_N[a:b].sum() for a, b in parts])
+
+
+def _representable(scores_NE: np.ndarray, start_B: IntArray) -> tuple[np.ndarray, IntArray]:
+    """Bring float64 scores near the ends of its exponents to where they can be computed with.
+
+    Returns:
+        The scores, multiplied by ``2.0 ** unit``, and (B,) unit.
+    """
+    unit_B = np.zeros(start_B.size - 1, np.int64)
+    if scores_NE.dtype != np.float64 or scores_NE.size == 0:
+        return scores_NE, unit_B
+    size_NE = np.where(np.isfinite(scores_NE), np.abs(scores_NE), 0.0)
+    exponent_B = np.frexp(maxima(size_NE.max(1), start_B))[1].astype(np.int64)
+    unit_B = np.where(np.abs(exponent_B) > 900, -exponent_B, 0)
+    if unit_B.any():
+        scores_NE = np.ldexp(scores_NE, np.repeat(unit_B, np.diff(start_B))[:, None])
+    return scores_NE, unit_B
+
+
+def _valid_rows(valid: Tensor | None, shape: torch.Size) -> BoolArray | None:
+    if valid is None:
+        return None
+    if valid.shape != shape or valid.dtype != torch.bool:
+        raise ValueError(
+            f"valid must be {tuple(shape)} bool, got {tuple(valid.shape)} {valid.dtype}"
+        )
+    return valid.detach().cpu().numpy().reshape(-1)
+
+
+def _where_bad(scores_NE: np.ndarray, rows: IntArray | None, size: int, is_batch: bool) -> str:
+    bad = np.flatnonzero((np.isnan(scores_NE) | np.isposinf(scores_NE)).any(1))
+    first = int(bad[0] if rows is None else rows[bad[0]])
+    where = f"token {first % size}" + (f" of problem {first // size}" if is_batch else "")
+    return f"scores hold NaN or +inf in {bad.size} tokens, first in {where}"
+
+
 def _capacities(
-    capacity: int | Tensor | None, factor: float, num_tokens: int, topk: int, num_experts: int
+    capacity: int | Tensor | None, factor: float, counts_B: IntArray, topk: int, num_experts: int
 ) -> IntArray:
+    shape = (counts_B.size, num_experts)
     if capacity is None:
-        each = math.ceil(num_tokens * topk * factor / num_experts)
-        return np.full(num_experts, each, np.int64)
+        each = [math.ceil(count * topk * factor / num_experts) for count in counts_B.tolist()]
+        return np.broadcast_to(np.array(each, np.int64)[:, None], shape)
     if isinstance(capacity, Tensor):
         if capacity.shape != (num_experts,) or capacity.is_floating_point():
             raise ValueError(
@@ -207,20 +323,24 @@ def _capacities(
         capacity_E = np.full(num_experts, capacity, np.int64)
     if (capacity_E < 0).any():
         raise ValueError(f"capacity must be at least 0, got {int(capacity_E.min())}")
-    return capacity_E
+    return np.broadcast_to(capacity_E, shape)
 
 
-def _warm_prices(warm: Tensor | None, num_experts: int) -> FloatArray:
+def _warm_prices(
+    warm: Tensor | None, num_problems: int, num_experts: int, is_batch: bool
+) -> FloatArray:
+    shape = (num_problems, num_experts)
     if warm is None:
-        return np.zeros(num_experts, np.float64)
-    if warm.shape != (num_experts,):
-        raise ValueError(f"prices must be ({num_experts},), got shape {tuple(warm.shape)}")
-    warm_E = warm.detach().cpu().numpy().astype(np.float64)
-    if not np.isfinite(warm_E).all():
+        return np.zeros(shape)
+    if warm.shape != shape[1:] and not (is_batch and warm.shape == shape):
+        either = f" or {shape}" if is_batch else ""
+        raise ValueError(f"prices must be {shape[1:]}{either}, got shape {tuple(warm.shape)}")
+    warm_BE = warm.detach().cpu().numpy().astype(np.float64)
+    if not np.isfinite(warm_BE).all():
         raise ValueError("prices must be finite; start from zeros instead")
-    return warm_E
+    return np.array(np.broadcast_to(warm_BE, shape))
 
 
-def _normalised(prices_E: FloatArray, is_tight: bool) -> Tensor:
-    level = prices_E.mean() if is_tight else prices_E.min()
-    return torch.from_numpy((prices_E - level).astype(np.float32))
+def _normalised(prices_BE: FloatArray, tight_B: BoolArray) -> np.ndarray:
+    level_B = np.where(tight_B, prices_BE.mean(1), prices_BE.min(1))
+    return (prices_BE - level_B[:, None]).astype(np.float32)

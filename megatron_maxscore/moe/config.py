@@ -37,7 +37,9 @@ class MaxScoreConfig:
         "the experts without any communication. group and sequence do not exist yet.",
     )
     mode: Literal["exact", "bounded"] = _option(
-        "exact", "exact: the optimum, with a certificate. bounded does not exist yet."
+        "exact",
+        "exact: the optimum, with a certificate. bounded: a fixed number of passes and moves; "
+        "feasible, with a certified gap.",
     )
     capacity_factor: float = _option(
         1.0,
@@ -79,10 +81,6 @@ class MaxScoreConfig:
             raise ValueError(
                 f"{flags['scope']} {self.scope} does not exist yet; use {flags['scope']} local"
             )
-        if self.mode != "exact":
-            raise ValueError(
-                f"{flags['mode']} {self.mode} does not exist yet; use {flags['mode']} exact"
-            )
         for name, ok, range_text in (
             ("capacity_factor", self.capacity_factor >= 1.0, "at least 1"),
             ("tolerance", self.tolerance >= 0.0, "at least 0"),
@@ -92,6 +90,7 @@ class MaxScoreConfig:
             if not ok:
                 raise ValueError(f"{flags[name]} must be {range_text}, got {getattr(self, name)}")
         for name, choices in (
+            ("mode", ("exact", "bounded")),
             ("gate", ("soft_topk", "score")),
             ("variant", ("bientropic",)),
             ("objective", ("logits", "scores")),

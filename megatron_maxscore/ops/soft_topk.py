@@ -71,12 +71,15 @@ class _BiEntropic(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, k: int, temperature: float) -> Tensor:
         compute = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        u_NE = logits.to(compute) / temperature
-        num_experts = u_NE.shape[-1]
-        if k == num_experts:
-            p_NE, v_NE = torch.ones_like(u_NE), torch.zeros_like(u_NE)
+        z_NE = logits.to(compute)
+        if k == z_NE.shape[-1]:
+            p_NE, v_NE = torch.ones_like(z_NE), torch.zeros_like(z_NE)
         else:
-            x_NE = u_NE - threshold(u_NE, k)
+            order_NK = z_NE.topk(k + 1, dim=-1)
+            # Only differences matter; those to the k-th are exact where they are small.
+            kth_N = order_NK.values[..., k - 1 : k]
+            u_NE = (z_NE - torch.where(kth_N.isinf(), 0.0, kth_N)) / temperature
+            x_NE = u_NE - threshold(u_NE, order_NK.indices)
             p_NE = torch.sigmoid(x_NE)
             # p (1 - p) without the cancellation in 1 - p.
             v_NE = p_NE * torch.sigmoid(-x_NE)
@@ -94,7 +97,7 @@ class _BiEntropic(torch.autograd.Function):
         return ((v_NE * (g_NE - mean_N)) / ctx.temperature).to(grad_NE.dtype), None, None
 
 
-def threshold(u_NE: Tensor, k: int) -> Tensor:
+def threshold(u_NE: Tensor, top_NK1: Tensor) -> Tensor:
     """Return the tau with ``sum(sigmoid(u - tau)) == k`` per row, for 1 <= k < E.
 
     The sum is k exactly where what the k largest lack equals what the others have. The logarithms
@@ -104,19 +107,18 @@ def threshold(u_NE: Tensor, k: int) -> Tensor:
 
     Args:
         u_NE: (..., E) float32 or float64.
-        k: 1 <= k < E.
+        top_NK1: (..., k + 1) int64 indices of the k + 1 largest entries, best first.
 
     Returns:
         (..., 1) tau, in the unit of ``u_NE``.
     """
-    num_experts = u_NE.shape[-1]
+    num_experts, k = u_NE.shape[-1], top_NK1.shape[-1] - 1
     u_NE = u_NE.clamp(min=_LOWEST)
     # Which of equal entries count as the top makes no difference to the equation.
-    order_NE = u_NE.topk(k + 1, dim=-1)
-    top_NK = order_NE.values[..., :k]
-    is_rest_NE = torch.ones_like(u_NE).scatter_(-1, order_NE.indices[..., :k], 0.0)
-    rest_NE = torch.where(is_rest_NE > 0, u_NE, _LOWEST)
-    low_N = order_NE.values[..., k:] - math.log(k)
+    values_NK1 = u_NE.gather(-1, top_NK1)
+    top_NK = values_NK1[..., :k]
+    rest_NE = u_NE.scatter(-1, top_NK1[..., :k], _LOWEST)
+    low_N = values_NK1[..., k:] - math.log(k)
     high_N = top_NK[..., -1:] + math.log(num_experts - k)
     tau_N = (rest_NE.logsumexp(-1, keepdim=True) - (-top_NK).logsumexp(-1, keepdim=True)) / 2
     tau_N = torch.minimum(torch.maximum(tau_N, low_N), high_N)

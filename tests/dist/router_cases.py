@@ -293,7 +293,7 @@ REFUSED = {
     "--maxscore-capacity-factor 0.9": ["--maxscore-capacity-factor", "0.9", "at least 1"],
     "--maxscore-scope group": ["--maxscore-scope group", "local"],
     "--maxscore-scope sequence": ["--maxscore-scope sequence", "local"],
-    "--maxscore-mode bounded": ["--maxscore-mode bounded", "exact"],
+    "--maxscore-mode greedy": ["--maxscore-mode", "greedy"],
     "--maxscore-temperature 0": ["--maxscore-temperature", "greater than 0"],
     "--maxscore-price-decay 1": ["--maxscore-price-decay"],
     "--maxscore-gate hard": ["--maxscore-gate", "soft_topk", "score"],

@@ -1,0 +1,188 @@
+"""The solver's row functions, fused with numba. :mod:`plain` has the same ones in torch.
+
+Both make the same integer decisions, so they give the same bits. Kernels run on as many threads as
+torch uses (see :mod:`threads`).
+
+Shape letters: B problems, N rows of all problems, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from megatron_maxscore.flow.buckets import NUM_BUCKETS
+from megatron_maxscore.flow.contested import Contested
+from megatron_maxscore.flow.kernels import fill as kernels
+from megatron_maxscore.flow.kernels import rows
+from megatron_maxscore.flow.kernels.augment import augment_problems
+from megatron_maxscore.flow.problem import BoolArray, FloatArray, IntArray, Problem
+from megatron_maxscore.flow.threads import row_spans, run, spans
+
+NAME = "numba"
+
+
+def scan(scores_NE: Any) -> tuple[FloatArray, FloatArray, bool, bool]:
+    """See :func:`megatron_maxscore.flow.plain.scan`."""
+    count = scores_NE.shape[0]
+    low_N, high_N = np.empty(count), np.empty(count)
+    flags = run(
+        [
+            lambda a=a, b=b: rows.scan(scores_NE, a, b, low_N, high_N)  # type: ignore[misc]
+            for a, b in spans(count)
+        ]
+    )
+    return low_N, high_N, any(f[0] for f in flags), any(f[1] for f in flags)
+
+
+def price_pass(
+    problem: Problem,
+    prices_BE: IntArray,
+    window_B: IntArray,
+    active_B: BoolArray,
+    threshold_N: IntArray,
+    knows_threshold: bool,
+    gap_N: IntArray,
+    x_NE: BoolArray,
+) -> tuple[IntArray, Callable[[], np.ndarray]]:
+    """See :func:`megatron_maxscore.flow.plain.price_pass`."""
+    pieces = row_spans(problem.start_B)
+    # Threads that work on different problems share the counters.
+    own = len(pieces) if pieces[0][1] == problem.num_problems else 1
+    loads = np.zeros((own, *prices_BE.shape), np.int64)
+    bids = np.zeros((own, *prices_BE.shape, NUM_BUCKETS), np.int32)
+
+    def task(index: int, first: int, last: int, first_row_B: IntArray, last_row_B: IntArray) -> Any:
+        slot = index if own > 1 else 0
+        stop_B = np.where(active_B, last_row_B, first_row_B)
+        return lambda: rows.price_pass(
+            problem.scores_NE, problem.low_N, problem.factor_B, prices_BE, problem.topk, window_B,
+            knows_threshold, first, last, first_row_B, stop_B, problem.start_B,
+            threshold_N, gap_N, x_NE, loads[slot], bids[slot],
+        )  # fmt: skip
+
+    run([task(index, *piece) for index, piece in enumerate(pieces)])
+    return loads.sum(0), lambda: bids[0] if own == 1 else bids.sum(0, dtype=np.int32)
+
+
+def contested(
+    problem: Problem,
+    prices_BE: IntArray,
+    x_NE: BoolArray,
+    reach_B: IntArray,
+    stride_B: IntArray,
+    gap_N: IntArray,
+    drift_B: IntArray,
+) -> Contested:
+    """See :func:`megatron_maxscore.flow.plain.contested`."""
+    count_N = np.empty(x_NE.shape[0], np.int64)
+    scores = (problem.scores_NE, problem.low_N, problem.factor_B, prices_BE, x_NE, reach_B)
+    run(
+        [
+            lambda piece=piece: rows.count_contested(  # type: ignore[misc]
+                *scores, stride_B, gap_N, drift_B, problem.start_B, *piece, count_N
+            )
+            for piece in row_spans(problem.start_B)
+        ]
+    )
+    found = Contested.allocate(count_N, problem)
+    run(
+        [
+            lambda a=a, b=b: rows.extract(  # type: ignore[misc]
+                *scores,
+                found.problem_R,
+                found.row_R,
+                found.first_R,
+                a,
+                b,
+                found.expert_A,
+                found.value_A,
+                found.held_A,
+            )
+            for a, b in spans(found.row_R.size)
+        ]
+    )
+    return found
+
+
+def augment(
+    found: Contested,
+    prices_BE: IntArray,
+    excess_BN: IntArray,
+    slack_BE: IntArray,
+    has_sink_B: BoolArray,
+    reach_B: IntArray,
+    max_phases: int,
+) -> tuple[IntArray, IntArray]:
+    """See :func:`megatron_maxscore.flow.finish_plain.augment`."""
+    potential_BN = np.zeros_like(excess_BN)
+    status_B = np.zeros(prices_BE.shape[0], np.int64)
+    run(
+        [
+            lambda a=a, b=b: augment_problems(  # type: ignore[misc]
+                a,
+                b,
+                found.first_B,
+                found.first_R,
+                found.expert_A,
+                found.value_A,
+                found.held_A,
+                prices_BE,
+                excess_BN,
+                slack_BE,
+                has_sink_B,
+                reach_B,
+                max_phases,
+                potential_BN,
+                status_B,
+            )
+            for a, b in spans(prices_BE.shape[0], found.row_R.size)
+        ]
+    )
+    return potential_BN, status_B
+
+
+def fill(
+    problem: Problem,
+    b: int,
+    prices_BE: IntArray,
+    threshold_N: IntArray,
+    load_BE: IntArray,
+    x_NE: BoolArray,
+) -> int:
+    """See :func:`megatron_maxscore.flow.plain.fill`."""
+    loss_2 = np.zeros(2, np.int64)
+    kernels.fill(
+        problem.scores_NE, problem.low_N, problem.factor_B, prices_BE, threshold_N, b,
+        problem.start_B[b], problem.start_B[b + 1], problem.capacity_BE[b], load_BE[b], x_NE,
+        loss_2,
+    )  # fmt: skip
+    return (int(loss_2[0]) << kernels.LOW_BITS) + int(loss_2[1])
+
+
+def conclude(
+    problem: Problem, prices_BE: FloatArray, x_NE: BoolArray
+) -> tuple[IntArray, FloatArray, FloatArray]:
+    """See :func:`megatron_maxscore.flow.plain.conclude`."""
+    count = x_NE.shape[0]
+    experts_NK = np.empty((count, problem.topk), np.int64)
+    total_N, slack_N = np.empty(count), np.empty(count)
+    run(
+        [
+            lambda piece=piece: rows.conclude(  # type: ignore[misc]
+                problem.scores_NE,
+                problem.low_N,
+                prices_BE,
+                x_NE,
+                problem.topk,
+                *piece,
+                experts_NK,
+                total_N,
+                slack_N,
+            )
+            for piece in row_spans(problem.start_B)
+        ]
+    )
+    return experts_NK, total_N, slack_N

@@ -1,0 +1,304 @@
+"""Row kernels of the solver; :mod:`plain` documents what each of them does.
+
+Scores are scaled to integers on the fly (see :mod:`problem`), so that a pass is one read of the
+score matrix and writes little.
+
+Shape letters: B problems, N rows of all problems, E experts, K experts per token, H buckets,
+R contested rows, A arcs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from megatron_maxscore.flow.buckets import BUCKETS_PER_SIGN, MANTISSA_BITS
+from megatron_maxscore.flow.kernels.compiler import jit
+from megatron_maxscore.flow.problem import FORBIDDEN
+
+# Adding it to a float64 below 2**51 in size rounds that to an integer, half to even, which is then
+# the difference of the bit patterns.
+_MAGIC = 1.5 * 2.0**52
+_MAGIC_BITS = int(np.float64(_MAGIC).view(np.int64))
+_HUGE = 1 << 62
+
+
+@intrinsic
+def _bits(typing_context: Any, value: Any) -> Any:
+    """Return the bit pattern of a float64 as int64."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(64))
+
+    return types.int64(types.float64), generate
+
+
+@jit
+def reduced_row(scores_NE, low, factor, prices_BE, problem, row, out_E):
+    """Write a row's integer scores minus prices."""
+    for expert in range(out_E.shape[0]):
+        above = np.float64(scores_NE[row, expert]) - low
+        out_E[expert] = (_bits(above * factor + _MAGIC) - _MAGIC_BITS) - prices_BE[problem, expert]
+
+
+@jit
+def _kth_and_next(r_E, topk, guess, spacing):
+    """Return the k-th and (k+1)-th largest, k < E, by counting what lies above a moving guess."""
+    above_lo = -_HUGE  # more than k entries lie above this
+    below_hi = _HUGE  # fewer than k entries lie above this
+    from_min, from_max = False, False
+    while True:
+        count = 0
+        low, high = np.int64(_HUGE), np.int64(-_HUGE)  # least above, greatest not above
+        for expert in range(r_E.shape[0]):
+            value = r_E[expert]
+            is_above = value > guess
+            count += np.int64(is_above)
+            low = min(low, value if is_above else np.int64(_HUGE))
+            high = max(high, np.int64(-_HUGE) if is_above else value)
+        if count == topk:
+            return low, high
+        if count > topk:
+            if from_max:  # fewer than k above `high` before, more than k with it: a tie
+                return low, low
+            above_lo = guess
+            step = guess + (count - topk) * spacing - (spacing >> 1)
+            if count > topk + 1 and low < step < below_hi:
+                guess, from_min, from_max = step, False, False
+            else:
+                guess, from_min, from_max = low, True, False
+        else:
+            if from_min:
+                return guess, guess
+            below_hi = guess
+            step = guess - (topk - count) * spacing + (spacing >> 1)
+            if count < topk - 1 and above_lo < step < high - 1:
+                guess, from_min, from_max = step, False, False
+            else:
+                guess, from_min, from_max = high - 1, False, True
+
+
+@jit
+def _bucket(bid):
+    """Return the histogram bucket of a bid; see :mod:`buckets`."""
+    if bid > 0:
+        return (
+            BUCKETS_PER_SIGN
+            + (_bits(np.float64(bid)) >> (52 - MANTISSA_BITS))
+            - (1023 << MANTISSA_BITS)
+        )
+    return (
+        BUCKETS_PER_SIGN
+        - 1
+        - (_bits(np.float64(1 - bid)) >> (52 - MANTISSA_BITS))
+        + (1023 << MANTISSA_BITS)
+    )
+
+
+@jit
+def scan(scores_NE, first_row, last_row, low_N, high_N):
+    """Lowest finite and highest score per row; returns whether any is bad, any is -inf."""
+    bad, forbidden = False, False
+    for row in range(first_row, last_row):
+        low = high = scores_NE[row, 0]
+        is_odd = False
+        for expert in range(scores_NE.shape[1]):
+            value = scores_NE[row, expert]
+            is_odd |= not (abs(value) < np.inf)
+            low = min(low, value)
+            high = max(high, value)
+        if is_odd:
+            low, high = np.inf, -np.inf
+            for expert in range(scores_NE.shape[1]):
+                value = scores_NE[row, expert]
+                if value == -np.inf:
+                    forbidden = True
+                elif value < np.inf:
+                    low = min(low, value)
+                    high = max(high, value)
+                else:
+                    bad = True
+        low_N[row] = low
+        high_N[row] = high
+    return bad, forbidden
+
+
+@jit
+def price_pass(
+    scores_NE, low_N, factor_B, prices_BE, topk, window_B, knows_threshold,
+    first_problem, last_problem, first_row_B, last_row_B, start_B,
+    threshold_N, gap_N, x_NE, load_BE, bids_BEH,
+):  # fmt: skip
+    """Choose each row's k best experts; count loads and bids."""
+    num_experts = scores_NE.shape[1]
+    r_E = np.empty(num_experts, np.int64)
+    inside_E = np.empty(num_experts + 1, np.int64)
+    for problem in range(first_problem, last_problem):
+        previous, spacing = np.int64(0), np.int64(0)
+        window = window_B[problem]
+        for row in range(first_row_B[problem], last_row_B[problem]):
+            reduced_row(scores_NE, low_N[row], factor_B[problem], prices_BE, problem, row, r_E)
+            guess = threshold_N[row] if knows_threshold else previous
+            kth, following = _kth_and_next(r_E, topk, guess, spacing)
+            gap = kth - following
+            gap_N[row] = gap
+            threshold = (kth + following) >> 1
+            if following < FORBIDDEN:  # only forbidden arcs are left: any price keeps this k
+                threshold = kth - 1
+            else:
+                spacing += (gap - spacing) >> 3
+            threshold_N[row] = threshold
+            previous = threshold
+            if gap > 0:
+                for expert in range(num_experts):
+                    chosen = r_E[expert] > following
+                    x_NE[row, expert] = chosen
+                    load_BE[problem, expert] += chosen
+            else:
+                missing = topk
+                for expert in range(num_experts):
+                    chosen = r_E[expert] > kth
+                    x_NE[row, expert] = chosen
+                    load_BE[problem, expert] += chosen
+                    missing -= np.int64(chosen)
+                index = (row - start_B[problem]) * topk
+                expert = (index + index // num_experts) % num_experts
+                while missing > 0:
+                    if r_E[expert] == kth:
+                        x_NE[row, expert] = True
+                        load_BE[problem, expert] += 1
+                        missing -= 1
+                    expert = expert + 1 if expert + 1 < num_experts else 0
+            lowest = threshold - window
+            count = 0
+            for expert in range(num_experts):
+                inside_E[count] = expert
+                count += np.int64(r_E[expert] > lowest)
+            for position in range(count):
+                expert = inside_E[position]
+                bid = min(r_E[expert] - threshold, window)
+                bids_BEH[problem, expert, _bucket(bid)] += 1
+
+
+@jit
+def count_contested(
+    scores_NE, low_N, factor_B, prices_BE, x_NE, reach_B, stride_B, gap_N, drift_B, start_B,
+    first_problem, last_problem, first_row_B, last_row_B, count_N,
+):  # fmt: skip
+    """Count the entries of each contested row: those whose loss in a swap is within reach."""
+    num_experts = scores_NE.shape[1]
+    r_E = np.empty(num_experts, np.int64)
+    for problem in range(first_problem, last_problem):
+        reach, stride = reach_B[problem], stride_B[problem]
+        limit = reach + drift_B[problem]
+        for row in range(first_row_B[problem], last_row_B[problem]):
+            count_N[row] = 0
+            if reach < 0 or gap_N[row] > limit or (row - start_B[problem]) % stride:
+                continue
+            reduced_row(scores_NE, low_N[row], factor_B[problem], prices_BE, problem, row, r_E)
+            least, most = _held_and_other(r_E, x_NE, row)
+            if least - most > reach:
+                continue
+            count = 0
+            for expert in range(num_experts):
+                value = r_E[expert]
+                count += np.int64(
+                    value <= most + reach if x_NE[row, expert] else value >= least - reach
+                )
+            count_N[row] = count
+
+
+@jit
+def _held_and_other(r_E, x_NE, row):
+    """Return the least reduced score that the row has, and the greatest that it has not."""
+    least, most = np.int64(_HUGE), np.int64(-_HUGE)
+    for expert in range(r_E.shape[0]):
+        has = x_NE[row, expert]
+        least = min(least, r_E[expert] if has else np.int64(_HUGE))
+        most = max(most, np.int64(-_HUGE) if has else r_E[expert])
+    return least, most
+
+
+@jit
+def extract(
+    scores_NE, low_N, factor_B, prices_BE, x_NE, reach_B, problem_R, row_R, first_R,
+    first, last, expert_A, value_A, held_A,
+):  # fmt: skip
+    """Write down the arcs of contested rows."""
+    num_experts = scores_NE.shape[1]
+    r_E = np.empty(num_experts, np.int64)
+    for index in range(first, last):
+        row, problem = row_R[index], problem_R[index]
+        reach = reach_B[problem]
+        reduced_row(scores_NE, low_N[row], factor_B[problem], prices_BE, problem, row, r_E)
+        least, most = _held_and_other(r_E, x_NE, row)
+        arc = first_R[index]
+        for expert in range(num_experts):
+            value, has = r_E[expert], x_NE[row, expert]
+            if value <= most + reach if has else value >= least - reach:
+                expert_A[arc] = expert
+                value_A[arc] = value
+                held_A[arc] = has
+                arc += 1
+
+
+@jit
+def conclude(
+    scores_NE, low_N, prices_BE, x_NE, topk, first_problem, last_problem, first_row_B, last_row_B,
+    experts_NK, total_N, slack_N,
+):  # fmt: skip
+    """Order the chosen experts, and evaluate the row's share of objective and gap in float64."""
+    num_experts = scores_NE.shape[1]
+    reduced_E = np.empty(num_experts, np.float64)
+    best_K = np.empty(topk, np.float64)
+    for problem in range(first_problem, last_problem):
+        for row in range(first_row_B[problem], last_row_B[problem]):
+            low = low_N[row]
+            count = 0
+            total = 0.0
+            for expert in range(num_experts):
+                if x_NE[row, expert]:
+                    value = scores_NE[row, expert]
+                    place = count
+                    while place > 0 and scores_NE[row, experts_NK[row, place - 1]] < value:
+                        experts_NK[row, place] = experts_NK[row, place - 1]
+                        place -= 1
+                    experts_NK[row, place] = expert
+                    count += 1
+            least, most = np.inf, -np.inf
+            for place in range(topk):
+                expert = experts_NK[row, place]
+                total += np.float64(scores_NE[row, expert])
+                value = np.float64(scores_NE[row, expert]) - low - prices_BE[problem, expert]
+                least = min(least, value)
+            for expert in range(num_experts):
+                value = np.float64(scores_NE[row, expert]) - low - prices_BE[problem, expert]
+                reduced_E[expert] = value
+                most = max(most, -np.inf if x_NE[row, expert] else value)
+            total_N[row] = total
+            slack = 0.0
+            if most > least:
+                # Rounding to integers, or an assignment that is not optimal: the k largest.
+                for place in range(topk):
+                    best_K[place] = -np.inf
+                for expert in range(num_experts):
+                    value = reduced_E[expert]
+                    if value > best_K[topk - 1]:
+                        place = topk - 1
+                        while place > 0 and best_K[place - 1] < value:
+                            best_K[place] = best_K[place - 1]
+                            place -= 1
+                        best_K[place] = value
+                # Paired in order, so that what both have cancels exactly.
+                chosen = 0.0
+                for place in range(topk):
+                    chosen += reduced_E[experts_NK[row, place]]
+                best = 0.0
+                for place in range(topk):
+                    best += best_K[place]
+                slack = max(0.0, best - chosen)
+            slack_N[row] = slack

@@ -1,0 +1,325 @@
+"""Row kernels of the solver in torch and numpy, for machines without numba.
+
+:mod:`fused` has the same functions; both make the same integer decisions and give the same bits.
+Rows are taken in blocks, so that memory stays a small multiple of one block.
+
+Shape letters: B problems, N rows of all problems, E experts, K experts per token, H buckets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_maxscore.flow import fill_plain
+from megatron_maxscore.flow.buckets import NUM_BUCKETS, bucket_of
+from megatron_maxscore.flow.contested import Contested
+from megatron_maxscore.flow.finish_plain import augment
+from megatron_maxscore.flow.problem import BoolArray, FloatArray, IntArray, Problem
+
+__all__ = ["NAME", "augment", "conclude", "contested", "fill", "price_pass", "scan"]
+
+NAME = "torch"
+_BLOCK = 4096
+# Reduced score of a forbidden arc: below all others, and with room for the bits of a key.
+_NEVER = -(1 << 50)
+
+# Reduced scores below this belong to forbidden arcs.
+_LEAST = _NEVER >> 1
+
+
+def scan(scores_NE: Any) -> tuple[FloatArray, FloatArray, bool, bool]:
+    """Return each row's lowest and highest allowed score, whether any is bad, any forbidden.
+
+    Args:
+        scores_NE: (N, E) float32 or float64. Bad are NaN and +inf; -inf is forbidden.
+
+    Returns:
+        (N,) float64 lowest, (N,) float64 highest, and two flags.
+    """
+    rows = scores_NE.shape[0]
+    low_N, high_N = np.empty(rows), np.empty(rows)
+    bad = forbidden = False
+    for first in range(0, rows, _BLOCK):
+        block = torch.from_numpy(scores_NE[first : first + _BLOCK])
+        low, high = torch.aminmax(block, dim=1)
+        # NaN spreads to both.
+        if not bool((low.isfinite() & high.isfinite()).all()):
+            is_forbidden = block == -torch.inf
+            forbidden = forbidden or bool(is_forbidden.any())
+            bad = bad or bool((block.isnan() | (block == torch.inf)).any())
+            low = torch.where(is_forbidden, torch.inf, block).amin(1)
+        low_N[first : first + _BLOCK], high_N[first : first + _BLOCK] = low, high
+    return low_N, high_N, bad, forbidden
+
+
+def _reduced(problem: Problem, prices_BE: IntArray, rows: Any, owner: Any) -> IntArray:
+    """Return (n, E) int64 reduced scores of rows, given by a slice or indices, of some problems."""
+    low_N1 = problem.low_N[rows, None]
+    factor = np.ldexp(1.0, problem.shift_B[owner])
+    above = problem.scores_NE[rows].astype(np.float64)
+    above -= low_N1
+    above *= factor if problem.num_problems == 1 else factor[:, None]
+    np.rint(above, out=above)
+    if not problem.has_forbidden:
+        whole_NE: IntArray = above.astype(np.int64)
+        whole_NE -= prices_BE[owner]
+        return whole_NE
+    allowed = above > -np.inf
+    q_NE: IntArray = np.where(allowed, above, 0.0).astype(np.int64)
+    q_NE -= prices_BE[owner]
+    q_NE[~allowed] = _NEVER
+    return q_NE
+
+
+def _active_blocks(
+    problem: Problem, prices_BE: IntArray, active_B: BoolArray
+) -> Iterator[tuple[Any, IntArray, Any]]:
+    """Yield blocks of rows, their (n, E) int64 reduced scores, and the problem or problems."""
+    rows = int(problem.start_B[-1])
+    if problem.num_problems == 1:
+        for first in range(0, rows, _BLOCK):
+            part = slice(first, min(first + _BLOCK, rows))
+            yield part, _reduced(problem, prices_BE, part, 0), 0
+        return
+    problem_N = problem.problem_N
+    wanted = np.flatnonzero(active_B[problem_N])
+    for first in range(0, wanted.size, _BLOCK):
+        index = wanted[first : first + _BLOCK]
+        owner = problem_N[index]
+        yield index, _reduced(problem, prices_BE, index, owner), owner
+
+
+def price_pass(
+    problem: Problem,
+    prices_BE: IntArray,
+    window_B: IntArray,
+    active_B: BoolArray,
+    threshold_N: IntArray,
+    knows_threshold: bool,
+    gap_N: IntArray,
+    x_NE: BoolArray,
+) -> tuple[IntArray, Callable[[], np.ndarray]]:
+    """Choose every row's k best experts at the prices, and count loads and bids.
+
+    Equal reduced scores at the k-th place are taken in cyclic order of the experts, from a start
+    that moves with the row, so that plateaus spread over the experts.
+
+    Args:
+        problem: the problems.
+        prices_BE: (B, E) int64.
+        window_B: (B,) int64; bids at or below minus this are not counted, those above it count as
+            equal to it.
+        active_B: (B,) bool, problems whose rows are to be looked at.
+        threshold_N: (N,) int64, out: the mean of the k-th and (k+1)-th reduced score.
+        knows_threshold: whether it holds those of similar prices, a hint that saves time.
+        gap_N: (N,) int64, out: k-th less (k+1)-th.
+        x_NE: (N, E) bool, out: the choice.
+
+    Returns:
+        (B, E) int64 loads, and a function that returns the (B, E, H) int32 counts of bids.
+    """
+    topk, num_experts = problem.topk, problem.num_experts
+    load_BE = np.zeros((problem.num_problems, num_experts), np.int64)
+    for index, r_NE, owner in _active_blocks(problem, prices_BE, active_B):
+        best = torch.from_numpy(r_NE).topk(topk + 1, dim=1).values.numpy()
+        kth_N, next_N = best[:, topk - 1], best[:, topk]
+        gap_N[index] = kth_N - next_N
+        threshold_N[index] = np.where(next_N < _LEAST, kth_N - 1, (kth_N + next_N) >> 1)
+        chosen_NE = r_NE > next_N[:, None]
+        tied = np.flatnonzero(kth_N == next_N)
+        if tied.size:
+            position_N = _positions(index, owner, problem)[tied]
+            chosen_NE[tied] = _with_ties(r_NE[tied], position_N, topk)
+        x_NE[index] = chosen_NE
+        if problem.num_problems == 1:
+            load_BE[0] += chosen_NE.sum(0)
+        else:
+            np.add.at(load_BE, owner, chosen_NE.astype(np.int64))
+    return load_BE, lambda: _count_bids(problem, prices_BE, window_B, active_B, threshold_N)
+
+
+def _positions(index: Any, owner: Any, problem: Problem) -> IntArray:
+    """Return the index of rows within their problems."""
+    rows = np.arange(index.start, index.stop) if isinstance(index, slice) else index
+    return np.asarray(rows - problem.start_B[owner])
+
+
+def _count_bids(
+    problem: Problem,
+    prices_BE: IntArray,
+    window_B: IntArray,
+    active_B: BoolArray,
+    threshold_N: IntArray,
+) -> np.ndarray:
+    num_experts = problem.num_experts
+    shape = (problem.num_problems, num_experts, NUM_BUCKETS)
+    bids_H = np.zeros(math.prod(shape), np.int64)
+    for index, r_NE, owner in _active_blocks(problem, prices_BE, active_B):
+        r_NE -= threshold_N[index, None]
+        window = window_B[owner] if problem.num_problems == 1 else window_B[owner][:, None]
+        place = np.flatnonzero(r_NE > -window)
+        bids = r_NE.ravel()[place]
+        slot = place % num_experts
+        if problem.num_problems > 1:
+            owner_A = owner[place // num_experts]
+            slot += owner_A * num_experts
+            window = window_B[owner_A]
+        slot = slot * NUM_BUCKETS + bucket_of(np.minimum(bids, window))
+        bids_H += np.bincount(slot, minlength=bids_H.size)
+    return bids_H.reshape(shape).astype(np.int32)
+
+
+def _with_ties(r_NE: IntArray, index_N: IntArray, topk: int) -> BoolArray:
+    """Return the choice of rows whose k-th and (k+1)-th are equal, given their indices."""
+    num_experts = r_NE.shape[1]
+    begin_N = index_N * topk
+    begin_N = (begin_N + begin_N // num_experts) % num_experts
+    # Each row's cyclic order of the experts, the first one highest, as the low bits of a key.
+    expert = np.arange(num_experts)
+    rank_EE = num_experts - 1 - (expert - expert[:, None]) % num_experts
+    keys_NE = r_NE << (num_experts - 1).bit_length()
+    keys_NE += rank_EE[begin_N]
+    least_N = torch.from_numpy(keys_NE).topk(topk, dim=1).values.numpy()[:, -1:]
+    return np.asarray(keys_NE >= least_N)
+
+
+def contested(
+    problem: Problem,
+    prices_BE: IntArray,
+    x_NE: BoolArray,
+    reach_B: IntArray,
+    stride_B: IntArray,
+    gap_N: IntArray,
+    drift_B: IntArray,
+) -> Contested:
+    """Collect the rows whose cheapest swap costs at most ``reach``, and their arcs within it.
+
+    Args:
+        problem: the problems.
+        prices_BE: (B, E) int64.
+        x_NE: (N, E) bool, each row's experts, top-k at the prices.
+        reach_B: (B,) int64; problems with a negative reach are left out.
+        stride_B: (B,) int64; only rows whose index in the problem divides by it are looked at.
+        gap_N: (N,) int64 cost of each row's cheapest swap at earlier prices.
+        drift_B: (B,) int64 by how much these costs may have fallen since then.
+    """
+    problem_N = problem.problem_N
+    limit_B = np.where(reach_B >= 0, reach_B + drift_B, -1)
+    maybe_N = gap_N <= limit_B[problem_N]
+    if (stride_B > 1).any():
+        index_N = np.arange(gap_N.size) - problem.start_B[problem_N]
+        maybe_N &= index_N % stride_B[problem_N] == 0
+    maybe = np.flatnonzero(maybe_N)
+    count_N = np.zeros(x_NE.shape[0], np.int64)
+    parts = []
+    for first in range(0, maybe.size, _BLOCK):
+        rows = maybe[first : first + _BLOCK]
+        owner = 0 if problem.num_problems == 1 else problem_N[rows]
+        r_NE, held_NE = _reduced(problem, prices_BE, rows, owner), x_NE[rows]
+        r, held = torch.from_numpy(r_NE), torch.from_numpy(held_NE)
+        least_N = r.masked_fill(~held, -_NEVER).amin(1).numpy()
+        most_N = r.masked_fill(held, _NEVER).amax(1).numpy()
+        reach_N = np.broadcast_to(reach_B[owner], least_N.shape)
+        near = np.flatnonzero(least_N - most_N <= reach_N)
+        r_RE, held_RE = r_NE[near], held_NE[near]
+        least_R1, most_R1 = least_N[near, None], most_N[near, None]
+        reach_R1 = reach_N[near, None]
+        is_arc_RE = np.where(held_RE, r_RE <= most_R1 + reach_R1, r_RE >= least_R1 - reach_R1)
+        count_N[rows[near]] = is_arc_RE.sum(1)
+        place = np.flatnonzero(is_arc_RE)
+        parts.append((place % problem.num_experts, r_RE.ravel()[place], held_RE.ravel()[place]))
+    found = Contested.allocate(count_N, problem)
+    for target, column in zip(
+        (found.expert_A, found.value_A, found.held_A), zip(*parts, strict=True), strict=False
+    ):
+        np.concatenate(column, out=target, casting="same_kind")
+    return found
+
+
+def fill(
+    problem: Problem,
+    b: int,
+    prices_BE: IntArray,
+    threshold_N: IntArray,
+    load_BE: IntArray,
+    x_NE: BoolArray,
+) -> int:
+    """Make problem b's assignment feasible; every arc must be allowed.
+
+    Args:
+        problem: the problems.
+        b: which one.
+        prices_BE: (B, E) int64.
+        threshold_N: (N,) int64, bids are reduced scores less these.
+        load_BE: (B, E) int64, changed in place.
+        x_NE: (N, E) bool, changed in place.
+
+    Returns:
+        By how much the sum of reduced scores has fallen.
+    """
+    first, last = int(problem.start_B[b]), int(problem.start_B[b + 1])
+    owner: Any = 0 if problem.num_problems == 1 else np.array([b])
+    return fill_plain.fill(
+        lambda index: _reduced(problem, prices_BE, first + index, owner),
+        threshold_N[first:last],
+        problem.capacity_BE[b],
+        load_BE[b],
+        x_NE[first:last],
+    )
+
+
+def conclude(
+    problem: Problem, prices_BE: FloatArray, x_NE: BoolArray
+) -> tuple[IntArray, FloatArray, FloatArray]:
+    """Order the chosen experts, and evaluate objective and gap on the unrounded scores.
+
+    Args:
+        problem: the problems.
+        prices_BE: (B, E) float64 in score units.
+        x_NE: (N, E) bool, k experts per row.
+
+    Returns:
+        (N, K) int64 experts, best score first, ties by index; (N,) float64 total score of each
+        row; (N,) float64 by how much the k largest of score minus price exceed those chosen.
+    """
+    rows, num_experts = x_NE.shape
+    topk = problem.topk
+    experts_NK = np.empty((rows, topk), np.int64)
+    total_N, slack_N = np.empty(rows), np.zeros(rows)
+    problem_N = problem.problem_N
+    for first in range(0, rows, _BLOCK):
+        part = slice(first, min(first + _BLOCK, rows))
+        scores_NE, held_NE = problem.scores_NE[part], x_NE[part]
+        place = np.flatnonzero(held_NE)
+        scores_NK = torch.from_numpy(scores_NE.reshape(-1)[place].reshape(-1, topk))
+        ordered = scores_NK.sort(dim=1, descending=True, stable=True)
+        index_NK = torch.from_numpy((place % num_experts).reshape(-1, topk))
+        chosen = index_NK.gather(1, ordered.indices)
+        experts_NK[part] = chosen
+        total_N[part] = _row_sums(ordered.values.double().numpy())
+        prices = prices_BE[0] if problem.num_problems == 1 else prices_BE[problem_N[part]]
+        reduced_NE = scores_NE.astype(np.float64)
+        reduced_NE -= problem.low_N[part, None]
+        reduced_NE -= prices
+        reduced = torch.from_numpy(reduced_NE)
+        reduced_NK = reduced.gather(1, chosen)
+        others = reduced.masked_fill(torch.from_numpy(held_NE), -torch.inf).amax(1)
+        short = np.flatnonzero((others > reduced_NK.amin(1)).numpy())
+        if short.size:
+            best = -np.sort(-reduced_NE[short], axis=1)[:, :topk]
+            excess = _row_sums(best) - _row_sums(reduced_NK.numpy()[short])
+            slack_N[first + short] = np.maximum(excess, 0.0)
+    return experts_NK, total_N, slack_N
+
+
+def _row_sums(values_NK: FloatArray) -> FloatArray:
+    """Sum over the last axis from left to right, as a loop does."""
+    total_N = np.zeros(values_NK.shape[0])
+    for column in range(values_NK.shape[1]):
+        total_N += values_NK[:, column]
+    return total_N
