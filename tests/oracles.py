@@ -8,11 +8,11 @@ from scipy import sparse
 from scipy.optimize import linprog
 
 
-def ortools_objective(scores_TE: np.ndarray, topk: int, capacity_E: np.ndarray) -> int | None:
-    """Return the optimal total of integer-valued scores, None if infeasible; -inf forbids."""
+def ortools_flow(
+    scores_TE: np.ndarray, topk: int, capacity_E: np.ndarray
+) -> min_cost_flow.SimpleMinCostFlow:
+    """Return the flow problem of integer-valued scores, ready to solve; -inf forbids."""
     num_tokens, num_experts = scores_TE.shape
-    if num_tokens == 0:
-        return 0
     rows, columns = np.nonzero(np.isfinite(scores_TE))
     source = num_tokens + num_experts
     sink = source + 1
@@ -29,6 +29,14 @@ def ortools_objective(scores_TE: np.ndarray, topk: int, capacity_E: np.ndarray) 
     )
     demand = num_tokens * topk
     flow.set_nodes_supplies(np.array([source, sink]), np.array([demand, -demand]))
+    return flow
+
+
+def ortools_objective(scores_TE: np.ndarray, topk: int, capacity_E: np.ndarray) -> int | None:
+    """Return the optimal total of integer-valued scores, None if infeasible; -inf forbids."""
+    if scores_TE.shape[0] == 0:
+        return 0
+    flow = ortools_flow(scores_TE, topk, capacity_E)
     return -flow.optimal_cost() if flow.solve() == flow.OPTIMAL else None
 
 

@@ -91,16 +91,23 @@ def improve(
     """
     is_cold_B = (prices_BE == prices_BE[:, :1]).all(1)
     sample = _sample(problem)
-    window_B = np.full(problem.num_problems, _EVERYTHING)
-    if sample is not None and is_cold_B.any():
-        start = _sweep(backend, sample, prices_BE, window_B, _SAMPLE_PASSES, aim=0.0)
-        prices_BE = np.where(is_cold_B[:, None], start.prices_BE, prices_BE)
-        sample = None
     # A sample's prices, or those of another batch, are off by less than this.
     window_B = np.full(problem.num_problems, 1 << (SCORE_BITS - 4))
+    if sample is None:
+        window_B[is_cold_B] = _EVERYTHING
+    elif is_cold_B.any():
+        start = _cold_start(backend, sample)
+        prices_BE = np.where(is_cold_B[:, None], start, prices_BE)
+        sample = None
     return _sweep(
         backend, problem, prices_BE, window_B, max_passes, sample, None, tolerance, sum_ranges_B
     )
+
+
+def _cold_start(backend: Any, sample: Problem) -> IntArray:
+    zeros = np.zeros((sample.num_problems, sample.num_experts), np.int64)
+    everything = np.full(sample.num_problems, _EVERYTHING)
+    return _sweep(backend, sample, zeros, everything, _SAMPLE_PASSES, aim=0.0).prices_BE
 
 
 def _sample(problem: Problem) -> Problem | None:
@@ -191,11 +198,13 @@ def _sweep(
                 if _fills(backend, problem, b, tolerance * total, *state):
                     filled_B[b], active_B[b] = True, False
         lost_B = active_B & (now_B > _LOST * units_B)
+        counted_B = window_B
+        if passes == 1:
+            first_window_B = np.where(lost_B, _EVERYTHING, window_B)
+            window_B = first_window_B
         if passes == 1 and sample is not None and lost_B.any():
-            zeros = np.zeros_like(prices_BE)
-            start = _sweep(backend, sample, zeros, np.full_like(window_B, _EVERYTHING), 10, aim=0.0)
             best_B, best_BE = np.where(active_B, now_B, best_B), prices_BE
-            prices_BE = np.where(lost_B[:, None], start.prices_BE, prices_BE)
+            prices_BE = np.where(lost_B[:, None], _cold_start(backend, sample), prices_BE)
             continue
         is_best_B = now_B <= best_B
         stalls_B += active_B & ((now_B > _STALLED * best_B) | ~is_best_B)
@@ -212,7 +221,7 @@ def _sweep(
         active_B = active_B & ~ends_B
         if not active_B.any():
             break
-        fresh_BE = buckets.price_step(count_bids(), problem.capacity_BE, window_B)
+        fresh_BE = buckets.price_step(count_bids(), problem.capacity_BE, counted_B)
         onward_BE = clipped(prices_BE + relaxation_B[:, None] * fresh_BE)
         back_BE = clipped(last_BE + step_BE)
         go_back_B1, enough_B1 = take_back_B[:, None], enough_B[:, None]

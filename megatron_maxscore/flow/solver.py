@@ -176,12 +176,14 @@ def _solve(
     experts_NK, total_N, slack_N = kernels.conclude(problem, exact_BE, x_NE)
     load_BE = _per_problem(x_NE, problem)
     rent_B = (exact_BE * (problem.capacity_BE - load_BE)).sum(1)
-    objective_B = np.ldexp(_sums(total_N, start_B), -unit_B)
-    difference_B = np.ldexp(np.maximum(_sums(slack_N, start_B) + rent_B, 0.0), -unit_B)
-    total_range_B = np.ldexp(_sums(range_N, start_B), -unit_B)
+    difference_B = np.maximum(_sums(slack_N, start_B) + rent_B, 0.0)
+    total_range_B = _sums(range_N, start_B)
     gap_B = np.zeros(num_problems)
     np.divide(difference_B, total_range_B, out=gap_B, where=total_range_B > 0)
     gap_B[(total_range_B == 0) & (difference_B > 0)] = np.inf
+    with np.errstate(over="ignore"):  # sums near the end of float64 may be infinite
+        objective_B = np.ldexp(_sums(total_N, start_B), -unit_B)
+        bound_B = objective_B + np.ldexp(difference_B, -unit_B)
 
     all_NK = experts_NK
     if rows is not None:
@@ -196,7 +198,7 @@ def _solve(
         experts=give(all_NK.reshape(num_problems, size, topk)),
         prices=give(_normalised(np.ldexp(exact_BE, -unit_B[:, None]), problem.tight_B)),
         objective=give(objective_B),
-        bound=give(objective_B + difference_B),
+        bound=give(bound_B),
         gap=give(gap_B),
         converged=give(gap_B <= max(tolerance, _ROUNDING)),
         loads=give(load_BE[:, None]),
@@ -343,4 +345,5 @@ def _warm_prices(
 
 def _normalised(prices_BE: FloatArray, tight_B: BoolArray) -> np.ndarray:
     level_B = np.where(tight_B, prices_BE.mean(1), prices_BE.min(1))
-    return (prices_BE - level_B[:, None]).astype(np.float32)
+    largest = float(np.finfo(np.float32).max)
+    return np.clip(prices_BE - level_B[:, None], -largest, largest).astype(np.float32)

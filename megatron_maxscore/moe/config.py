@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_maxscore._patches import PatchSet
+from megatron_maxscore.moe.recording import parse_numbers
 
 PREFIX = "maxscore_"
 # Set on a class whose __init__ takes our fields, so that it is extended once.
@@ -74,6 +75,17 @@ class MaxScoreConfig:
         "Write one JSON line per iteration to this file: expert loads, dropped assignments, "
         "maxvio, gap, time in solve. Works with --moe-router-type topk too.",
     )
+    record_dir: str | None = _option(
+        None,
+        "Write what the flow is asked to solve in training, scores included, to this directory: "
+        "one file per solve. Meant for a few steps.",
+    )
+    record_layers: str | None = _option(
+        None, "Layers to record, numbered from 1, like 1,3-4; all without this option."
+    )
+    record_steps: str | None = _option(
+        None, "Iterations to record, numbered from 1, like 10,20-21; all without this option."
+    )
 
     def __post_init__(self) -> None:
         flags = {f.name: "--maxscore-" + f.name.replace("_", "-") for f in dataclasses.fields(self)}
@@ -100,6 +112,13 @@ class MaxScoreConfig:
                 raise ValueError(
                     f"{flags[name]} must be one of {', '.join(choices)}, got {getattr(self, name)}"
                 )
+
+        for name in ("record_layers", "record_steps"):
+            if getattr(self, name) is not None:
+                try:
+                    parse_numbers(getattr(self, name))
+                except ValueError as error:
+                    raise ValueError(f"{flags[name]}: {error}") from None
 
     @classmethod
     def from_transformer_config(cls, config: Any) -> MaxScoreConfig:

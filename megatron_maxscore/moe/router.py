@@ -22,10 +22,12 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_maxscore.flow import FlowSolution, solve
+from megatron_maxscore.moe import recording
 from megatron_maxscore.moe.config import MaxScoreConfig, check_transformer_config
 from megatron_maxscore.moe.evaluation import uses_flow
 from megatron_maxscore.moe.plan import RoutingPlan
 from megatron_maxscore.moe.quotas import capacities
+from megatron_maxscore.moe.recording import ScoreRecorder
 from megatron_maxscore.ops import soft_topk
 
 # Name of the buffer of running average prices, also in checkpoints.
@@ -136,6 +138,12 @@ class MaxScoreRouter(TopKRouter):
         self._forwarded: deque[Tensor] = deque()
         self._logits: Tensor | None = None
         self._padding: Tensor | None = None
+        self._batches = 0
+        self._recorder: ScoreRecorder | None = None
+        if self.options.record_dir is not None:
+            self._recorder = ScoreRecorder(
+                self.options.record_dir, self.options.record_layers, self.options.record_steps
+            )
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """Route (S, B, E) logits; see the base class.
@@ -245,13 +253,21 @@ class MaxScoreRouter(TopKRouter):
         capacity_E = capacities(
             num_tokens, self.topk, num_experts, self.group_rank, self.options.capacity_factor
         )
+        valid_T = None if self._padding is None else ~self._padding
+        if self._recorder is not None and self.training:
+            source = recording.iteration_source
+            iteration = self._batches + 1 if source is None else source()
+            self._recorder.record(
+                self.layer_number or 0, iteration, scores_TE, self.topk, capacity_E,
+                self.expert_prices, valid_T,
+            )  # fmt: skip
         started = time.perf_counter()
         solution = solve(
             scores_TE,
             self.topk,
             capacity=capacity_E,
             prices=self.expert_prices,
-            valid=None if self._padding is None else ~self._padding,
+            valid=valid_T,
             fill_padding=True,
             tolerance=self.options.tolerance,
             mode=self.options.mode,
@@ -281,6 +297,7 @@ class MaxScoreRouter(TopKRouter):
             if buffer is not None and buffer.dtype != torch.float32:
                 buffer.data = buffer.data.float()
 
-    def forget_forwarded(self) -> None:
+    def begin_batch(self) -> None:
         """Drop assignments kept for recomputation; a new global batch begins."""
         self._forwarded.clear()
+        self._batches += 1

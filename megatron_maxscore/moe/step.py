@@ -102,4 +102,4 @@ def average_prices(routers: Sequence[MaxScoreRouter]) -> None:
         router.expert_prices.copy_(torch.where(row[-1] > 0, averaged_E, router.expert_prices))
         router.price_sum.zero_()
         router.price_count = 0
-        router.forget_forwarded()
+        router.begin_batch()

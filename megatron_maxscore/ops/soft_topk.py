@@ -82,7 +82,7 @@ class _BiEntropic(torch.autograd.Function):
             x_NE = u_NE - threshold(u_NE, order_NK.indices)
             p_NE = torch.sigmoid(x_NE)
             # p (1 - p) without the cancellation in 1 - p.
-            v_NE = p_NE * torch.sigmoid(-x_NE)
+            v_NE = x_NE.neg_().sigmoid_().mul_(p_NE)
         ctx.save_for_backward(v_NE)
         ctx.temperature = temperature
         return p_NE.to(logits.dtype)
@@ -94,7 +94,8 @@ class _BiEntropic(torch.autograd.Function):
         g_NE = grad_NE.to(v_NE.dtype)
         total_N = v_NE.sum(-1, keepdim=True)
         mean_N = (v_NE * g_NE).sum(-1, keepdim=True) / torch.where(total_N > 0, total_N, 1.0)
-        return ((v_NE * (g_NE - mean_N)) / ctx.temperature).to(grad_NE.dtype), None, None
+        result_NE = (g_NE - mean_N).mul_(v_NE).div_(ctx.temperature)
+        return result_NE.to(grad_NE.dtype), None, None
 
 
 def threshold(u_NE: Tensor, top_NK1: Tensor) -> Tensor:
@@ -102,8 +103,9 @@ def threshold(u_NE: Tensor, top_NK1: Tensor) -> Tensor:
 
     The sum is k exactly where what the k largest lack equals what the others have. The logarithms
     of both sides are compared: nothing cancels, the slope in tau lies in (-2, 0), and where the
-    logits are far apart the function is linear, so the start below is already the solution even
-    when every sigmoid underflows. Newton's method with a bracket does the rest.
+    logits are far apart the function is linear and the start, midway between the k-th and the
+    next, already as good as the solution even when every sigmoid underflows. Newton's method with a
+    bracket does the rest.
 
     Args:
         u_NE: (..., E) float32 or float64.
@@ -120,15 +122,14 @@ def threshold(u_NE: Tensor, top_NK1: Tensor) -> Tensor:
     rest_NE = u_NE.scatter(-1, top_NK1[..., :k], _LOWEST)
     low_N = values_NK1[..., k:] - math.log(k)
     high_N = top_NK[..., -1:] + math.log(num_experts - k)
-    tau_N = (rest_NE.logsumexp(-1, keepdim=True) - (-top_NK).logsumexp(-1, keepdim=True)) / 2
-    tau_N = torch.minimum(torch.maximum(tau_N, low_N), high_N)
+    tau_N = (values_NK1[..., k:] + top_NK[..., -1:]) / 2
     tolerance = 4 * torch.finfo(u_NE.dtype).eps
     for _ in range(_MAX_STEPS):
-        have_NE, lack_NK = torch.sigmoid(rest_NE - tau_N), torch.sigmoid(tau_N - top_NK)
+        have_NE, lack_NK = (rest_NE - tau_N).sigmoid_(), (tau_N - top_NK).sigmoid_()
         have_N, lack_N = have_NE.sum(-1, keepdim=True), lack_NK.sum(-1, keepdim=True)
         slope_N = (
-            (have_NE * have_NE).sum(-1, keepdim=True) / have_N
-            + (lack_NK * lack_NK).sum(-1, keepdim=True) / lack_N
+            have_NE.square_().sum(-1, keepdim=True) / have_N
+            + lack_NK.square_().sum(-1, keepdim=True) / lack_N
             - 2.0
         )
         value_N = have_N.log() - lack_N.log()

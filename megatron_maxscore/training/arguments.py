@@ -9,6 +9,9 @@ from typing import Any
 from megatron_maxscore._patches import PatchSet
 from megatron_maxscore.moe.config import MaxScoreConfig, check_transformer_config
 
+# What a run writes is not restored from the checkpoint of another.
+_OF_THIS_RUN = ("maxscore_stats_file", "maxscore_record_")
+
 
 def hook(patches: PatchSet) -> None:
     """Wrap parsing and validation of arguments, and what ``--use-checkpoint-args`` restores."""
@@ -103,7 +106,7 @@ def _with_router_type(original: Any) -> Any:
         saved = result[1] if isinstance(result, tuple) else None
         for name, value in vars(saved).items() if saved is not None else ():
             if name == "moe_router_type" or (
-                name.startswith("maxscore_") and name != "maxscore_stats_file"
+                name.startswith("maxscore_") and not name.startswith(_OF_THIS_RUN)
             ):
                 setattr(args, name, value)
         return result

@@ -8,6 +8,7 @@ import torch
 
 from megatron_maxscore._patches import PatchSet
 from megatron_maxscore._run import is_rank_zero
+from megatron_maxscore.moe import recording
 from megatron_maxscore.moe.step import (
     BadScoresError,
     average_prices,
@@ -21,6 +22,14 @@ def hook(patches: PatchSet) -> None:
     from megatron.training import training
 
     patches.wrap(training, "finalize_model_grads", _ending_batch)
+    patches.set(recording, "iteration_source", _iteration)
+
+
+def _iteration() -> int:
+    """Return the number of the current iteration, from 1."""
+    from megatron.training import get_args
+
+    return int(getattr(get_args(), "curr_iteration", -1)) + 1
 
 
 def _ending_batch(original: Any) -> Any:
@@ -34,7 +43,7 @@ def _ending_batch(original: Any) -> Any:
         skip = False
         try:
             # Before Megatron's own check of the gradients, which raises on single ranks.
-            raise_on_bad_scores(routers, getattr(arguments, "curr_iteration", -1) + 1)
+            raise_on_bad_scores(routers, _iteration())
         except BadScoresError as error:
             # A dynamic loss scaler skips the step and lowers the scale, as for any overflow.
             skip = bool(arguments.fp16) and arguments.loss_scale is None

@@ -1,0 +1,318 @@
+"""The solver on every family of the benchmark, in every mode, with both implementations."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_maxscore.flow import backend, fused, plain, solve
+from megatron_maxscore.flow.problem import Problem, shifts
+from tests.oracles import check_assignment, highs_objective, ortools_objective
+from tools.workloads import FAMILIES, as_integers, workload
+
+KERNELS = {"numba": fused, "torch": plain}
+# Tokens, experts, k: below and above the size from which a cold start takes a sample.
+SMALL, SAMPLED = (384, 12, 3), (4608, 32, 4)
+
+
+@contextlib.contextmanager
+def using(name):
+    before = os.environ.get(backend.ENVIRONMENT)
+    os.environ[backend.ENVIRONMENT] = name
+    try:
+        yield
+    finally:
+        os.environ.pop(backend.ENVIRONMENT)
+        if before is not None:
+            os.environ[backend.ENVIRONMENT] = before
+
+
+def solve_with_both(*args, **kwargs):
+    """Solve with numba and with torch, assert the same bits, return the solution."""
+    solutions = []
+    for name in KERNELS:
+        with using(name):
+            solutions.append(solve(*args, **kwargs))
+    first, second = solutions
+    for field in ("experts", "prices", "loads", "converged"):
+        assert torch.equal(getattr(first, field), getattr(second, field)), field
+    torch.testing.assert_close(first.objective, second.objective, rtol=1e-14, atol=0)
+    torch.testing.assert_close(first.gap, second.gap, rtol=1e-6, atol=1e-15)
+    return first
+
+
+def check(work, solution):
+    """Feasible by a plain loop; the objective is what the loop sums up; returns it."""
+    total = check_assignment(
+        solution.experts.numpy(), work.scores.double().numpy(), work.topk, work.capacity.numpy()
+    )
+    assert solution.objective.item() == pytest.approx(total, rel=1e-12)
+    assert solution.loads.sum() == solution.experts.numel()
+    return total
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Rows of every pass over scores so far."""
+    counted: list[int] = []
+    for kernels in KERNELS.values():
+        original = kernels.price_pass
+
+        def price_pass(problem, *args, _original=original):
+            counted.append(problem.scores_NE.shape[0])
+            return _original(problem, *args)
+
+        monkeypatch.setattr(kernels, "price_pass", price_pass)
+    return counted
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("size", [SMALL, SAMPLED], ids=["small", "sampled"])
+def test_optimum_on_every_family_cold_and_warm(family, size):
+    work = workload(family, *size)
+    integers = as_integers(work.scores)
+    best = ortools_objective(integers.double().numpy(), work.topk, work.capacity.numpy())
+    other = workload(family, *size, batch=1)
+    warm = solve(other.scores, other.topk, capacity=other.capacity).prices
+    for prices in (None, warm, 1e6 * torch.randn(size[1])):
+        solution = solve_with_both(work.scores, work.topk, capacity=work.capacity, prices=prices)
+        total = check(work, solution)
+        assert 0.0 <= solution.gap.item() <= 1e-9 and bool(solution.converged)
+        assert solution.bound.item() >= solution.objective.item()
+        on_integers = solve_with_both(integers, work.topk, capacity=work.capacity, prices=prices)
+        assert on_integers.objective.item() == best and on_integers.gap.item() == 0.0
+    if size == SMALL and family != "forbidden arcs":
+        scores = work.scores.double().numpy()
+        linear = highs_objective(scores, work.topk, work.capacity.numpy())
+        assert total == pytest.approx(linear, rel=1e-7)
+
+
+@pytest.mark.parametrize("family", ["iid", "bf16-rounded", "40 repeated tokens", "all equal"])
+def test_threads_change_no_bit(family):
+    work = workload(family, *SAMPLED)
+    before = torch.get_num_threads()
+    answers = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            answers.append(solve_with_both(work.scores, work.topk, capacity=work.capacity))
+    finally:
+        torch.set_num_threads(before)
+    for other in answers[1:]:
+        for field in ("experts", "prices", "objective", "gap"):
+            assert torch.equal(getattr(answers[0], field), getattr(other, field)), field
+
+
+@pytest.mark.parametrize("tolerance", [1e-1, 1e-2, 1e-3, 1e-6])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tolerance_is_kept(family, tolerance):
+    work = workload(family, *SAMPLED)
+    exact = solve(work.scores, work.topk, capacity=work.capacity)
+    solution = solve_with_both(work.scores, work.topk, capacity=work.capacity, tolerance=tolerance)
+    total = check(work, solution)
+    assert solution.gap.item() <= tolerance and bool(solution.converged)
+    slack = 1e-9 * abs(exact.objective.item()) + 1e-9
+    assert total <= exact.objective.item() + slack
+    assert exact.objective.item() <= solution.bound.item() + slack
+
+
+def test_tolerance_saves_passes(passes):
+    work = workload("iid", *SAMPLED)
+    solve(work.scores, work.topk, capacity=work.capacity)
+    exact = sum(passes)
+    passes.clear()
+    solve(work.scores, work.topk, capacity=work.capacity, tolerance=0.03)
+    assert sum(passes) < exact
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "forbidden arcs"])
+def test_bounded_mode_is_feasible_and_certified(family, passes):
+    work = workload(family, *SAMPLED)
+    exact = solve(work.scores, work.topk, capacity=work.capacity)
+    for prices in (None, 1e6 * torch.randn(SAMPLED[1])):
+        passes.clear()
+        solution = solve_with_both(
+            work.scores, work.topk, capacity=work.capacity, prices=prices, mode="bounded"
+        )
+        # For each implementation: sweeps over the scores, and over a sample.
+        assert len(passes) <= 2 * (7 + 11)
+        total = check(work, solution)
+        slack = 1e-9 * abs(exact.objective.item()) + 1e-9
+        assert total <= exact.objective.item() + slack
+        assert exact.objective.item() <= solution.bound.item() + slack
+        assert solution.gap.item() <= 0.05
+
+
+def test_bounded_mode_refuses_forbidden_arcs():
+    work = workload("forbidden arcs", *SMALL)
+    with pytest.raises(ValueError, match="forbid arcs"):
+        solve(work.scores, work.topk, capacity=work.capacity, mode="bounded")
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=300, deadline=None)
+def test_bounded_mode_is_feasible_on_any_capacities(seed):
+    rng = np.random.default_rng(seed)
+    num_experts = int(rng.integers(2, 9))
+    topk = int(rng.integers(1, num_experts + 1))
+    num_tokens = int(rng.integers(1, 30))
+    scores = rng.integers(0, rng.choice([1, 3, 1000]), (num_tokens, num_experts)).astype(float)
+    capacity = np.full(num_experts, num_tokens)
+    while capacity.sum() > num_tokens * topk:
+        expert = rng.integers(num_experts)
+        capacity[expert] -= capacity[expert] > 0
+    prices = torch.tensor(rng.choice([0.0, 1.0, 1e6]) * rng.standard_normal(num_experts))
+    solution = solve_with_both(
+        torch.tensor(scores), topk, capacity=torch.tensor(capacity), prices=prices, mode="bounded"
+    )
+    total = check_assignment(solution.experts.numpy(), scores, topk, capacity)
+    assert total <= ortools_objective(scores, topk, capacity) <= solution.bound.item() + 1e-6
+
+
+def problem_of(scores, topk, capacity):
+    """Return the Problem of one (T, E) array."""
+    low = scores.min(1)
+    largest = np.array([(scores.max(1) - low).max()])
+    rows = np.array([0, scores.shape[0]])
+    return Problem(scores, rows, topk, capacity[None], low, shifts(largest), False)
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=200, deadline=None)
+def test_fill_makes_any_start_feasible(seed):
+    # Small capacities and many experts per token, so that rows run out of experts with room.
+    rng = np.random.default_rng(seed)
+    num_experts = int(rng.integers(3, 7))
+    topk = num_experts - 1
+    num_tokens = int(rng.integers(2, 9))
+    scores = rng.standard_normal((num_tokens, num_experts))
+    capacity = np.full(num_experts, num_tokens)
+    while capacity.sum() > num_tokens * topk:
+        capacity[rng.choice(np.flatnonzero(capacity))] -= 1
+    problem = problem_of(scores, topk, capacity)
+    prices = np.zeros((1, num_experts), np.int64)
+    threshold = rng.integers(0, 100, num_tokens)
+    results = []
+    for kernels in KERNELS.values():
+        order = np.argsort(-scores, axis=1)[:, :topk]
+        x = np.zeros(scores.shape, bool)
+        np.put_along_axis(x, order, True, 1)
+        load = x.sum(0)[None].astype(np.int64)
+        loss = kernels.fill(problem, 0, prices, threshold, load, x)
+        assert (x.sum(1) == topk).all() and (x.sum(0) <= capacity).all()
+        assert (load[0] == x.sum(0)).all()
+        q = np.rint((scores - scores.min(1)[:, None]) * problem.factor_B[0]).astype(np.int64)
+        before = np.take_along_axis(q, order, 1).sum()
+        assert loss == before - q[x].sum()
+        results.append(x)
+    assert (results[0] == results[1]).all()
+
+
+def test_gap_of_a_worse_assignment():
+    rng = np.random.default_rng(3)
+    scores = rng.integers(0, 100, (60, 6)).astype(np.float64)
+    capacity = np.full(6, 20)
+    best = solve(torch.tensor(scores), 2, capacity=20)
+    prices = best.prices.double().numpy()[None]
+    x = np.zeros(scores.shape, bool)
+    x[np.arange(60), np.arange(60) % 6] = x[np.arange(60), (np.arange(60) + 1) % 6] = True
+    for kernels in KERNELS.values():
+        experts, total, slack = kernels.conclude(problem_of(scores, 2, capacity), prices, x)
+        check_assignment(experts, scores, 2, capacity)
+        assert total.sum() == scores[x].sum()
+        # Duality: what the rows lose at the prices is what the assignment lacks to the optimum.
+        optimum = ortools_objective(scores, 2, capacity)
+        assert slack.sum() == pytest.approx(optimum - total.sum(), abs=1e-3) and slack.sum() > 100
+
+
+@pytest.mark.parametrize("family", ["iid", "two-hot, underflow", "40 repeated tokens"])
+def test_batch_equals_separate_problems(family, passes):
+    batch = torch.stack([workload(family, 300, 16, 2, batch=b).scores for b in range(5)])
+    valid = torch.rand(5, 300, generator=torch.Generator().manual_seed(1)) > 0.1
+    valid[3] = False
+    prices = torch.randn(5, 16)
+    passes.clear()
+    together = solve_with_both(batch, 2, valid=valid, prices=prices)
+    in_batch = len(passes)
+    passes.clear()
+    for index in range(5):
+        single = solve_with_both(batch[index], 2, valid=valid[index], prices=prices[index])
+        for field in ("experts", "prices", "loads"):
+            assert torch.equal(getattr(together, field)[index], getattr(single, field)), field
+        assert together.objective[index] == single.objective
+        assert together.gap[index] == single.gap
+    assert in_batch < len(passes), "problems share their passes"
+
+
+def test_large_batch_samples_each_problem():
+    batch = torch.stack([workload("iid", 2560, 16, 2, batch=b).scores for b in range(3)])
+    together = solve_with_both(batch, 2)
+    for index in range(3):
+        assert torch.equal(together.experts[index], solve(batch[index], 2).experts)
+
+
+@pytest.mark.parametrize("scale", [1e-320, 1e-300, 1e300, 1e308])
+def test_scores_near_the_ends_of_float64(scale):
+    grid = torch.randint(0, 9, (96, 8)).double()
+    best = ortools_objective(grid.numpy(), 2, np.full(8, 24))
+    solution = solve_with_both(grid * (scale / 16), 2)
+    assert solution.objective.item() == pytest.approx(best * (scale / 16), rel=1e-9, abs=1e-322)
+    assert solution.gap.item() <= 1e-9
+    total = grid.gather(1, solution.experts).sum().item()
+    assert total == pytest.approx(best, rel=0.01 if scale < 1e-310 else 0)
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=150, deadline=None)
+def test_price_pass_equals_a_loop(seed):
+    rng = np.random.default_rng(seed)
+    num_experts = int(rng.integers(2, 20))
+    topk = int(rng.integers(1, num_experts))
+    num_tokens = int(rng.integers(1, 20))
+    scores = rng.integers(0, rng.choice([1, 3, 50]), (num_tokens, num_experts)).astype(float)
+    problem = problem_of(scores, topk, np.full(num_experts, num_tokens))
+    factor = int(problem.factor_B[0])
+    prices = rng.integers(0, 3, (1, num_experts)) * factor
+    q = (scores - scores.min(1)[:, None]).astype(np.int64) * factor - prices
+    guess = rng.integers(-3 * factor, 3 * factor, num_tokens)
+    for kernels in KERNELS.values():
+        for knows in (False, True):
+            threshold, gap = guess.copy(), np.empty(num_tokens, np.int64)
+            x = np.empty(scores.shape, bool)
+            load, count = kernels.price_pass(
+                problem, prices, np.array([1 << 49]), np.array([True]), threshold, knows, gap, x
+            )
+            bids = count()
+            assert bids.sum() == scores.size
+            for row in range(num_tokens):
+                ranked = sorted(q[row].tolist(), reverse=True)
+                assert gap[row] == ranked[topk - 1] - ranked[topk]
+                assert threshold[row] == (ranked[topk - 1] + ranked[topk]) // 2
+                # Ties at the k-th place in cyclic order from a start that moves with the row.
+                start = (row * topk + row * topk // num_experts) % num_experts
+                cyclic = sorted(
+                    range(num_experts), key=lambda e: (-q[row, e], (e - start) % num_experts)
+                )
+                assert set(np.flatnonzero(x[row])) == set(cyclic[:topk])
+            assert (load[0] == x.sum(0)).all()
+            positive = (q - threshold[:, None] > 0).sum(0)
+            half = bids.shape[-1] // 2
+            assert (bids[0, :, half:].sum(-1) == positive).all()
+
+
+def test_an_unknown_implementation_is_named():
+    with using("fortran"), pytest.raises(ValueError, match="must be numba or torch, got 'fortran'"):
+        solve(torch.randn(4, 4), 1)
+
+
+def test_score_precision_of_half_types():
+    z = torch.randn(256, 8).bfloat16()
+    assert torch.equal(solve(z, 2).experts, solve(z.float(), 2).experts)
+    assert math.isclose(solve(z, 2).objective, solve(z.double(), 2).objective, rel_tol=1e-12)
