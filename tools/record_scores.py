@@ -3,7 +3,7 @@
 Trains a small mixture-of-experts model with 64 experts, top-8 and 8,192 tokens per solve on one CPU
 rank, on the demo's text, and keeps what the solver was asked in two layers at a few steps.
 
-    python tools/record_scores.py                 # about three minutes, writes runs/recorded
+    python tools/record_scores.py                 # about five minutes, writes runs/recorded
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ MODEL = """
     --num-experts 64 --moe-router-topk 8 --moe-ffn-hidden-size 32
     --moe-token-dispatcher-type alltoall --moe-router-load-balancing-type none
     --moe-router-type maxscore --maxscore-scope local --maxscore-mode exact
-    --micro-batch-size 16 --global-batch-size 16 --lr 3e-3 --lr-decay-style constant
-    --weight-decay 0.1 --clip-grad 1.0 --seed 1234 --log-interval 10 --eval-interval 100000
+    --micro-batch-size 16 --global-batch-size 16 --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine
+    --lr-warmup-fraction 0.1 --weight-decay 0.1 --clip-grad 1.0 --seed 1234 --log-interval 10 --eval-interval 100000
     --eval-iters 1
     --transformer-impl local --no-persist-layer-norm --no-bias-swiglu-fusion --no-rope-fusion
     --no-masked-softmax-fusion --no-gradient-accumulation-fusion --num-workers 0
@@ -36,8 +36,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=ROOT / "data", help="prepared data")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "recorded")
-    parser.add_argument("--iterations", type=int, default=60)
-    parser.add_argument("--steps", default="10,20,40,59-60", help="iterations to keep")
+    parser.add_argument("--iterations", type=int, default=200)
+    parser.add_argument("--steps", default="100,150,198-200", help="iterations to keep")
     arguments = parser.parse_args()
     prepare = [sys.executable, str(ROOT / "tools/prepare_data.py"), "--output", str(arguments.data)]
     if subprocess.run(prepare, check=False).returncode:
@@ -49,6 +49,7 @@ def main() -> int:
         *"-m megatron_maxscore.launch --cpu examples/pretrain_gpt.py".split(),
         *MODEL.split(),
         *("--train-iters", str(arguments.iterations)),
+        *("--lr-decay-iters", str(arguments.iterations)),
         *("--tokenizer-type", "SentencePieceTokenizer"),
         *("--tokenizer-model", str(arguments.data / "tokenizer.model")),
         *("--train-data-path", str(arguments.data / "train_text_document")),

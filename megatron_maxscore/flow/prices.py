@@ -10,9 +10,10 @@ A sweep sets each row's threshold midway between its k-th and (k+1)-th reduced s
 how much every score lies above its threshold. From the counts follows, per expert, the price step
 that would leave C of its bids positive (:mod:`buckets`). When an expert's price moves, a row's
 threshold follows half the way, so a step falls short by about a half where many experts compete:
-steps are taken 1.5 times as long (over-relaxation), until one makes things worse.
+steps are taken 1.5 times as long or more (over-relaxation), until one makes things worse.
 
-A cold start sweeps over a sample of rows first. Sweeps need not reach the optimum:
+Where there are many rows, the first sweeps are over a sample of them: that is where a cold start
+comes near, and where a warm one is checked. Sweeps need not reach the optimum:
 :mod:`~megatron_maxscore.flow.finish` does, from any prices.
 
 Shape letters: B problems, N rows of all problems, E experts.
@@ -36,11 +37,14 @@ _MIN_SAMPLE = 512
 # Overflow at which the finish is cheaper than another sweep: units per expert, or of all units.
 _UNITS_PER_EXPERT = 1.5
 _SHARE_OF_UNITS = 1 / 600
-# A warm start worse than this share of all units is not better than a cold one.
-_LOST = 1 / 8
-_RELAXATION = 1.5
+# Overflow of the sample at which its prices are as good as a sample can tell.
+_SAMPLE_AIM = 0.015
+# Steps are long only where the overflow is at most this share of all units.
+_NEAR = 0.1
+# By how much longer than plain they are, one after the other; the last value stays.
+_RELAXATION = (1.5, 1.5, 1.8)
 # A sweep that leaves more than this share of the overflow is not worth another.
-_STALLED = 0.7
+_STALLED = 0.8
 _EVERYTHING = 1 << 49
 # What moving a unit of overflow without a search costs at least, in ranges of a row.
 _FILL_COST = 0.05
@@ -84,34 +88,30 @@ def improve(
     Args:
         backend: :mod:`plain` or :mod:`fused`.
         problem: the problems.
-        prices_BE: (B, E) int64 >= 0 to start from; equal prices are a cold start.
+        prices_BE: (B, E) int64 >= 0 to start from.
         max_passes: most passes over the scores.
         tolerance: relative gap at which a filled assignment will do; all arcs must be allowed.
         sum_ranges_B: (B,) float64 sum of the rows' ranges as integers; needed with a tolerance.
     """
-    is_cold_B = (prices_BE == prices_BE[:, :1]).all(1)
+    everything_B = np.full(problem.num_problems, _EVERYTHING)
     sample = _sample(problem)
-    # A sample's prices, or those of another batch, are off by less than this.
-    window_B = np.full(problem.num_problems, 1 << (SCORE_BITS - 4))
     if sample is None:
-        window_B[is_cold_B] = _EVERYTHING
-    elif is_cold_B.any():
-        start = _cold_start(backend, sample)
-        prices_BE = np.where(is_cold_B[:, None], start, prices_BE)
-        sample = None
-    return _sweep(
-        backend, problem, prices_BE, window_B, max_passes, sample, None, tolerance, sum_ranges_B
-    )
-
-
-def _cold_start(backend: Any, sample: Problem) -> IntArray:
-    zeros = np.zeros((sample.num_problems, sample.num_experts), np.int64)
-    everything = np.full(sample.num_problems, _EVERYTHING)
-    return _sweep(backend, sample, zeros, everything, _SAMPLE_PASSES, aim=0.0).prices_BE
+        window_B = everything_B
+    else:
+        units_B = sample.rows_B * sample.topk
+        start = _sweep(
+            backend, sample, prices_BE, everything_B, _SAMPLE_PASSES, _SAMPLE_AIM * units_B
+        )
+        prices_BE = start.prices_BE
+        # These prices are off by less than this.
+        window_B = np.full(problem.num_problems, 1 << (SCORE_BITS - 5))
+    units_B = problem.rows_B * problem.topk
+    aim_B = np.maximum(_UNITS_PER_EXPERT * problem.num_experts, _SHARE_OF_UNITS * units_B)
+    return _sweep(backend, problem, prices_BE, window_B, max_passes, aim_B, tolerance, sum_ranges_B)
 
 
 def _sample(problem: Problem) -> Problem | None:
-    """Return the problem over evenly spaced rows, with capacities to match."""
+    """Return the problem over some rows from everywhere, with capacities to match."""
     wanted = max(_MIN_SAMPLE, -(-_SAMPLE_LOAD * problem.num_experts // problem.topk))
     rows_B = problem.rows_B
     size_B = np.where(rows_B >= 4 * wanted, wanted, rows_B)
@@ -120,7 +120,7 @@ def _sample(problem: Problem) -> Problem | None:
     start_B = np.concatenate([[0], size_B.cumsum()])
     rows = np.concatenate(
         [
-            first + np.arange(size) * count // max(size, 1)
+            first + _spread(size, count)
             for first, size, count in zip(
                 problem.start_B[:-1].tolist(), size_B.tolist(), rows_B.tolist(), strict=True
             )
@@ -129,6 +129,18 @@ def _sample(problem: Problem) -> Problem | None:
     return problem.take(
         rows, start_B, problem.capacity_BE * (size_B / np.maximum(rows_B, 1))[:, None]
     )
+
+
+def _spread(size: int, count: int) -> IntArray:
+    """Return ``size`` of ``count`` rows: one from each of as many equal parts.
+
+    The place within the part changes from part to part, since rows have periods: with B sequences
+    side by side, every B-th row is of the same sequence.
+    """
+    part = np.arange(size, dtype=np.int64)
+    # Fractions of multiples of the golden ratio, in 32 bits.
+    place = (part * 2654435769) & 0xFFFFFFFF
+    return np.asarray((part * count + (place * count >> 32)) // max(size, 1))
 
 
 def overflow(load_BE: IntArray, prices_BE: IntArray, problem: Problem) -> np.ndarray:
@@ -151,19 +163,14 @@ def _sweep(
     prices_BE: IntArray,
     window_B: IntArray,
     max_passes: int,
-    sample: Problem | None = None,
-    aim: float | None = None,
+    aim_B: np.ndarray,
     tolerance: float = 0.0,
     sum_ranges_B: FloatArray | None = None,
 ) -> PriceState:
+    """Sweep until the overflow is at most ``aim_B``, no longer falls, or passes are up."""
     rows, num_experts = problem.scores_NE.shape
     num_problems = problem.num_problems
-    units_B = problem.rows_B * problem.topk
-    aim_B = np.maximum(_UNITS_PER_EXPERT * num_experts, _SHARE_OF_UNITS * units_B)
-    if aim is not None:
-        aim_B = np.full(num_problems, aim)
     is_free_B1 = _is_tight(problem)[:, None]
-    first_window_B = window_B
     threshold_N, gap_N = np.zeros(rows, np.int64), np.empty(rows, np.int64)
     x_NE = np.empty((rows, num_experts), np.bool_)
     load_BE = np.zeros((num_problems, num_experts), np.int64)
@@ -171,15 +178,18 @@ def _sweep(
     best_BE = last_BE = prices_BE
     best_B = np.full(num_problems, np.inf)
     step_BE = np.zeros_like(prices_BE)
-    relaxation_B = np.full(num_problems, _RELAXATION)
+    is_plain_B, was_long_B = np.zeros(num_problems, np.bool_), np.zeros(num_problems, np.bool_)
     stalls_B = np.zeros(num_problems, np.int64)
-    active_B = units_B > 0
+    active_B = problem.rows_B > 0
     filled_B = np.zeros(num_problems, np.bool_)
     passes = 0
 
     def clipped(prices: np.ndarray) -> IntArray:
         whole = np.rint(prices).astype(np.int64)
-        return np.asarray(np.where(is_free_B1, whole, np.maximum(whole, 0)))
+        # With slack a price common to all experts changes no choice and only costs.
+        positive = np.maximum(whole, 0)
+        positive -= positive.min(1, keepdims=True)
+        return np.asarray(np.where(is_free_B1, whole, positive))
 
     while active_B.any():
         loads, count_bids = backend.price_pass(
@@ -197,22 +207,14 @@ def _sweep(
                 state = prices_BE, threshold_N, load_BE, x_NE
                 if _fills(backend, problem, b, tolerance * total, *state):
                     filled_B[b], active_B[b] = True, False
-        lost_B = active_B & (now_B > _LOST * units_B)
-        counted_B = window_B
-        if passes == 1:
-            first_window_B = np.where(lost_B, _EVERYTHING, window_B)
-            window_B = first_window_B
-        if passes == 1 and sample is not None and lost_B.any():
-            best_B, best_BE = np.where(active_B, now_B, best_B), prices_BE
-            prices_BE = np.where(lost_B[:, None], _cold_start(backend, sample), prices_BE)
-            continue
         is_best_B = now_B <= best_B
-        stalls_B += active_B & ((now_B > _STALLED * best_B) | ~is_best_B)
+        is_near_B = now_B <= _NEAR * problem.rows_B * problem.topk
+        stalls_B += active_B & is_near_B & ((now_B > _STALLED * best_B) | ~is_best_B)
         # Exactly as before: a plateau, which no price can part.
         stalls_B += active_B & (now_B == best_B)
         # A long step that made things worse is taken back to its plain length.
-        take_back_B = active_B & ~is_best_B & (relaxation_B > 1.0) & (passes > 1)
-        relaxation_B = np.where(take_back_B | (now_B > _STALLED * best_B), 1.0, relaxation_B)
+        take_back_B = active_B & ~is_best_B & was_long_B
+        is_plain_B |= take_back_B
         best_BE = np.where((active_B & is_best_B)[:, None], prices_BE, best_BE)
         best_B = np.where(active_B & is_best_B, now_B, best_B)
         # The last pass is kept for the best prices, should the last ones not be these.
@@ -221,7 +223,10 @@ def _sweep(
         active_B = active_B & ~ends_B
         if not active_B.any():
             break
-        fresh_BE = buckets.price_step(count_bids(), problem.capacity_BE, counted_B)
+        fresh_BE = buckets.price_step(count_bids(), problem.capacity_BE, window_B)
+        relaxation = _RELAXATION[min(passes, len(_RELAXATION)) - 1]
+        relaxation_B = np.where(is_plain_B | ~is_near_B, 1.0, relaxation)
+        was_long_B = ~take_back_B & (relaxation_B > 1.0)
         onward_BE = clipped(prices_BE + relaxation_B[:, None] * fresh_BE)
         back_BE = clipped(last_BE + step_BE)
         go_back_B1, enough_B1 = take_back_B[:, None], enough_B[:, None]
@@ -229,8 +234,7 @@ def _sweep(
         step_BE = np.where(go_back_B1, step_BE, fresh_BE)
         last_BE = np.where(go_back_B1, last_BE, prices_BE)
         prices_BE = np.where(active_B[:, None], next_BE, prices_BE)
-        largest_B = np.abs(step_BE).max(1)
-        window_B = np.minimum(first_window_B, 4 * largest_B + 4)
+        window_B = np.minimum(_EVERYTHING, 4 * np.abs(step_BE).max(1) + 4)
     units_B = overflow_B.astype(np.int64)
     return PriceState(prices_BE, load_BE, gap_N, x_NE, threshold_N, units_B, filled_B, passes)
 

@@ -1,114 +1,86 @@
 """The finish's augmentations, fused with numba; :mod:`finish_plain` is the same in Python.
 
 See :mod:`finish` for the method. Both keep one order of decisions: nodes by index, rows by index.
+The cost of moving from expert a to b is the top of a heap of swaps (:mod:`heaps`).
 
 Shape letters: A arcs (an expert that a contested row has or could have), R contested rows, N nodes
-(the experts, and the sink as the last one where capacities leave slack), E experts.
+(the experts, and the sink as the last one where capacities leave slack), E experts, M swaps.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from megatron_maxscore.flow.kernels import heaps
 from megatron_maxscore.flow.kernels.compiler import jit
 from megatron_maxscore.flow.problem import FAR
 
 
 @jit
-def _by_expert(first_R, expert_A, num_experts):
-    """Return arcs ordered by expert, then row: offsets per expert, arc and row of each place."""
-    first_E = np.zeros(num_experts + 1, np.int64)
-    for arc in range(expert_A.shape[0]):
-        first_E[expert_A[arc] + 1] += 1
-    for expert in range(num_experts):
-        first_E[expert + 1] += first_E[expert]
-    fill_E = first_E[:-1].copy()
-    arc_A = np.empty(expert_A.shape[0], np.int32)
-    row_A = np.empty(expert_A.shape[0], np.int32)
-    for row in range(first_R.shape[0] - 1):
-        for arc in range(first_R[row], first_R[row + 1]):
-            place = fill_E[expert_A[arc]]
-            fill_E[expert_A[arc]] += 1
-            arc_A[place], row_A[place] = arc, row
-    return first_E, arc_A, row_A
-
-
-@jit
-def _relax_row(row, first_R, expert_A, value_A, held_A, cost_NN):
-    """Lower the costs of all arcs a -> b that the row offers."""
-    for arc in range(first_R[row], first_R[row + 1]):
-        if held_A[arc]:
-            a, value = expert_A[arc], value_A[arc]
-            for other in range(first_R[row], first_R[row + 1]):
-                if not held_A[other]:
-                    loss = value - value_A[other]
-                    if loss < cost_NN[a, expert_A[other]]:
-                        cost_NN[a, expert_A[other]] = loss
-
-
-@jit
-def _refresh(a, num_experts, first_R, expert_A, value_A, held_A, first_E, arc_A, row_A, cost_NN):
-    """Recompute the costs of all arcs that leave expert a."""
-    for b in range(num_experts):
-        cost_NN[a, b] = FAR
-    for place in range(first_E[a], first_E[a + 1]):
-        arc = arc_A[place]
-        if held_A[arc]:
-            value, row = value_A[arc], row_A[place]
-            for other in range(first_R[row], first_R[row + 1]):
-                if not held_A[other]:
-                    loss = value - value_A[other]
-                    if loss < cost_NN[a, expert_A[other]]:
-                        cost_NN[a, expert_A[other]] = loss
-
-
-@jit
-def _movers(a, b, most, loss, value_A, held_A, first_E, arc_A, row_A, from_M, to_M):
-    """Find up to ``most`` rows, by index, that can move from a to b at exactly ``loss``."""
+def _all_swaps(first_R, expert_A, value_A, held_A, root_NN):
+    """Put every possible swap of every row into the heap of its two experts."""
     count = 0
-    here, there = first_E[a], first_E[b]
-    while here < first_E[a + 1] and there < first_E[b + 1]:
-        row, other = row_A[here], row_A[there]
-        if row < other:
-            here += 1
-        elif row > other:
-            there += 1
-        else:
-            arc, target = arc_A[here], arc_A[there]
-            if held_A[arc] and not held_A[target] and value_A[arc] - value_A[target] == loss:
-                from_M[count], to_M[count] = arc, target
-                count += 1
-                if count == most:
-                    break
-            here += 1
-            there += 1
-    return count
+    for row in range(first_R.shape[0] - 1):
+        held = 0
+        for arc in range(first_R[row], first_R[row + 1]):
+            held += np.int64(held_A[arc])
+        count += held * (first_R[row + 1] - first_R[row] - held)
+    cost_M, node_M5, used_1 = heaps.empty(count + count // 2 + 1024)
+    for row in range(first_R.shape[0] - 1):
+        for gives in range(first_R[row], first_R[row + 1]):
+            if held_A[gives]:
+                for takes in range(first_R[row], first_R[row + 1]):
+                    if not held_A[takes]:
+                        a, b = expert_A[gives], expert_A[takes]
+                        cost = value_A[gives] - value_A[takes]
+                        root_NN[a, b] = heaps.add(
+                            cost_M, node_M5, used_1, root_NN[a, b], cost, row, gives, takes
+                        )
+    return cost_M, node_M5, used_1
 
 
 @jit
-def _move(arc, target, rows_A, first_R, expert_A, value_A, held_A, cost_NN, dirty_N):
-    """Let a row give the expert of one arc and take that of another; update costs.
+def _move(gives, takes, row, first_R, expert_A, value_A, held_A, root_NN, cost_M, node_M5, used_1):
+    """Let a row give the expert of one arc and take that of another; add its new swaps."""
+    a, b = expert_A[gives], expert_A[takes]
+    held_A[gives], held_A[takes] = False, True
+    for arc in range(first_R[row], first_R[row + 1]):
+        expert = expert_A[arc]
+        if held_A[arc]:
+            cost = value_A[arc] - value_A[gives]
+            root_NN[expert, a] = heaps.add(
+                cost_M, node_M5, used_1, root_NN[expert, a], cost, row, arc, gives
+            )
+        elif arc != gives:
+            cost = value_A[takes] - value_A[arc]
+            root_NN[b, expert] = heaps.add(
+                cost_M, node_M5, used_1, root_NN[b, expert], cost, row, takes, arc
+            )
 
-    Costs that may have risen are left, too low, and their expert is marked dirty.
-    """
-    a, b = expert_A[arc], expert_A[target]
-    row = rows_A[arc]
-    held_A[arc], held_A[target] = False, True
-    gives, takes = value_A[arc], value_A[target]
-    for other in range(first_R[row], first_R[row + 1]):
-        expert, value = expert_A[other], value_A[other]
-        if held_A[other]:
-            if other != target and value - takes == cost_NN[expert, b]:
-                dirty_N[expert] = True
-            if value - gives < cost_NN[expert, a]:
-                cost_NN[expert, a] = value - gives
-        else:
-            if other != arc and gives - value == cost_NN[a, expert]:
-                dirty_N[a] = True
-            if takes - value < cost_NN[b, expert]:
-                cost_NN[b, expert] = takes - value
-    if gives - takes == cost_NN[a, b]:
-        dirty_N[a] = True
+
+@jit
+def _count_movers(a, b, most, loss, held_A, root_NN, cost_M, node_M5, taken_M):
+    """Count rows, up to ``most``, that can move from a to b at exactly ``loss``."""
+    root = heaps.cleaned(cost_M, node_M5, held_A, root_NN[a, b])
+    root_NN[a, b] = root
+    if root < 0 or cost_M[root] != loss:
+        return 0
+    if most == 1:
+        return 1
+    count, taken = 0, 0
+    last = np.int32(-1)
+    while root >= 0 and cost_M[root] == loss and count < most:
+        # A row that gave and regained an expert can be there twice.
+        if node_M5[root, heaps.ROW] != last:
+            last = node_M5[root, heaps.ROW]
+            taken_M[taken] = root
+            taken += 1
+            count += 1
+        root = heaps.cleaned(cost_M, node_M5, held_A, heaps.pop(cost_M, node_M5, root))
+    for index in range(taken):
+        root = heaps.push(cost_M, node_M5, root, taken_M[index])
+    root_NN[a, b] = root
+    return count
 
 
 @jit
@@ -159,17 +131,9 @@ def augment(
     """
     num_experts, num_nodes = prices_E.shape[0], excess_N.shape[0]
     sink = num_experts if num_nodes > num_experts else -1
-    first_E, arc_A, row_A = _by_expert(first_R, expert_A, num_experts)
-    rows_A = np.empty(expert_A.shape[0], np.int32)
-    rows_A[arc_A] = row_A
+    root_NN = np.full((num_experts, num_experts), -1, np.int32)
+    cost_M, node_M5, used_1 = _all_swaps(first_R, expert_A, value_A, held_A, root_NN)
     cost_NN = np.full((num_nodes, num_nodes), FAR, np.int64)
-    for row in range(first_R.shape[0] - 1):
-        _relax_row(row, first_R, expert_A, value_A, held_A, cost_NN)
-    if sink >= 0:
-        for expert in range(num_experts):
-            cost_NN[sink, expert] = prices_E[expert]
-            if slack_E[expert] > 0:
-                cost_NN[expert, sink] = -prices_E[expert]
     hop_bits = 1
     while 1 << hop_bits <= num_nodes:
         hop_bits += 1
@@ -177,18 +141,24 @@ def augment(
     key_N = np.empty(num_nodes, np.int64)
     open_N = np.empty(num_nodes, np.bool_)
     leads_NN = np.empty((num_nodes, num_nodes), np.bool_)
-    dirty_N = np.zeros(num_nodes, np.bool_)
     path_N = np.empty(num_nodes + 1, np.int64)
     next_N = np.zeros(num_nodes, np.int64)
-    most = 1
-    for expert in range(num_experts):
-        most = max(most, first_E[expert + 1] - first_E[expert])
-    from_M, to_M = np.empty(most, np.int64), np.empty(most, np.int64)
+    taken_M = np.empty(max(1, excess_N.max()), np.int32)
     for phase in range(max_phases + 1):
         if excess_N.max() <= 0:
             return 0
         if phase == max_phases:
             return 2
+        for a in range(num_experts):
+            for b in range(num_experts):
+                root = root_NN[a, b]
+                if root >= 0:
+                    root = heaps.cleaned(cost_M, node_M5, held_A, root)
+                    root_NN[a, b] = root
+                cost_NN[a, b] = cost_M[root] if root >= 0 else FAR
+            if sink >= 0:
+                cost_NN[sink, a] = prices_E[a]
+                cost_NN[a, sink] = -prices_E[a] if slack_E[a] > 0 else FAR
         last = _distances(cost_NN, potential_N, excess_N, hop_bits, key_N, open_N)
         if last >= FAR:
             return 1
@@ -225,17 +195,15 @@ def augment(
                     step = -1
                     while b < num_nodes and step < 0:
                         if open_N[b] and leads_NN[a, b]:
-                            if a == sink or (b == sink and slack_E[a] > 0):
-                                step = b
-                            elif b == sink:
-                                pass  # its slack has gone in this phase
-                            elif _movers(
-                                a, b, 1, cost_NN[a, b], value_A, held_A,
-                                first_E, arc_A, row_A, from_M, to_M,
-                            ):  # fmt: skip
-                                step = b
+                            if b == sink:
+                                leads = slack_E[a] > 0
                             else:
-                                dirty_N[a] = True  # its row has moved in this phase
+                                leads = a == sink or _count_movers(
+                                    a, b, 1, cost_NN[a, b], held_A, root_NN, cost_M, node_M5,
+                                    taken_M,
+                                )  # fmt: skip
+                            if leads:
+                                step = b
                         b += 1
                     next_N[a] = b
                     if step >= 0:
@@ -252,40 +220,31 @@ def augment(
                     if b == sink:
                         units = min(units, slack_E[a])
                     elif a != sink:
-                        units = _movers(
-                            a, b, units, cost_NN[a, b], value_A, held_A,
-                            first_E, arc_A, row_A, from_M, to_M,
-                        )  # fmt: skip
+                        units = _count_movers(
+                            a, b, units, cost_NN[a, b], held_A, root_NN, cost_M, node_M5, taken_M
+                        )
                 for place in range(length):
                     a, b = path_N[place], path_N[place + 1]
                     if a == sink:
                         slack_E[b] += units
-                        cost_NN[b, sink] = -prices_E[b]
                     elif b == sink:
                         slack_E[a] -= units
-                        if slack_E[a] == 0:
-                            cost_NN[a, sink] = FAR
                     else:
-                        _movers(
-                            a, b, units, cost_NN[a, b], value_A, held_A,
-                            first_E, arc_A, row_A, from_M, to_M,
-                        )  # fmt: skip
-                        for mover in range(units):
+                        for _ in range(units):
+                            root = heaps.cleaned(cost_M, node_M5, held_A, root_NN[a, b])
+                            root_NN[a, b] = heaps.pop(cost_M, node_M5, root)
+                            row = node_M5[root, heaps.ROW]
+                            arcs = first_R[row + 1] - first_R[row]
+                            cost_M, node_M5 = heaps.grown(cost_M, node_M5, used_1[0], arcs)
                             _move(
-                                from_M[mover], to_M[mover], rows_A, first_R, expert_A, value_A,
-                                held_A, cost_NN, dirty_N,
+                                node_M5[root, heaps.GIVES], node_M5[root, heaps.TAKES], row,
+                                first_R, expert_A, value_A, held_A, root_NN,
+                                cost_M, node_M5, used_1,
                             )  # fmt: skip
                 excess_N[source] -= units
                 excess_N[target] += units
                 for place in range(length + 1):
                     open_N[path_N[place]] = True
-        for expert in range(num_experts):
-            if dirty_N[expert]:
-                dirty_N[expert] = False
-                _refresh(
-                    expert, num_experts, first_R, expert_A, value_A, held_A,
-                    first_E, arc_A, row_A, cost_NN,
-                )  # fmt: skip
     return 2
 
 
