@@ -24,8 +24,8 @@ MODEL = """
     --moe-token-dispatcher-type alltoall --moe-router-load-balancing-type none
     --moe-router-type maxscore --maxscore-scope local --maxscore-mode exact
     --micro-batch-size 16 --global-batch-size 16 --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine
-    --lr-warmup-fraction 0.1 --weight-decay 0.1 --clip-grad 1.0 --seed 1234 --log-interval 10 --eval-interval 100000
-    --eval-iters 1
+    --lr-warmup-fraction 0.1 --weight-decay 0.1 --clip-grad 1.0 --seed 1234 --log-interval 10
+    --eval-interval 100000 --eval-iters 1
     --transformer-impl local --no-persist-layer-norm --no-bias-swiglu-fusion --no-rope-fusion
     --no-masked-softmax-fusion --no-gradient-accumulation-fusion --num-workers 0
 """

@@ -9,7 +9,7 @@ Shape letters: B problems, N rows of all problems, E experts, K experts per toke
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -24,12 +24,18 @@ from megatron_maxscore.flow.problem import BoolArray, FloatArray, IntArray, Prob
 __all__ = ["NAME", "augment", "conclude", "contested", "fill", "price_pass", "scan"]
 
 NAME = "torch"
-_BLOCK = 4096
+# Entries of the score matrix that are taken at a time.
+_BLOCK = 1 << 19
 # Reduced score of a forbidden arc: below all others, and with room for the bits of a key.
 _NEVER = -(1 << 50)
 
 # Reduced scores below this belong to forbidden arcs.
 _LEAST = _NEVER >> 1
+
+
+def _block(matrix_NE: np.ndarray) -> int:
+    """Return how many rows to take at a time."""
+    return max(1, _BLOCK // int(matrix_NE.shape[1]))
 
 
 def scan(scores_NE: Any) -> tuple[FloatArray, FloatArray, bool, bool]:
@@ -44,8 +50,9 @@ def scan(scores_NE: Any) -> tuple[FloatArray, FloatArray, bool, bool]:
     rows = scores_NE.shape[0]
     low_N, high_N = np.empty(rows), np.empty(rows)
     bad = forbidden = False
-    for first in range(0, rows, _BLOCK):
-        block = torch.from_numpy(scores_NE[first : first + _BLOCK])
+    size = _block(scores_NE)
+    for first in range(0, rows, size):
+        block = torch.from_numpy(scores_NE[first : first + size])
         low, high = torch.aminmax(block, dim=1)
         # NaN spreads to both.
         if not bool((low.isfinite() & high.isfinite()).all()):
@@ -53,7 +60,7 @@ def scan(scores_NE: Any) -> tuple[FloatArray, FloatArray, bool, bool]:
             forbidden = forbidden or bool(is_forbidden.any())
             bad = bad or bool((block.isnan() | (block == torch.inf)).any())
             low = torch.where(is_forbidden, torch.inf, block).amin(1)
-        low_N[first : first + _BLOCK], high_N[first : first + _BLOCK] = low, high
+        low_N[first : first + size], high_N[first : first + size] = low, high
     return low_N, high_N, bad, forbidden
 
 
@@ -80,16 +87,16 @@ def _active_blocks(
     problem: Problem, prices_BE: IntArray, active_B: BoolArray
 ) -> Iterator[tuple[Any, IntArray, Any]]:
     """Yield blocks of rows, their (n, E) int64 reduced scores, and the problem or problems."""
-    rows = int(problem.start_B[-1])
+    rows, size = int(problem.start_B[-1]), _block(problem.scores_NE)
     if problem.num_problems == 1:
-        for first in range(0, rows, _BLOCK):
-            part = slice(first, min(first + _BLOCK, rows))
+        for first in range(0, rows, size):
+            part = slice(first, min(first + size, rows))
             yield part, _reduced(problem, prices_BE, part, 0), 0
         return
     problem_N = problem.problem_N
     wanted = np.flatnonzero(active_B[problem_N])
-    for first in range(0, wanted.size, _BLOCK):
-        index = wanted[first : first + _BLOCK]
+    for first in range(0, wanted.size, size):
+        index = wanted[first : first + size]
         owner = problem_N[index]
         yield index, _reduced(problem, prices_BE, index, owner), owner
 
@@ -125,7 +132,10 @@ def price_pass(
     """
     topk, num_experts = problem.topk, problem.num_experts
     load_BE = np.zeros((problem.num_problems, num_experts), np.int64)
+    blocks: list[IntArray] = []
     for index, r_NE, owner in _active_blocks(problem, prices_BE, active_B):
+        # Kept for counting bids where one block is all there is.
+        blocks = [] if blocks or r_NE.shape[0] < problem.scores_NE.shape[0] else [r_NE]
         best = torch.from_numpy(r_NE).topk(topk + 1, dim=1).values.numpy()
         kth_N, next_N = best[:, topk - 1], best[:, topk]
         gap_N[index] = kth_N - next_N
@@ -140,7 +150,13 @@ def price_pass(
             load_BE[0] += chosen_NE.sum(0)
         else:
             np.add.at(load_BE, owner, chosen_NE.astype(np.int64))
-    return load_BE, lambda: _count_bids(problem, prices_BE, window_B, active_B, threshold_N)
+    kept = [(slice(None), blocks[0], 0)] if blocks and problem.num_problems == 1 else None
+
+    def count_bids() -> np.ndarray:
+        again = kept or _active_blocks(problem, prices_BE, active_B)
+        return _count_bids(problem, again, window_B, threshold_N)
+
+    return load_BE, count_bids
 
 
 def _positions(index: Any, owner: Any, problem: Problem) -> IntArray:
@@ -151,15 +167,14 @@ def _positions(index: Any, owner: Any, problem: Problem) -> IntArray:
 
 def _count_bids(
     problem: Problem,
-    prices_BE: IntArray,
+    blocks: Iterable[tuple[Any, IntArray, Any]],
     window_B: IntArray,
-    active_B: BoolArray,
     threshold_N: IntArray,
 ) -> np.ndarray:
     num_experts = problem.num_experts
     shape = (problem.num_problems, num_experts, NUM_BUCKETS)
     bids_H = np.zeros(math.prod(shape), np.int64)
-    for index, r_NE, owner in _active_blocks(problem, prices_BE, active_B):
+    for index, r_NE, owner in blocks:
         r_NE -= threshold_N[index, None]
         window = window_B[owner] if problem.num_problems == 1 else window_B[owner][:, None]
         place = np.flatnonzero(r_NE > -window)
@@ -217,8 +232,9 @@ def contested(
     maybe = np.flatnonzero(maybe_N)
     count_N = np.zeros(x_NE.shape[0], np.int64)
     parts = []
-    for first in range(0, maybe.size, _BLOCK):
-        rows = maybe[first : first + _BLOCK]
+    size = _block(x_NE)
+    for first in range(0, maybe.size, size):
+        rows = maybe[first : first + size]
         owner = 0 if problem.num_problems == 1 else problem_N[rows]
         r_NE, held_NE = _reduced(problem, prices_BE, rows, owner), x_NE[rows]
         r, held = torch.from_numpy(r_NE), torch.from_numpy(held_NE)
@@ -292,8 +308,9 @@ def conclude(
     experts_NK = np.empty((rows, topk), np.int64)
     total_N, slack_N = np.empty(rows), np.zeros(rows)
     problem_N = problem.problem_N
-    for first in range(0, rows, _BLOCK):
-        part = slice(first, min(first + _BLOCK, rows))
+    size = _block(x_NE)
+    for first in range(0, rows, size):
+        part = slice(first, min(first + size, rows))
         scores_NE, held_NE = problem.scores_NE[part], x_NE[part]
         place = np.flatnonzero(held_NE)
         scores_NK = torch.from_numpy(scores_NE.reshape(-1)[place].reshape(-1, topk))

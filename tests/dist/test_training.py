@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 
+from megatron_maxscore import flow
 from tests.dist.training_runs import MAXSCORE, TOPK, run, succeed
 
 # Runs use every core; one at a time.
@@ -33,6 +35,32 @@ def test_trains_in_every_layout(tmp_path, layout):
         # 8 sequences of 64 tokens, 2 experts each, over 8 experts.
         assert line["loads"] == [[128] * 8] * 2
         assert line["largest_gap"] <= 1e-9 and line["solves"] > 0
+
+
+def test_recorded_scores_are_those_of_the_run(tmp_path):
+    scores = tmp_path / "scores"
+    record = f"--maxscore-record-dir {scores} --maxscore-record-layers 2 --maxscore-record-steps 2-3"
+    result = succeed(
+        tmp_path, 2, f"{MAXSCORE} {record} --expert-model-parallel-size 2 --train-iters 4"
+    )
+    # Two microbatches of 2 x 64 tokens per rank and iteration.
+    names = {
+        f"iteration{iteration:05d}_layer002_rank{rank:03d}_solve{solve:03d}.pt"
+        for iteration in (2, 3)
+        for rank in (0, 1)
+        for solve in (0, 1)
+    }
+    assert {path.name for path in scores.iterdir()} == names
+    loads = torch.zeros(8, dtype=torch.int64)
+    for path in scores.glob("iteration00003*"):
+        saved = torch.load(path)
+        assert saved["scores"].shape == (128, 8) and saved["scores"].std() > 0
+        assert saved["prices"].abs().sum() > 0, "the running average of the first iterations"
+        solution = flow.solve(
+            saved["scores"], saved["topk"], capacity=saved["capacity"], prices=saved["prices"]
+        )
+        loads += solution.loads[0]
+    assert loads.tolist() == result.statistics[2]["loads"][1]
 
 
 def test_topk_is_stock_bit_for_bit(tmp_path):

@@ -42,7 +42,7 @@ def imports(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("layer", sorted(ALLOWED))
 def test_direction(layer):
-    files = list((PACKAGE / layer).glob("*.py"))
+    files = list((PACKAGE / layer).rglob("*.py"))
     assert files
     for path in files:
         for name in imports(path):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -310,6 +312,17 @@ def test_price_pass_equals_a_loop(seed):
 def test_an_unknown_implementation_is_named():
     with using("fortran"), pytest.raises(ValueError, match="must be numba or torch, got 'fortran'"):
         solve(torch.randn(4, 4), 1)
+
+
+def test_numba_is_not_required():
+    code = (
+        "import sys; sys.modules['numba'] = None\n"
+        "import torch; from megatron_maxscore.flow import backend, solve\n"
+        "assert solve(torch.eye(4), 1).objective == 4\n"
+        "assert backend.backend().NAME == 'torch'\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != backend.ENVIRONMENT}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=environment)
 
 
 def test_score_precision_of_half_types():
