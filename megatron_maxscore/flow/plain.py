@@ -26,7 +26,7 @@ __all__ = ["NAME", "augment", "conclude", "contested", "fill", "price_pass", "sc
 NAME = "torch"
 # Entries of the score matrix that are taken at a time.
 _BLOCK = 1 << 19
-# Reduced score of a forbidden arc: below all others, and with room for the bits of a key.
+# Score of a forbidden arc: below all others at any price, and with room for the bits of a key.
 _NEVER = -(1 << 50)
 
 # Reduced scores below this belong to forbidden arcs.
@@ -72,14 +72,10 @@ def _reduced(problem: Problem, prices_BE: IntArray, rows: Any, owner: Any) -> In
     above -= low_N1
     above *= factor if problem.num_problems == 1 else factor[:, None]
     np.rint(above, out=above)
-    if not problem.has_forbidden:
-        whole_NE: IntArray = above.astype(np.int64)
-        whole_NE -= prices_BE[owner]
-        return whole_NE
-    allowed = above > -np.inf
-    q_NE: IntArray = np.where(allowed, above, 0.0).astype(np.int64)
+    if problem.has_forbidden:
+        np.maximum(above, _NEVER, out=above)
+    q_NE: IntArray = above.astype(np.int64)
     q_NE -= prices_BE[owner]
-    q_NE[~allowed] = _NEVER
     return q_NE
 
 
@@ -136,11 +132,10 @@ def price_pass(
     for index, r_NE, owner in _active_blocks(problem, prices_BE, active_B):
         # Kept for counting bids where one block is all there is.
         blocks = [] if blocks or r_NE.shape[0] < problem.scores_NE.shape[0] else [r_NE]
-        best = torch.from_numpy(r_NE).topk(topk + 1, dim=1).values.numpy()
-        kth_N, next_N = best[:, topk - 1], best[:, topk]
+        guess_N = threshold_N[index] if knows_threshold else None
+        kth_N, next_N, chosen_NE = _kth_and_next(r_NE, topk, guess_N)
         gap_N[index] = kth_N - next_N
         threshold_N[index] = np.where(next_N < _LEAST, kth_N - 1, (kth_N + next_N) >> 1)
-        chosen_NE = r_NE > next_N[:, None]
         tied = np.flatnonzero(kth_N == next_N)
         if tied.size:
             position_N = _positions(index, owner, problem)[tied]
@@ -187,6 +182,27 @@ def _count_bids(
         slot = slot * NUM_BUCKETS + bucket_of(np.minimum(bids, window))
         bids_H += np.bincount(slot, minlength=bids_H.size)
     return bids_H.reshape(shape).astype(np.int32)
+
+
+def _kth_and_next(
+    r_NE: IntArray, topk: int, guess_N: IntArray | None
+) -> tuple[IntArray, IntArray, BoolArray]:
+    """Return each row's k-th and (k+1)-th largest, and what is above the (k+1)-th."""
+    r = torch.from_numpy(r_NE)
+    if guess_N is None:
+        best = r.topk(topk + 1, dim=1).values
+        return best[:, topk - 1].numpy(), best[:, topk].numpy(), (r > best[:, topk:]).numpy()
+    # Where exactly k lie above the guess, the two are the nearest ones around it.
+    above = r > torch.from_numpy(guess_N)[:, None]
+    kth = r.masked_fill(~above, -_NEVER).amin(1)
+    following = r.masked_fill(above, 2 * _NEVER).amax(1)
+    wrong = (above.sum(1) != topk).nonzero()[:, 0]
+    if wrong.numel():
+        part = r[wrong]
+        best = part.topk(topk + 1, dim=1).values
+        kth[wrong], following[wrong] = best[:, topk - 1], best[:, topk]
+        above[wrong] = part > best[:, topk:]
+    return kth.numpy(), following.numpy(), above.numpy()
 
 
 def _with_ties(r_NE: IntArray, index_N: IntArray, topk: int) -> BoolArray:

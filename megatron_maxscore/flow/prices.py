@@ -36,7 +36,7 @@ _SAMPLE_LOAD = 64
 _MIN_SAMPLE = 512
 # Overflow at which the finish is cheaper than another sweep: units per expert, or of all units.
 _UNITS_PER_EXPERT = 1.5
-_SHARE_OF_UNITS = 1 / 600
+_SHARE_OF_UNITS = 1 / 400
 # Overflow of the sample at which its prices are as good as a sample can tell.
 _SAMPLE_AIM = 0.015
 # Steps are long only where the overflow is at most this share of all units.

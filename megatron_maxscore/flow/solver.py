@@ -174,7 +174,7 @@ def _solve(
 
     exact_BE = np.ldexp(prices_BE.astype(np.float64), -problem.shift_B[:, None])
     experts_NK, total_N, slack_N = kernels.conclude(problem, exact_BE, x_NE)
-    load_BE = _per_problem(x_NE, problem)
+    load_BE = _loads(experts_NK, problem)
     rent_B = (exact_BE * (problem.capacity_BE - load_BE)).sum(1)
     difference_B = np.maximum(_sums(slack_N, start_B) + rent_B, 0.0)
     total_range_B = _sums(range_N, start_B)
@@ -250,21 +250,17 @@ def _assign(
         max_phases,
     )
     if mode == "bounded":
-        load_BE = _per_problem(state.x_NE, problem)
+        load_BE = _loads(np.nonzero(state.x_NE)[1].reshape(rows, problem.topk), problem)
         for b in np.flatnonzero((load_BE > problem.capacity_BE).any(1)).tolist():
             kernels.fill(problem, b, prices_BE, state.threshold_N, load_BE, state.x_NE)
     return prices_BE, state.x_NE
 
 
-def _per_problem(x_NE: BoolArray, problem: Problem) -> IntArray:
+def _loads(experts_NK: IntArray, problem: Problem) -> IntArray:
     """Return (B, E) int64 loads."""
-    if problem.num_problems == 1:
-        return x_NE.sum(0, dtype=np.int64)[None]
-    load_BE = np.zeros((problem.num_problems, problem.num_experts), np.int64)
-    some_B = problem.rows_B > 0
-    if some_B.any():
-        load_BE[some_B] = np.add.reduceat(x_NE, problem.start_B[:-1][some_B], 0, dtype=np.int64)
-    return load_BE
+    shape = problem.num_problems, problem.num_experts
+    slots_NK = experts_NK + problem.problem_N[:, None] * shape[1] if shape[0] > 1 else experts_NK
+    return np.bincount(slots_NK.ravel(), minlength=shape[0] * shape[1]).reshape(shape)
 
 
 def _sums(values_N: FloatArray, start_B: IntArray) -> FloatArray:

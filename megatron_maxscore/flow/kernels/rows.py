@@ -255,33 +255,36 @@ def conclude(
     num_experts = scores_NE.shape[1]
     reduced_E = np.empty(num_experts, np.float64)
     best_K = np.empty(topk, np.float64)
+    chosen_E = np.empty(num_experts + 1, np.int64)
     for problem in range(first_problem, last_problem):
         for row in range(first_row_B[problem], last_row_B[problem]):
             low = low_N[row]
             count = 0
-            total = 0.0
             for expert in range(num_experts):
-                if x_NE[row, expert]:
-                    value = scores_NE[row, expert]
-                    place = count
-                    while place > 0 and scores_NE[row, experts_NK[row, place - 1]] < value:
-                        experts_NK[row, place] = experts_NK[row, place - 1]
-                        place -= 1
-                    experts_NK[row, place] = expert
-                    count += 1
-            least, most = np.inf, -np.inf
+                chosen_E[count] = expert
+                count += np.int64(x_NE[row, expert])
+            for index in range(topk):
+                expert = chosen_E[index]
+                value = scores_NE[row, expert]
+                place = index
+                while place > 0 and scores_NE[row, experts_NK[row, place - 1]] < value:
+                    experts_NK[row, place] = experts_NK[row, place - 1]
+                    place -= 1
+                experts_NK[row, place] = expert
+            for expert in range(num_experts):
+                value = np.float64(scores_NE[row, expert]) - low
+                reduced_E[expert] = value - prices_BE[problem, expert]
+            total, least = 0.0, np.inf
             for place in range(topk):
                 expert = experts_NK[row, place]
                 total += np.float64(scores_NE[row, expert])
-                value = np.float64(scores_NE[row, expert]) - low - prices_BE[problem, expert]
-                least = min(least, value)
+                least = min(least, reduced_E[expert])
+            better = 0
             for expert in range(num_experts):
-                value = np.float64(scores_NE[row, expert]) - low - prices_BE[problem, expert]
-                reduced_E[expert] = value
-                most = max(most, -np.inf if x_NE[row, expert] else value)
+                better += np.int64((reduced_E[expert] > least) & (not x_NE[row, expert]))
             total_N[row] = total
             slack = 0.0
-            if most > least:
+            if better:
                 # Rounding to integers, or an assignment that is not optimal: the k largest.
                 for place in range(topk):
                     best_K[place] = -np.inf
