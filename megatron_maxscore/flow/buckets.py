@@ -32,7 +32,7 @@ def _edges() -> tuple[np.ndarray, np.ndarray]:
     return low_H, high_H
 
 
-_LOW_H, _HIGH_H = _edges()
+LOW_H, HIGH_H = _edges()
 
 
 def bucket_of(bids: IntArray) -> IntArray:
@@ -67,11 +67,11 @@ def price_step(bids_BEH: np.ndarray, capacity_BE: np.ndarray, window_B: IntArray
     bucket_BE = np.where(has_too_many_BE, exceeds_BEH.sum(-1) - 1, 0)
     inside_BE = np.take_along_axis(bids_BEH, bucket_BE[..., None], -1)[..., 0]
     above_BE = np.take_along_axis(reach_BEH, bucket_BE[..., None], -1)[..., 0] - inside_BE
-    low_BE, high_BE = _LOW_H[bucket_BE], _HIGH_H[bucket_BE]
+    low_BE, high_BE = LOW_H[bucket_BE], HIGH_H[bucket_BE]
     share_BE = (capacity_BE - above_BE) / np.maximum(inside_BE, 1)
     step_BE = np.floor(high_BE - (high_BE - low_BE) * share_BE)
     # All bids counted may stay: lower the price until the lowest of them is barely positive.
     any_BE = reach_BEH[..., 0] > 0
-    lowest_BE = np.where(any_BE, _LOW_H[(bids_BEH > 0).argmax(-1)], 0.0)
+    lowest_BE = np.where(any_BE, LOW_H[(bids_BEH > 0).argmax(-1)], 0.0)
     lowest_BE = np.where(any_BE, lowest_BE, -window_B[:, None].astype(np.float64))
     return np.where(has_too_many_BE, step_BE, lowest_BE).astype(np.int64)

@@ -44,7 +44,7 @@ class Contested:
         arcs = int(first_R[-1])
         return cls(
             row_R,
-            np.searchsorted(first_B[1:], np.arange(row_R.size), side="right"),
+            np.repeat(np.arange(problem.num_problems), np.diff(first_B)),
             first_B,
             first_R,
             np.empty(arcs, np.int32),

@@ -30,7 +30,7 @@ import numpy as np
 from megatron_maxscore.flow.problem import BoolArray, IntArray, Problem
 
 # Contested rows for each unit out of balance, and at least; at most half of all to begin with.
-_ROWS_PER_UNIT = 12
+_ROWS_PER_UNIT = 16
 _MIN_ROWS = 64
 # The same on a plateau, where every row offers many swaps at no cost.
 _PLATEAU_ROWS_PER_UNIT = 2

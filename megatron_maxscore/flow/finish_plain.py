@@ -53,7 +53,7 @@ def augment(
 
 
 class _Augmentation:
-    """One problem's contested rows as dense (E, R) matrices."""
+    """One problem's contested rows as dense matrices."""
 
     def __init__(
         self,
@@ -77,13 +77,13 @@ class _Augmentation:
         self._row_A = np.repeat(np.arange(rows.stop - rows.start), np.diff(first_R))
         self._expert_A = found.expert_A[arcs]
         self._held_A = found.held_A[arcs]
-        shape = (num_experts, rows.stop - rows.start)
+        shape = (rows.stop - rows.start, num_experts)
         # Where there is no arc, so far below every reduced score that swaps cost more than FAR.
-        self.value_ER = np.full(shape, FORBIDDEN, np.int64)
-        self.value_ER[self._expert_A, self._row_A] = found.value_A[arcs]
-        self.held_ER = np.zeros(shape, np.bool_)
+        self.value_RE = np.full(shape, FORBIDDEN, np.int64)
+        self.value_RE[self._row_A, self._expert_A] = found.value_A[arcs]
+        self.held_ER = np.zeros(shape[::-1], np.bool_)
         self.held_ER[self._expert_A, self._row_A] = self._held_A
-        self.other_ER = np.where(self.held_ER, FORBIDDEN, self.value_ER)
+        self.other_RE = np.where(self.held_ER.T, FORBIDDEN, self.value_RE)
         self.cost_NN = np.full((nodes, nodes), FAR, np.int64)
         for expert in range(num_experts):
             self._refresh(expert)
@@ -118,13 +118,13 @@ class _Augmentation:
 
     def _refresh(self, a: int) -> None:
         """Recompute the costs of all arcs that leave expert a."""
-        rows = np.flatnonzero(self.held_ER[a])
-        num_experts = self.value_ER.shape[0]
+        rows = self.held_ER[a].nonzero()[0]
+        num_experts = self.held_ER.shape[0]
         if rows.size == 0:
             self.cost_NN[a, :num_experts] = FAR
             return
-        loss_ER = self.value_ER[a, rows] - self.other_ER[:, rows]
-        self.cost_NN[a, :num_experts] = np.minimum(loss_ER.min(1), FAR)
+        loss_RE = self.value_RE[rows, a, None] - self.other_RE[rows]
+        self.cost_NN[a, :num_experts] = np.minimum(loss_RE.min(0), FAR)
 
     def _distances(self) -> int:
         """Shortest paths from all overfull nodes on reduced costs, then on the number of arcs.
@@ -152,8 +152,9 @@ class _Augmentation:
 
     def _movers(self, a: int, b: int) -> IntArray:
         """Rows, by index, that can move from a to b at exactly the arc's cost."""
-        loss_R = self.value_ER[a] - self.other_ER[b]
-        return np.flatnonzero(self.held_ER[a] & (loss_R == self.cost_NN[a, b]))
+        rows = self.held_ER[a].nonzero()[0]
+        loss_R = self.value_RE[rows, a] - self.other_RE[rows, b]
+        return np.asarray(rows[loss_R == self.cost_NN[a, b]])
 
     def _move_units(self, open_N: BoolArray) -> None:
         """One phase: depth first over arcs of reduced cost 0, each a step farther from the sources.
@@ -240,18 +241,18 @@ class _Augmentation:
 
         Costs that may have risen are left, too low, and their expert is marked dirty.
         """
-        num_experts = self.value_ER.shape[0]
-        value_ER = self.value_ER[:, rows]
-        gives, takes = value_ER[a], value_ER[b]
+        num_experts = self.held_ER.shape[0]
+        value_RE = self.value_RE[rows]
+        gives, takes = value_RE[:, a], value_RE[:, b]
         self.held_ER[a, rows], self.held_ER[b, rows] = False, True
-        self.other_ER[a, rows], self.other_ER[b, rows] = gives, FORBIDDEN
-        held_ER, other_ER = self.held_ER[:, rows], self.other_ER[:, rows]
+        self.other_RE[rows, a], self.other_RE[rows, b] = gives, FORBIDDEN
+        held_RE, other_RE = self.held_ER[:, rows].T, self.other_RE[rows]
         costs = self.cost_NN[:num_experts]
-        loses = held_ER & (value_ER - takes == costs[:, b, None])
-        loses[b] = False
-        self.dirty_N[:num_experts] |= loses.any(1)
+        loses = held_RE & (value_RE - takes[:, None] == costs[:, b])
+        loses[:, b] = False
+        self.dirty_N[:num_experts] |= loses.any(0)
         self.dirty_N[a] = True
-        back = np.where(held_ER, value_ER - gives, FAR).min(1)
+        back = np.where(held_RE, value_RE - gives[:, None], FAR).min(0)
         costs[:, a] = np.minimum(costs[:, a], back)
-        onward = np.minimum((takes - other_ER).min(1), FAR)
+        onward = np.minimum((takes[:, None] - other_RE).min(0), FAR)
         costs[b, :num_experts] = np.minimum(costs[b, :num_experts], onward)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_maxscore.flow.buckets import NUM_BUCKETS
+from megatron_maxscore.flow.buckets import HIGH_H, LOW_H, NUM_BUCKETS
 from megatron_maxscore.flow.contested import Contested
 from megatron_maxscore.flow.kernels import fill as kernels
 from megatron_maxscore.flow.kernels import rows
@@ -65,6 +65,13 @@ def price_pass(
 
     run([task(index, *piece) for index, piece in enumerate(pieces)])
     return loads.sum(0), lambda: bids[0] if own == 1 else bids.sum(0, dtype=np.int32)
+
+
+def price_step(bids_BEH: np.ndarray, capacity_BE: np.ndarray, window_B: IntArray) -> IntArray:
+    """See :func:`megatron_maxscore.flow.buckets.price_step`."""
+    step_BE = np.empty(capacity_BE.shape, np.int64)
+    rows.price_step(bids_BEH, capacity_BE, window_B, LOW_H, HIGH_H, step_BE)
+    return step_BE
 
 
 def contested(

@@ -16,16 +16,25 @@ import numpy as np
 import torch
 
 from megatron_maxscore.flow import fill_plain
-from megatron_maxscore.flow.buckets import NUM_BUCKETS, bucket_of
+from megatron_maxscore.flow.buckets import NUM_BUCKETS, bucket_of, price_step
 from megatron_maxscore.flow.contested import Contested
 from megatron_maxscore.flow.finish_plain import augment
 from megatron_maxscore.flow.problem import BoolArray, FloatArray, IntArray, Problem
 
-__all__ = ["NAME", "augment", "conclude", "contested", "fill", "price_pass", "scan"]
+__all__ = [
+    "NAME",
+    "augment",
+    "conclude",
+    "contested",
+    "fill",
+    "price_pass",
+    "price_step",
+    "scan",
+]
 
 NAME = "torch"
 # Entries of the score matrix that are taken at a time.
-_BLOCK = 1 << 19
+_BLOCK = 1 << 18
 # Score of a forbidden arc: below all others at any price, and with room for the bits of a key.
 _NEVER = -(1 << 50)
 
@@ -128,12 +137,10 @@ def price_pass(
     """
     topk, num_experts = problem.topk, problem.num_experts
     load_BE = np.zeros((problem.num_problems, num_experts), np.int64)
-    blocks: list[IntArray] = []
     for index, r_NE, owner in _active_blocks(problem, prices_BE, active_B):
-        # Kept for counting bids where one block is all there is.
-        blocks = [] if blocks or r_NE.shape[0] < problem.scores_NE.shape[0] else [r_NE]
-        guess_N = threshold_N[index] if knows_threshold else None
-        kth_N, next_N, chosen_NE = _kth_and_next(r_NE, topk, guess_N)
+        best = torch.from_numpy(r_NE).topk(topk + 1, dim=1).values.numpy()
+        kth_N, next_N = best[:, topk - 1], best[:, topk]
+        chosen_NE = r_NE > next_N[:, None]
         gap_N[index] = kth_N - next_N
         threshold_N[index] = np.where(next_N < _LEAST, kth_N - 1, (kth_N + next_N) >> 1)
         tied = np.flatnonzero(kth_N == next_N)
@@ -145,10 +152,9 @@ def price_pass(
             load_BE[0] += chosen_NE.sum(0)
         else:
             np.add.at(load_BE, owner, chosen_NE.astype(np.int64))
-    kept = [(slice(None), blocks[0], 0)] if blocks and problem.num_problems == 1 else None
 
     def count_bids() -> np.ndarray:
-        again = kept or _active_blocks(problem, prices_BE, active_B)
+        again = _active_blocks(problem, prices_BE, active_B)
         return _count_bids(problem, again, window_B, threshold_N)
 
     return load_BE, count_bids
@@ -182,27 +188,6 @@ def _count_bids(
         slot = slot * NUM_BUCKETS + bucket_of(np.minimum(bids, window))
         bids_H += np.bincount(slot, minlength=bids_H.size)
     return bids_H.reshape(shape).astype(np.int32)
-
-
-def _kth_and_next(
-    r_NE: IntArray, topk: int, guess_N: IntArray | None
-) -> tuple[IntArray, IntArray, BoolArray]:
-    """Return each row's k-th and (k+1)-th largest, and what is above the (k+1)-th."""
-    r = torch.from_numpy(r_NE)
-    if guess_N is None:
-        best = r.topk(topk + 1, dim=1).values
-        return best[:, topk - 1].numpy(), best[:, topk].numpy(), (r > best[:, topk:]).numpy()
-    # Where exactly k lie above the guess, the two are the nearest ones around it.
-    above = r > torch.from_numpy(guess_N)[:, None]
-    kth = r.masked_fill(~above, -_NEVER).amin(1)
-    following = r.masked_fill(above, 2 * _NEVER).amax(1)
-    wrong = (above.sum(1) != topk).nonzero()[:, 0]
-    if wrong.numel():
-        part = r[wrong]
-        best = part.topk(topk + 1, dim=1).values
-        kth[wrong], following[wrong] = best[:, topk - 1], best[:, topk]
-        above[wrong] = part > best[:, topk:]
-    return kth.numpy(), following.numpy(), above.numpy()
 
 
 def _with_ties(r_NE: IntArray, index_N: IntArray, topk: int) -> BoolArray:

@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 
-from megatron_maxscore.flow import buckets
 from megatron_maxscore.flow.problem import SCORE_BITS, BoolArray, FloatArray, IntArray, Problem
 
 MAX_PASSES = 8
@@ -102,7 +101,10 @@ def improve(
         start = _sweep(
             backend, sample, prices_BE, everything_B, _SAMPLE_PASSES, _SAMPLE_AIM * units_B
         )
-        prices_BE = start.prices_BE
+        # A sample's share of a little slack can round to none, and its prices then are free.
+        level_BE = start.prices_BE.min(1, keepdims=True)
+        is_tight_B1 = problem.tight_B[:, None]
+        prices_BE = np.where(is_tight_B1, start.prices_BE, start.prices_BE - level_BE)
         # These prices are off by less than this.
         window_B = np.full(problem.num_problems, 1 << (SCORE_BITS - 5))
     units_B = problem.rows_B * problem.topk
@@ -223,7 +225,7 @@ def _sweep(
         active_B = active_B & ~ends_B
         if not active_B.any():
             break
-        fresh_BE = buckets.price_step(count_bids(), problem.capacity_BE, window_B)
+        fresh_BE = backend.price_step(count_bids(), problem.capacity_BE, window_B)
         relaxation = _RELAXATION[min(passes, len(_RELAXATION)) - 1]
         relaxation_B = np.where(is_plain_B | ~is_near_B, 1.0, relaxation)
         was_long_B = ~take_back_B & (relaxation_B > 1.0)

@@ -17,7 +17,7 @@ import torch
 from megatron_maxscore.flow.problem import IntArray
 
 # Fewer rows than this are not worth waking a thread for.
-_ROWS_PER_THREAD = 1024
+_ROWS_PER_THREAD = 2048
 
 _pool: tuple[int, int, ThreadPoolExecutor] | None = None
 

@@ -96,6 +96,22 @@ def test_optimum_on_every_family_cold_and_warm(family, size):
         assert total == pytest.approx(linear, rel=1e-7)
 
 
+@pytest.mark.parametrize("family", ["skewed, sigma 1", "40 repeated tokens"])
+@pytest.mark.parametrize("slack", [1, 7])
+def test_a_little_slack(family, slack):
+    # So little that a sample's share of it is below one unit.
+    work = workload(family, *SAMPLED)
+    capacity = work.capacity.clone()
+    capacity[:slack] += 1
+    integers = as_integers(work.scores)
+    best = ortools_objective(integers.double().numpy(), work.topk, capacity.numpy())
+    for prices in (None, torch.randn(SAMPLED[1]) * 2**18):
+        solution = solve_with_both(integers, work.topk, capacity=capacity, prices=prices)
+        assert solution.objective.item() == best and solution.gap.item() == 0.0
+        assert solution.prices.min() == 0.0
+        assert (solution.loads[0] <= capacity).all()
+
+
 @pytest.mark.parametrize("family", ["iid", "bf16-rounded", "40 repeated tokens", "all equal"])
 def test_threads_change_no_bit(family):
     work = workload(family, *SAMPLED)

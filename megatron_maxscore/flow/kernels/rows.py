@@ -152,7 +152,7 @@ def price_pass(
             else:
                 spacing += (gap - spacing) >> 3
             threshold_N[row] = threshold
-            previous = threshold
+            previous += (threshold - previous) >> 2
             if gap > 0:
                 for expert in range(num_experts):
                     chosen = r_E[expert] > following
@@ -182,6 +182,33 @@ def price_pass(
                 expert = inside_E[position]
                 bid = min(r_E[expert] - threshold, window)
                 bids_BEH[problem, expert, _bucket(bid)] += 1
+
+
+@jit
+def price_step(bids_BEH, capacity_BE, window_B, low_H, high_H, step_BE):
+    """Read the price steps off the counts of bids."""
+    for problem in range(step_BE.shape[0]):
+        for expert in range(step_BE.shape[1]):
+            capacity = capacity_BE[problem, expert]
+            above = 0
+            bucket = low_H.shape[0] - 1
+            lowest = -1
+            while bucket >= 0:
+                inside = bids_BEH[problem, expert, bucket]
+                if above + inside > capacity:
+                    break
+                above += inside
+                if inside > 0:
+                    lowest = bucket
+                bucket -= 1
+            if bucket >= 0:
+                share = (capacity - above) / inside
+                width = high_H[bucket] - low_H[bucket]
+                step_BE[problem, expert] = np.int64(np.floor(high_H[bucket] - width * share))
+            elif lowest >= 0:
+                step_BE[problem, expert] = np.int64(low_H[lowest])
+            else:
+                step_BE[problem, expert] = -window_B[problem]
 
 
 @jit
