@@ -101,10 +101,8 @@ def improve(
         start = _sweep(
             backend, sample, prices_BE, everything_B, _SAMPLE_PASSES, _SAMPLE_AIM * units_B
         )
-        # A sample's share of a little slack can round to none, and its prices then are free.
-        level_BE = start.prices_BE.min(1, keepdims=True)
-        is_tight_B1 = problem.tight_B[:, None]
-        prices_BE = np.where(is_tight_B1, start.prices_BE, start.prices_BE - level_BE)
+        # A sample's share of a little slack can round to none, its prices are then below 0 too.
+        prices_BE = _within_limits(start.prices_BE, problem.tight_B)
         # These prices are off by less than this.
         window_B = np.full(problem.num_problems, 1 << (SCORE_BITS - 5))
     units_B = problem.rows_B * problem.topk
@@ -159,6 +157,20 @@ def _is_tight(problem: Problem) -> BoolArray:
     return np.asarray(np.abs(total_B - problem.rows_B * problem.topk) < 0.5)
 
 
+def _within_limits(prices_BE: IntArray, is_tight_B: BoolArray) -> IntArray:
+    """Keep prices where optimal ones can be found: >= 0 with slack, and not too far apart.
+
+    Without slack a price common to all experts changes nothing; with it, it changes no choice and
+    only costs. An expert that few rows may take can get no bid at any price, and would fall ever
+    further; optimal prices of problems without forbidden arcs are within E - 1 ranges.
+    """
+    widest = (prices_BE.shape[1] - 1) << SCORE_BITS
+    low_BE = np.maximum(prices_BE, prices_BE.max(1, keepdims=True) - widest)
+    positive_BE = np.maximum(low_BE, 0)
+    positive_BE -= positive_BE.min(1, keepdims=True)
+    return np.asarray(np.where(is_tight_B[:, None], low_BE, positive_BE))
+
+
 def _sweep(
     backend: Any,
     problem: Problem,
@@ -172,7 +184,7 @@ def _sweep(
     """Sweep until the overflow is at most ``aim_B``, no longer falls, or passes are up."""
     rows, num_experts = problem.scores_NE.shape
     num_problems = problem.num_problems
-    is_free_B1 = _is_tight(problem)[:, None]
+    is_tight_B = _is_tight(problem)
     threshold_N, gap_N = np.zeros(rows, np.int64), np.empty(rows, np.int64)
     x_NE = np.empty((rows, num_experts), np.bool_)
     load_BE = np.zeros((num_problems, num_experts), np.int64)
@@ -187,11 +199,7 @@ def _sweep(
     passes = 0
 
     def clipped(prices: np.ndarray) -> IntArray:
-        whole = np.rint(prices).astype(np.int64)
-        # With slack a price common to all experts changes no choice and only costs.
-        positive = np.maximum(whole, 0)
-        positive -= positive.min(1, keepdims=True)
-        return np.asarray(np.where(is_free_B1, whole, positive))
+        return _within_limits(np.rint(prices).astype(np.int64), is_tight_B)
 
     while active_B.any():
         loads, count_bids = backend.price_pass(
@@ -236,7 +244,11 @@ def _sweep(
         step_BE = np.where(go_back_B1, step_BE, fresh_BE)
         last_BE = np.where(go_back_B1, last_BE, prices_BE)
         prices_BE = np.where(active_B[:, None], next_BE, prices_BE)
-        window_B = np.minimum(_EVERYTHING, 4 * np.abs(step_BE).max(1) + 4)
+        # Experts without a bid in the window do not widen it, they move by the window as it is.
+        has_bid_BE = step_BE > -window_B[:, None]
+        largest_B = np.where(has_bid_BE, np.abs(step_BE), 0).max(1)
+        least_B = np.where(has_bid_BE.all(1), 0, np.minimum(window_B, 1 << SCORE_BITS))
+        window_B = np.minimum(_EVERYTHING, np.maximum(4 * largest_B + 4, least_B))
     units_B = overflow_B.astype(np.int64)
     return PriceState(prices_BE, load_BE, gap_N, x_NE, threshold_N, units_B, filled_B, passes)
 

@@ -109,7 +109,8 @@ def maxima(values_N: FloatArray, start_B: IntArray) -> FloatArray:
 def shifts(largest_B: FloatArray) -> IntArray:
     """Return (B,) int64 shifts for the largest row range of each problem."""
     exponent_B = np.frexp(largest_B)[1].astype(np.int64)
-    return np.asarray(np.where(largest_B == 0.0, 0, SCORE_BITS - exponent_B))
+    # Where scores are tiny against the range of float64 itself, fewer bits have to do.
+    return np.asarray(np.where(largest_B == 0.0, 0, np.minimum(SCORE_BITS - exponent_B, 1000)))
 
 
 def check_feasible(problem: Problem) -> None:

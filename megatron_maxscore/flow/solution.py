@@ -20,7 +20,8 @@ class FlowSolution:
         prices: (E,) float32 in score units, mean 0 when the capacities leave no slack, otherwise
             minimum 0. A warm start for the next solve.
         objective: 0-dim float64, total score of the assignment.
-        bound: 0-dim float64, the dual value at ``prices``: no assignment scores more.
+        bound: 0-dim float64, the dual value at the prices before they are rounded to float32: no
+            assignment scores more.
         gap: 0-dim float64, ``(bound - objective)`` over the sum of the rows' score ranges; 0 when
             the numerator is 0, inf when only the denominator is.
         converged: 0-dim bool, whether the tolerance was met; feasible either way.

@@ -29,6 +29,8 @@ from megatron_maxscore.flow.problem import (
 from megatron_maxscore.flow.solution import FlowSolution
 
 MODES = ("exact", "bounded")
+# Prices reach E - 1 score ranges, and 63 bits have to hold them, path lengths and counts of arcs.
+MAX_EXPERTS = 1024
 
 
 def solve(
@@ -52,8 +54,9 @@ def solve(
         ([[1], [0]], 1.7000000476837158, 0.0)
 
     Args:
-        scores: (T, E) float, or (B, S, E) for B separate problems. -inf forbids the arc. bfloat16
-            and float16 are exact in float32. Any device; the solver itself runs on the CPU.
+        scores: (T, E) float, or (B, S, E) for B separate problems; E <= 1024. -inf forbids the arc.
+            bfloat16 and float16 are exact in float32. Any device; the solver itself runs on the
+            CPU.
         topk: k distinct experts per token, 1 <= k <= E.
         capacity: int, or (E,) int64; per problem.
         capacity_factor: used without ``capacity``: C = ceil(T * k * factor / E) for all experts.
@@ -100,6 +103,8 @@ def _check_arguments(
         raise ValueError(
             f"topk must lie between 1 and the number of experts {scores.shape[-1]}, got {topk}"
         )
+    if scores.shape[-1] > MAX_EXPERTS:
+        raise ValueError(f"scores may have at most {MAX_EXPERTS} experts, got {scores.shape[-1]}")
     if scores.dim() == 3 and scores.shape[0] == 0:
         raise ValueError("scores hold no problem: the first dimension of (B, S, E) is 0")
     if not (capacity_factor > 0 and math.isfinite(capacity_factor)):
@@ -169,7 +174,10 @@ def _solve(
             "mode='exact'"
         )
     check_feasible(problem)
-    start_BE = integer_prices(np.ldexp(warm_BE, unit_B[:, None]), problem, largest_B)
+    with np.errstate(over="ignore"):
+        # Differences first: an infinite one is clipped, that of two infinite prices is NaN.
+        warm_BE = np.ldexp(warm_BE - warm_BE.min(1, keepdims=True), unit_B[:, None])
+    start_BE = integer_prices(warm_BE, problem, largest_B)
     prices_BE, x_NE = _assign(kernels, problem, start_BE, range_N, tolerance, mode)
 
     exact_BE = np.ldexp(prices_BE.astype(np.float64), -problem.shift_B[:, None])
@@ -206,8 +214,8 @@ def _solve(
     )
 
 
-# Bounded mode: passes over the scores (as many again over a sample, and one more after a warm start
-# that was lost), and phases of each attempt of the finish.
+# Bounded mode: passes over the scores, besides those over a sample, and phases of each attempt of
+# the finish.
 _BOUNDED_PASSES = 6
 _BOUNDED_PHASES = 32
 # The gap that rounding scores to integers may leave, relative to the ranges of the rows.
@@ -317,6 +325,8 @@ def _capacities(
                 f"{tuple(capacity.shape)} {capacity.dtype}"
             )
         capacity_E = capacity.detach().cpu().numpy().astype(np.int64)
+    elif not isinstance(capacity, (int, np.integer)):
+        raise ValueError(f"capacity must be an int or ({num_experts},) int64, got {capacity}")
     else:
         capacity_E = np.full(num_experts, capacity, np.int64)
     if (capacity_E < 0).any():

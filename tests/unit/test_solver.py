@@ -345,3 +345,59 @@ def test_score_precision_of_half_types():
     z = torch.randn(256, 8).bfloat16()
     assert torch.equal(solve(z, 2).experts, solve(z.float(), 2).experts)
     assert math.isclose(solve(z, 2).objective, solve(z.double(), 2).objective, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("slack", [0, 1])
+def test_an_expert_that_nobody_may_take(sampled, slack):
+    # It gets no bid at any price; its price must not run away and drag the others along.
+    tokens = 8193 if sampled else 301
+    scores = torch.randn(tokens, 8) + torch.linspace(-1, 1, 8)
+    scores[:, 3] = -math.inf
+    scores = as_integers(scores)
+    capacity = torch.full((8,), -(-tokens * 2 // 7))
+    capacity[3] = 0
+    capacity[0] -= int(capacity.sum()) - 2 * tokens - slack
+    solution = solve_with_both(scores, 2, capacity=capacity)
+    best = ortools_objective(scores.double().numpy(), 2, capacity.numpy())
+    assert solution.objective.item() == best and solution.gap.item() == 0.0
+    live = solution.prices[torch.arange(8) != 3]
+    assert live.max() - live.min() < 8 * 2**20, "prices are of the size of the scores"
+    assert solution.prices.abs().max() <= 16 * 2**20
+    again = solve_with_both(scores, 2, capacity=capacity, prices=solution.prices)
+    assert again.objective.item() == best
+
+
+def test_an_expert_that_few_may_take():
+    scores = torch.randn(4096, 4)
+    scores[2:, 0] = -math.inf
+    scores = as_integers(scores)
+    capacity = torch.tensor([2, 1365, 1365, 1365])
+    solution = solve_with_both(scores, 1, capacity=capacity)
+    best = ortools_objective(scores.double().numpy(), 1, capacity.numpy())
+    assert solution.objective.item() == best
+
+
+@pytest.mark.parametrize(
+    ("scores", "prices"),
+    [
+        ([[1.0, 1.0], [0.0, 1e-300], [0.0, 2e-300]], None),
+        ([[0.0, 1e-310], [0.0, 2e-310]], [1.0, 1.0]),
+        ([[0.0, 1e-310], [0.0, 2e-310]], [1.0, 3.0]),
+        ([[0.0, 1e308], [-1e308, 1e308]], [-1e300, 1e300]),
+    ],
+)
+def test_ranges_and_prices_of_extreme_sizes(scores, prices):
+    scores = torch.tensor(scores, dtype=torch.float64)
+    warm = None if prices is None else torch.tensor(prices, dtype=torch.float64)
+    capacity = -(-scores.shape[0] // 2)
+    solution = solve_with_both(scores, 1, capacity=capacity, prices=warm)
+    check_assignment(solution.experts.numpy(), scores.numpy(), 1, np.full(2, capacity))
+    assert solution.experts[-1].item() == 1, "the row with the larger gain"
+
+
+def test_limits_are_named():
+    with pytest.raises(ValueError, match="at most 1024 experts, got 1025"):
+        solve(torch.zeros(2, 1025), 1)
+    with pytest.raises(ValueError, match=r"capacity must be an int or \(4,\) int64, got 2.5"):
+        solve(torch.zeros(4, 4), 1, capacity=2.5)
