@@ -8,6 +8,8 @@ one where capacities leave slack), E experts.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from megatron_maxscore.flow.contested import Contested
@@ -170,36 +172,32 @@ class _Augmentation:
             steps[a].append(b)
         for source in np.flatnonzero(self.excess_N > 0).tolist():
             while self.excess_N[source] > 0 and is_open[source]:
-                path, movers = self._find_path(source, steps, is_open)
+                path = self._find_path(source, steps, is_open)
                 if not path:
                     break
-                self._push(path, movers)
+                self._push(path)
                 for node in path:
                     is_open[node] = True
 
-    def _find_path(
-        self, source: int, steps: list[list[int]], is_open: list[bool]
-    ) -> tuple[list[int], list[IntArray]]:
-        """Return the nodes of a path to an under-filled node, and the movers of its arcs."""
+    def _find_path(self, source: int, steps: list[list[int]], is_open: list[bool]) -> list[int]:
+        """Return the nodes of a path to an under-filled node, none if there is no path."""
         path = [source]
-        movers: list[IntArray] = []
         choices = [iter(steps[source])]
         is_open[source] = False
         while path:
             a = path[-1]
             if self.excess_N[a] < 0:
-                return path, movers
+                return path
             for b in choices[-1]:
                 if not is_open[b]:
                     continue
                 if a == self.sink or b == self.sink:
-                    rows, leads = _NO_ROWS, a == self.sink or self.slack_E[a] > 0
+                    leads = a == self.sink or self.slack_E[a] > 0
                 else:
-                    rows = self._movers(a, b)
-                    leads = rows.size > 0
+                    # As long as none of its rows has moved, what its costs say holds.
+                    leads = not self.dirty_N[a] or self._movers(a, b).size > 0
                 if leads:
                     path.append(b)
-                    movers.append(rows)
                     choices.append(iter(steps[b]))
                     is_open[b] = False
                     break
@@ -208,20 +206,20 @@ class _Augmentation:
             else:
                 path.pop()
                 choices.pop()
-                if movers:
-                    movers.pop()
-        return [], []
+        return []
 
-    def _push(self, path: list[int], movers: list[IntArray]) -> None:
+    def _push(self, path: list[int]) -> None:
         target = path[-1]
-        arcs = list(zip(path, path[1:], movers, strict=False))
+        arcs = list(itertools.pairwise(path))
         units = int(min(self.excess_N[path[0]], -self.excess_N[target]))
-        for a, b, rows in arcs:
+        rows = _NO_ROWS
+        for a, b in arcs:
             if b == self.sink:
                 units = min(units, int(self.slack_E[a]))
             elif a != self.sink:
+                rows = self._movers(a, b)
                 units = min(units, rows.size)
-        for place, (a, b, rows) in enumerate(arcs):
+        for a, b in arcs:
             if a == self.sink:
                 self.slack_E[b] += units
                 self.cost_NN[b, self.sink] = -self.prices_E[b]
@@ -230,8 +228,8 @@ class _Augmentation:
                 if self.slack_E[a] == 0:
                     self.cost_NN[a, self.sink] = FAR
             else:
-                # A row that has just moved to a may go on from there.
-                rows = rows if place == 0 else self._movers(a, b)
+                # Looked for anew: a row that has just moved to a may go on from there.
+                rows = rows if len(arcs) == 1 else self._movers(a, b)
                 self._move(a, b, rows[:units])
         self.excess_N[path[0]] -= units
         self.excess_N[target] += units

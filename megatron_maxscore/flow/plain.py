@@ -35,6 +35,7 @@ __all__ = [
 NAME = "torch"
 # Entries of the score matrix that are taken at a time.
 _BLOCK = 1 << 18
+_KEPT = 1 << 20
 # Score of a forbidden arc: below all others at any price, and with room for the bits of a key.
 _NEVER = -(1 << 50)
 
@@ -137,7 +138,11 @@ def price_pass(
     """
     topk, num_experts = problem.topk, problem.num_experts
     load_BE = np.zeros((problem.num_problems, num_experts), np.int64)
+    # Reduced scores are kept for counting bids where that takes little memory.
+    kept: list[tuple[Any, IntArray, Any]] | None = [] if problem.scores_NE.size <= _KEPT else None
     for index, r_NE, owner in _active_blocks(problem, prices_BE, active_B):
+        if kept is not None:
+            kept.append((index, r_NE, owner))
         best = torch.from_numpy(r_NE).topk(topk + 1, dim=1).values.numpy()
         kth_N, next_N = best[:, topk - 1], best[:, topk]
         chosen_NE = r_NE > next_N[:, None]
@@ -154,8 +159,8 @@ def price_pass(
             np.add.at(load_BE, owner, chosen_NE.astype(np.int64))
 
     def count_bids() -> np.ndarray:
-        again = _active_blocks(problem, prices_BE, active_B)
-        return _count_bids(problem, again, window_B, threshold_N)
+        blocks = _active_blocks(problem, prices_BE, active_B) if kept is None else kept
+        return _count_bids(problem, blocks, window_B, threshold_N)
 
     return load_BE, count_bids
 
