@@ -19,7 +19,7 @@ def parse_numbers(text: str) -> list[range]:
     """Parse ``"1,4-6"``.
 
     Raises:
-        ValueError: not numbers or ranges of numbers.
+        ValueError: not numbers or ranges of numbers, or an empty range.
     """
     ranges = []
     for part in text.split(","):
@@ -27,6 +27,8 @@ def parse_numbers(text: str) -> list[range]:
         if not first.isdigit() or (dash and not last.isdigit()):
             raise ValueError(f"expected numbers and ranges like 1,4-6, got {text!r}")
         ranges.append(range(int(first), int(last if dash else first) + 1))
+        if not ranges[-1]:
+            raise ValueError(f"expected numbers and ranges like 1,4-6, got the empty range {part}")
     return ranges
 
 
