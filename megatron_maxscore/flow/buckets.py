@@ -42,13 +42,13 @@ def bucket_of(bids: IntArray) -> IntArray:
     return np.where(bids > 0, BUCKETS_PER_SIGN + level, BUCKETS_PER_SIGN - 1 - level)
 
 
-def price_step(bids_BEH: np.ndarray, capacity_BE: np.ndarray, window_B: IntArray) -> IntArray:
+def price_step(bids_BEH: np.ndarray, capacity_BE: np.ndarray, window_BE: IntArray) -> IntArray:
     """Return (B, E) int64 by how much each price must rise for C of its bids to stay positive.
 
     Args:
         bids_BEH: (B, E, H) counts of bids by bucket.
         capacity_BE: (B, E) capacities, int64 or float64.
-        window_B: (B,) int64; bids at or below minus this were not counted.
+        window_BE: (B, E) int64; bids at or below minus this were not counted.
 
     Example:
         A price rises until the bid that is one too many is not positive any more:
@@ -56,7 +56,7 @@ def price_step(bids_BEH: np.ndarray, capacity_BE: np.ndarray, window_B: IntArray
         >>> bids = np.zeros((1, 1, NUM_BUCKETS), np.int32)
         >>> for bid in (3, 5, 9):
         ...     bids[0, 0, bucket_of(np.array(bid))] += 1
-        >>> price_step(bids, np.array([[2]]), np.array([100]))
+        >>> price_step(bids, np.array([[2]]), np.array([[100]]))
         array([[3]])
     """
     # Bids in this bucket and in those above it.
@@ -73,5 +73,5 @@ def price_step(bids_BEH: np.ndarray, capacity_BE: np.ndarray, window_B: IntArray
     # All bids counted may stay: lower the price until the lowest of them is barely positive.
     any_BE = reach_BEH[..., 0] > 0
     lowest_BE = np.where(any_BE, LOW_H[(bids_BEH > 0).argmax(-1)], 0.0)
-    lowest_BE = np.where(any_BE, lowest_BE, -window_B[:, None].astype(np.float64))
+    lowest_BE = np.where(any_BE, lowest_BE, -window_BE.astype(np.float64))
     return np.where(has_too_many_BE, step_BE, lowest_BE).astype(np.int64)

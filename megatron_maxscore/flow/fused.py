@@ -40,7 +40,7 @@ def scan(scores_NE: Any) -> tuple[FloatArray, FloatArray, bool, bool]:
 def price_pass(
     problem: Problem,
     prices_BE: IntArray,
-    window_B: IntArray,
+    window_BE: IntArray,
     active_B: BoolArray,
     threshold_N: IntArray,
     knows_threshold: bool,
@@ -58,7 +58,7 @@ def price_pass(
         slot = index if own > 1 else 0
         stop_B = np.where(active_B, last_row_B, first_row_B)
         return lambda: rows.price_pass(
-            problem.scores_NE, problem.low_N, problem.factor_B, prices_BE, problem.topk, window_B,
+            problem.scores_NE, problem.low_N, problem.factor_B, prices_BE, problem.topk, window_BE,
             knows_threshold, first, last, first_row_B, stop_B, problem.start_B,
             threshold_N, gap_N, x_NE, loads[slot], bids[slot],
         )  # fmt: skip
@@ -67,10 +67,10 @@ def price_pass(
     return loads.sum(0), lambda: bids[0] if own == 1 else bids.sum(0, dtype=np.int32)
 
 
-def price_step(bids_BEH: np.ndarray, capacity_BE: np.ndarray, window_B: IntArray) -> IntArray:
+def price_step(bids_BEH: np.ndarray, capacity_BE: np.ndarray, window_BE: IntArray) -> IntArray:
     """See :func:`megatron_maxscore.flow.buckets.price_step`."""
     step_BE = np.empty(capacity_BE.shape, np.int64)
-    rows.price_step(bids_BEH, capacity_BE, window_B, LOW_H, HIGH_H, step_BE)
+    rows.price_step(bids_BEH, capacity_BE, window_BE, LOW_H, HIGH_H, step_BE)
     return step_BE
 
 

@@ -110,7 +110,7 @@ def _active_blocks(
 def price_pass(
     problem: Problem,
     prices_BE: IntArray,
-    window_B: IntArray,
+    window_BE: IntArray,
     active_B: BoolArray,
     threshold_N: IntArray,
     knows_threshold: bool,
@@ -125,8 +125,8 @@ def price_pass(
     Args:
         problem: the problems.
         prices_BE: (B, E) int64.
-        window_B: (B,) int64; bids at or below minus this are not counted, those above it count as
-            equal to it.
+        window_BE: (B, E) int64; bids at or below minus this are not counted, those above it count
+            as equal to it.
         active_B: (B,) bool, problems whose rows are to be looked at.
         threshold_N: (N,) int64, out: the mean of the k-th and (k+1)-th reduced score.
         knows_threshold: whether it holds those of similar prices, a hint that saves time.
@@ -160,7 +160,7 @@ def price_pass(
 
     def count_bids() -> np.ndarray:
         blocks = _active_blocks(problem, prices_BE, active_B) if kept is None else kept
-        return _count_bids(problem, blocks, window_B, threshold_N)
+        return _count_bids(problem, blocks, window_BE, threshold_N)
 
     return load_BE, count_bids
 
@@ -174,7 +174,7 @@ def _positions(index: Any, owner: Any, problem: Problem) -> IntArray:
 def _count_bids(
     problem: Problem,
     blocks: Iterable[tuple[Any, IntArray, Any]],
-    window_B: IntArray,
+    window_BE: IntArray,
     threshold_N: IntArray,
 ) -> np.ndarray:
     num_experts = problem.num_experts
@@ -182,15 +182,12 @@ def _count_bids(
     bids_H = np.zeros(math.prod(shape), np.int64)
     for index, r_NE, owner in blocks:
         r_NE -= threshold_N[index, None]
-        window = window_B[owner] if problem.num_problems == 1 else window_B[owner][:, None]
-        place = np.flatnonzero(r_NE > -window)
+        place = np.flatnonzero(r_NE > -window_BE[owner])
         bids = r_NE.ravel()[place]
         slot = place % num_experts
         if problem.num_problems > 1:
-            owner_A = owner[place // num_experts]
-            slot += owner_A * num_experts
-            window = window_B[owner_A]
-        slot = slot * NUM_BUCKETS + bucket_of(np.minimum(bids, window))
+            slot += owner[place // num_experts] * num_experts
+        slot = slot * NUM_BUCKETS + bucket_of(np.minimum(bids, window_BE.ravel()[slot]))
         bids_H += np.bincount(slot, minlength=bids_H.size)
     return bids_H.reshape(shape).astype(np.int32)
 

@@ -21,6 +21,7 @@ Shape letters: B problems, N rows of all problems, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,8 +46,30 @@ _RELAXATION = (1.5, 1.5, 1.8)
 # A sweep that leaves more than this share of the overflow is not worth another.
 _STALLED = 0.8
 _EVERYTHING = 1 << 49
+# How far prices are counted on to be off after a step, in steps of the expert, and of all.
+_WINDOW_OWN = 2
+_WINDOW_MEAN = 2
+# Prices of a sample are off by less than this.
+_SAMPLE_WINDOW = 1 << (SCORE_BITS - 5)
 # What moving a unit of overflow without a search costs at least, in ranges of a row.
 _FILL_COST = 0.05
+
+
+@dataclass
+class Descent:
+    """Where sweeps ended.
+
+    Attributes:
+        prices_BE: (B, E) int64.
+        load_BE: (B, E) int64 at these prices.
+        window_BE: (B, E) int64, by how much prices may still be off.
+        passes: how often rows were read.
+    """
+
+    prices_BE: IntArray
+    load_BE: IntArray
+    window_BE: IntArray
+    passes: int
 
 
 @dataclass
@@ -59,7 +82,6 @@ class PriceState:
         gap_N: (N,) int64 k-th less (k+1)-th reduced score.
         x_NE: (N, E) bool.
         threshold_N: (N,) int64 mean of the k-th and (k+1)-th reduced score.
-        overflow_B: (B,) int64 units that violate complementary slackness.
         filled_B: (B,) bool, whether x is already feasible and within the tolerance.
         passes: how often the scores were read.
     """
@@ -69,7 +91,6 @@ class PriceState:
     gap_N: IntArray
     x_NE: BoolArray
     threshold_N: IntArray
-    overflow_B: IntArray
     filled_B: BoolArray
     passes: int
 
@@ -92,22 +113,83 @@ def improve(
         tolerance: relative gap at which a filled assignment will do; all arcs must be allowed.
         sum_ranges_B: (B,) float64 sum of the rows' ranges as integers; needed with a tolerance.
     """
-    everything_B = np.full(problem.num_problems, _EVERYTHING)
+    window_BE = np.full_like(prices_BE, _EVERYTHING)
     sample = _sample(problem)
-    if sample is None:
-        window_B = everything_B
-    else:
-        units_B = sample.rows_B * sample.topk
-        start = _sweep(
-            backend, sample, prices_BE, everything_B, _SAMPLE_PASSES, _SAMPLE_AIM * units_B
-        )
+    if sample is not None:
+        aim_B = _SAMPLE_AIM * sample.rows_B * sample.topk
+        found = _Rows(backend, sample).sweep(prices_BE, window_BE, _SAMPLE_PASSES, aim_B)
         # A sample's share of a little slack can round to none, its prices are then below 0 too.
-        prices_BE = _within_limits(start.prices_BE, problem.tight_B)
+        prices_BE = _within_limits(found.prices_BE, problem.tight_B)
         # These prices are off by less than this.
-        window_B = np.full(problem.num_problems, 1 << (SCORE_BITS - 5))
+        window_BE = np.minimum(found.window_BE, _SAMPLE_WINDOW)
     units_B = problem.rows_B * problem.topk
     aim_B = np.maximum(_UNITS_PER_EXPERT * problem.num_experts, _SHARE_OF_UNITS * units_B)
-    return _sweep(backend, problem, prices_BE, window_B, max_passes, aim_B, tolerance, sum_ranges_B)
+    rows = _Rows(backend, problem, tolerance, sum_ranges_B)
+    found = rows.sweep(prices_BE, window_BE, max_passes, aim_B)
+    return PriceState(
+        found.prices_BE, found.load_BE, rows.gap_N, rows.x_NE, rows.threshold_N, rows.filled_B,
+        found.passes,
+    )  # fmt: skip
+
+
+class _Rows:
+    """Passes over all rows of problems."""
+
+    def __init__(
+        self,
+        backend: Any,
+        problem: Problem,
+        tolerance: float = 0.0,
+        sum_ranges_B: FloatArray | None = None,
+    ) -> None:
+        rows = problem.scores_NE.shape[0]
+        self.backend, self.problem = backend, problem
+        self.threshold_N, self.gap_N = np.zeros(rows, np.int64), np.empty(rows, np.int64)
+        self.x_NE = np.empty(problem.scores_NE.shape, np.bool_)
+        self.filled_B = np.zeros(problem.num_problems, np.bool_)
+        self.tolerance, self.sum_ranges_B = tolerance, sum_ranges_B
+        self._knows_threshold = False
+
+    def sweep(
+        self, prices_BE: IntArray, window_BE: IntArray, max_passes: int, aim_B: np.ndarray
+    ) -> Descent:
+        return sweep(
+            self.read,
+            self.backend.price_step,
+            self.problem,
+            prices_BE,
+            window_BE,
+            self.problem.rows_B > 0,
+            max_passes,
+            aim_B,
+            accept=None if self.sum_ranges_B is None else self.accept,
+        )
+
+    def read(
+        self, prices_BE: IntArray, window_BE: IntArray, active_B: BoolArray
+    ) -> tuple[IntArray, Callable[[], np.ndarray]]:
+        result: tuple[IntArray, Callable[[], np.ndarray]] = self.backend.price_pass(
+            self.problem, prices_BE, window_BE, active_B, self.threshold_N,
+            self._knows_threshold, self.gap_N, self.x_NE,
+        )  # fmt: skip
+        self._knows_threshold = True
+        return result
+
+    def accept(
+        self, prices_BE: IntArray, load_BE: IntArray, overflow_B: IntArray, active_B: BoolArray
+    ) -> BoolArray:
+        """Fill problems whose overflow is so small that this may keep within the tolerance."""
+        assert self.sum_ranges_B is not None
+        for b in np.flatnonzero(active_B & (overflow_B > 0)).tolist():
+            total = float(self.sum_ranges_B[b])
+            least = overflow_B[b] * _FILL_COST * total
+            if least > self.tolerance * total * self.problem.rows_B[b]:
+                continue  # hopeless
+            self.filled_B[b] = _fills(
+                self.backend, self.problem, b, self.tolerance * total, prices_BE,
+                self.threshold_N, load_BE, self.x_NE,
+            )  # fmt: skip
+        return self.filled_B
 
 
 def _sample(problem: Problem) -> Problem | None:
@@ -171,54 +253,58 @@ def _within_limits(prices_BE: IntArray, is_tight_B: BoolArray) -> IntArray:
     return np.asarray(np.where(is_tight_B[:, None], low_BE, positive_BE))
 
 
-def _sweep(
-    backend: Any,
+def sweep(
+    read: Callable[[IntArray, IntArray, BoolArray], tuple[IntArray, Callable[[], np.ndarray]]],
+    price_step: Callable[[np.ndarray, np.ndarray, IntArray], IntArray],
     problem: Problem,
     prices_BE: IntArray,
-    window_B: IntArray,
+    window_BE: IntArray,
+    active_B: BoolArray,
     max_passes: int,
     aim_B: np.ndarray,
-    tolerance: float = 0.0,
-    sum_ranges_B: FloatArray | None = None,
-) -> PriceState:
-    """Sweep until the overflow is at most ``aim_B``, no longer falls, or passes are up."""
-    rows, num_experts = problem.scores_NE.shape
+    accept: Callable[[IntArray, IntArray, IntArray, BoolArray], BoolArray] | None = None,
+) -> Descent:
+    """Sweep until the overflow is at most ``aim_B``, no longer falls, or passes are up.
+
+    What ``read`` has chosen last belongs to the prices that are returned.
+
+    Args:
+        read: chooses at prices, in problems that are active; returns (B, E) int64 loads and a
+            function that returns the (B, E, H) counts of bids within a window.
+        price_step: see :func:`buckets.price_step`.
+        problem: its capacities.
+        prices_BE: (B, E) int64 to start from.
+        window_BE: (B, E) int64, how far prices may be off.
+        active_B: (B,) bool, problems to sweep.
+        max_passes: calls of ``read`` at most.
+        aim_B: (B,) units of overflow at which to stop.
+        accept: where given, told of prices, loads, overflow and active problems after each pass;
+            returns (B,) bool, which problems are done.
+    """
     num_problems = problem.num_problems
     is_tight_B = _is_tight(problem)
-    threshold_N, gap_N = np.zeros(rows, np.int64), np.empty(rows, np.int64)
-    x_NE = np.empty((rows, num_experts), np.bool_)
-    load_BE = np.zeros((num_problems, num_experts), np.int64)
-    overflow_B = np.zeros(num_problems)
+    near_B = _NEAR * problem.rows_B * problem.topk
+    load_BE = np.zeros(prices_BE.shape, np.int64)
     best_BE = last_BE = prices_BE
     best_B = np.full(num_problems, np.inf)
     step_BE = np.zeros_like(prices_BE)
     is_plain_B, was_long_B = np.zeros(num_problems, np.bool_), np.zeros(num_problems, np.bool_)
     stalls_B = np.zeros(num_problems, np.int64)
-    active_B = problem.rows_B > 0
-    filled_B = np.zeros(num_problems, np.bool_)
+    active_B = active_B.copy()
     passes = 0
 
     def clipped(prices: np.ndarray) -> IntArray:
         return _within_limits(np.rint(prices).astype(np.int64), is_tight_B)
 
     while active_B.any():
-        loads, count_bids = backend.price_pass(
-            problem, prices_BE, window_B, active_B, threshold_N, passes > 0, gap_N, x_NE
-        )
+        loads, count_bids = read(prices_BE, window_BE, active_B)
         passes += 1
         load_BE = np.where(active_B[:, None], loads, load_BE)
         now_B = overflow(load_BE, prices_BE, problem)
-        overflow_B = np.where(active_B, now_B, overflow_B)
-        if sum_ranges_B is not None:
-            for b in np.flatnonzero(active_B & (now_B > 0)).tolist():
-                total = float(sum_ranges_B[b])
-                if now_B[b] * _FILL_COST * total > tolerance * total * problem.rows_B[b]:
-                    continue  # hopeless
-                state = prices_BE, threshold_N, load_BE, x_NE
-                if _fills(backend, problem, b, tolerance * total, *state):
-                    filled_B[b], active_B[b] = True, False
+        if accept is not None:
+            active_B &= ~accept(prices_BE, load_BE, now_B, active_B)
         is_best_B = now_B <= best_B
-        is_near_B = now_B <= _NEAR * problem.rows_B * problem.topk
+        is_near_B = now_B <= near_B
         stalls_B += active_B & is_near_B & ((now_B > _STALLED * best_B) | ~is_best_B)
         # Exactly as before: a plateau, which no price can part.
         stalls_B += active_B & (now_B == best_B)
@@ -230,10 +316,10 @@ def _sweep(
         # The last pass is kept for the best prices, should the last ones not be these.
         enough_B = (best_B <= aim_B) | (stalls_B >= 2) | (passes >= max_passes - 1)
         ends_B = active_B & enough_B & (is_best_B | (prices_BE == best_BE).all(1))
-        active_B = active_B & ~ends_B
+        active_B &= ~ends_B
         if not active_B.any():
             break
-        fresh_BE = backend.price_step(count_bids(), problem.capacity_BE, window_B)
+        fresh_BE = price_step(count_bids(), problem.capacity_BE, window_BE)
         relaxation = _RELAXATION[min(passes, len(_RELAXATION)) - 1]
         relaxation_B = np.where(is_plain_B | ~is_near_B, 1.0, relaxation)
         was_long_B = ~take_back_B & (relaxation_B > 1.0)
@@ -244,13 +330,17 @@ def _sweep(
         step_BE = np.where(go_back_B1, step_BE, fresh_BE)
         last_BE = np.where(go_back_B1, last_BE, prices_BE)
         prices_BE = np.where(active_B[:, None], next_BE, prices_BE)
-        # Experts without a bid in the window do not widen it, they move by the window as it is.
-        has_bid_BE = step_BE > -window_B[:, None]
-        largest_B = np.where(has_bid_BE, np.abs(step_BE), 0).max(1)
-        least_B = np.where(has_bid_BE.all(1), 0, np.minimum(window_B, 1 << SCORE_BITS))
-        window_B = np.minimum(_EVERYTHING, np.maximum(4 * largest_B + 4, least_B))
-    units_B = overflow_B.astype(np.int64)
-    return PriceState(prices_BE, load_BE, gap_N, x_NE, threshold_N, units_B, filled_B, passes)
+        window_BE = _next_window(step_BE, window_BE)
+    return Descent(prices_BE, load_BE, window_BE, passes)
+
+
+def _next_window(step_BE: IntArray, window_BE: IntArray) -> IntArray:
+    """Return how far prices may be off after a step: each expert's own one, and all experts'."""
+    size_BE = np.abs(step_BE)
+    next_BE = _WINDOW_OWN * size_BE + _WINDOW_MEAN * size_BE.mean(1, dtype=np.int64)[:, None] + 4
+    # No bid was in the window: it was too small.
+    next_BE = np.where(step_BE <= -window_BE, 8 * window_BE, next_BE)
+    return np.minimum(next_BE, _EVERYTHING)
 
 
 def _fills(

@@ -51,7 +51,7 @@ def solve(
     Example:
         >>> sol = solve(torch.tensor([[1.0, 0.9], [0.8, 0.1]]), topk=1)
         >>> sol.experts.tolist(), sol.objective.item(), sol.gap.item()
-        ([[1], [0]], 1.7000000476837158, 0.0)
+        ([[1], [0]], 1.699999988079071, 0.0)
 
     Args:
         scores: (T, E) float, or (B, S, E) for B separate problems; E <= 1024. -inf forbids the arc.

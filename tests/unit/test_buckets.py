@@ -32,7 +32,7 @@ def test_step_comes_close_to_the_exact_one(seed, capacity, bits):
     bids = np.sort(np.rint(rng.standard_normal(60) * 2.0**bits).astype(np.int64))[::-1]
     counts = np.zeros((1, 1, buckets.NUM_BUCKETS), np.int32)
     np.add.at(counts, (0, 0, buckets.bucket_of(bids)), 1)
-    step = int(buckets.price_step(counts, np.array([[capacity]]), np.array([1 << 49]))[0, 0])
+    step = int(buckets.price_step(counts, np.array([[capacity]]), np.array([[1 << 49]]))[0, 0])
     if capacity >= bids.size:
         assert step <= bids[-1], "all of them may stay"
         return
@@ -45,5 +45,5 @@ def test_step_comes_close_to_the_exact_one(seed, capacity, bits):
 
 def test_nothing_counted_moves_by_the_window():
     counts = np.zeros((1, 2, buckets.NUM_BUCKETS), np.int32)
-    step = buckets.price_step(counts, np.array([[3, 0]]), np.array([500]))
+    step = buckets.price_step(counts, np.array([[3, 0]]), np.array([[500, 500]]))
     assert step.tolist() == [[-500, -500]]

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_maxscore.flow import backend, fused, plain, solve
+from megatron_maxscore.flow.buckets import bucket_of
 from megatron_maxscore.flow.problem import Problem, shifts
 from tests.oracles import check_assignment, highs_objective, ortools_objective
 from tools.workloads import FAMILIES, as_integers, workload
@@ -300,15 +301,15 @@ def test_price_pass_equals_a_loop(seed):
     prices = rng.integers(0, 3, (1, num_experts)) * factor
     q = (scores - scores.min(1)[:, None]).astype(np.int64) * factor - prices
     guess = rng.integers(-3 * factor, 3 * factor, num_tokens)
+    window = rng.integers(1, 3 * factor, (1, num_experts))
     for kernels in KERNELS.values():
         for knows in (False, True):
             threshold, gap = guess.copy(), np.empty(num_tokens, np.int64)
             x = np.empty(scores.shape, bool)
             load, count = kernels.price_pass(
-                problem, prices, np.array([1 << 49]), np.array([True]), threshold, knows, gap, x
+                problem, prices, window, np.array([True]), threshold, knows, gap, x
             )
             bids = count()
-            assert bids.sum() == scores.size
             for row in range(num_tokens):
                 ranked = sorted(q[row].tolist(), reverse=True)
                 assert gap[row] == ranked[topk - 1] - ranked[topk]
@@ -323,6 +324,10 @@ def test_price_pass_equals_a_loop(seed):
             positive = (q - threshold[:, None] > 0).sum(0)
             half = bids.shape[-1] // 2
             assert (bids[0, :, half:].sum(-1) == positive).all()
+            # Each expert counts bids within its own window, larger ones as equal to it.
+            assert (bids[0].sum(-1) == (q - threshold[:, None] > -window).sum(0)).all()
+            for expert, most in enumerate(bucket_of(window[0])):
+                assert not bids[0, expert, most + 1 :].any()
 
 
 def test_an_unknown_implementation_is_named():

@@ -129,7 +129,7 @@ def scan(scores_NE, first_row, last_row, low_N, high_N):
 
 @jit
 def price_pass(
-    scores_NE, low_N, factor_B, prices_BE, topk, window_B, knows_threshold,
+    scores_NE, low_N, factor_B, prices_BE, topk, window_BE, knows_threshold,
     first_problem, last_problem, first_row_B, last_row_B, start_B,
     threshold_N, gap_N, x_NE, load_BE, bids_BEH,
 ):  # fmt: skip
@@ -139,7 +139,6 @@ def price_pass(
     inside_E = np.empty(num_experts + 1, np.int64)
     for problem in range(first_problem, last_problem):
         previous, spacing = np.int64(0), np.int64(0)
-        window = window_B[problem]
         for row in range(first_row_B[problem], last_row_B[problem]):
             reduced_row(scores_NE, low_N[row], factor_B[problem], prices_BE, problem, row, r_E)
             guess = threshold_N[row] if knows_threshold else previous
@@ -173,19 +172,18 @@ def price_pass(
                         load_BE[problem, expert] += 1
                         missing -= 1
                     expert = expert + 1 if expert + 1 < num_experts else 0
-            lowest = threshold - window
             count = 0
             for expert in range(num_experts):
                 inside_E[count] = expert
-                count += np.int64(r_E[expert] > lowest)
+                count += np.int64(r_E[expert] + window_BE[problem, expert] > threshold)
             for position in range(count):
                 expert = inside_E[position]
-                bid = min(r_E[expert] - threshold, window)
+                bid = min(r_E[expert] - threshold, window_BE[problem, expert])
                 bids_BEH[problem, expert, _bucket(bid)] += 1
 
 
 @jit
-def price_step(bids_BEH, capacity_BE, window_B, low_H, high_H, step_BE):
+def price_step(bids_BEH, capacity_BE, window_BE, low_H, high_H, step_BE):
     """Read the price steps off the counts of bids."""
     for problem in range(step_BE.shape[0]):
         for expert in range(step_BE.shape[1]):
@@ -208,7 +206,7 @@ def price_step(bids_BEH, capacity_BE, window_B, low_H, high_H, step_BE):
             elif lowest >= 0:
                 step_BE[problem, expert] = np.int64(low_H[lowest])
             else:
-                step_BE[problem, expert] = -window_B[problem]
+                step_BE[problem, expert] = -window_BE[problem, expert]
 
 
 @jit
