@@ -47,8 +47,8 @@ _RELAXATION = (1.5, 1.5, 1.8)
 _STALLED = 0.8
 _EVERYTHING = 1 << 49
 # How far prices are counted on to be off after a step, in steps of the expert, and of all.
-_WINDOW_OWN = 2
-_WINDOW_MEAN = 2
+_WINDOW_OWN = 4
+_WINDOW_MEAN = 4
 # Prices of a sample are off by less than this.
 _SAMPLE_WINDOW = 1 << (SCORE_BITS - 5)
 # What moving a unit of overflow without a search costs at least, in ranges of a row.
@@ -121,7 +121,7 @@ def improve(
         # A sample's share of a little slack can round to none, its prices are then below 0 too.
         prices_BE = _within_limits(found.prices_BE, problem.tight_B)
         # These prices are off by less than this.
-        window_BE = np.minimum(found.window_BE, _SAMPLE_WINDOW)
+        window_BE = np.full_like(prices_BE, _SAMPLE_WINDOW)
     units_B = problem.rows_B * problem.topk
     aim_B = np.maximum(_UNITS_PER_EXPERT * problem.num_experts, _SHARE_OF_UNITS * units_B)
     rows = _Rows(backend, problem, tolerance, sum_ranges_B)
@@ -338,8 +338,8 @@ def _next_window(step_BE: IntArray, window_BE: IntArray) -> IntArray:
     """Return how far prices may be off after a step: each expert's own one, and all experts'."""
     size_BE = np.abs(step_BE)
     next_BE = _WINDOW_OWN * size_BE + _WINDOW_MEAN * size_BE.mean(1, dtype=np.int64)[:, None] + 4
-    # No bid was in the window: it was too small.
-    next_BE = np.where(step_BE <= -window_BE, 8 * window_BE, next_BE)
+    # The step ended at the edge of the window: it was too small.
+    next_BE = np.where(2 * size_BE >= window_BE, 8 * window_BE, next_BE)
     return np.minimum(next_BE, _EVERYTHING)
 
 
