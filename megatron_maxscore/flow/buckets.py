@@ -5,7 +5,11 @@ price at which exactly C bids stay positive. Counting bids in buckets of four pe
 about the tenth of its own distance from zero, whatever the scale of the scores, from integers that
 can be added up in any order and over ranks.
 
-Shape letters: B problems, E experts, H buckets.
+Where it is known how far a price may be off, its window, only some octaves below that are told
+apart: bids nearer to zero share one bucket of their sign. Bids of 0 and 1 have the innermost ones
+to themselves: many bids of 0 are a plateau, which no price step may cross.
+
+Shape letters: B problems, E experts, H buckets, L levels.
 """
 
 from __future__ import annotations
@@ -14,32 +18,59 @@ import numpy as np
 
 from megatron_maxscore.flow.problem import IntArray
 
-# A bid's bucket is its exponent and the leading bits of its mantissa as a float64.
+# The level of a size is its exponent and the leading bits of its mantissa as a float64.
 MANTISSA_BITS = 2
-_OCTAVES = 50
-BUCKETS_PER_SIGN = _OCTAVES << MANTISSA_BITS
-NUM_BUCKETS = 2 * BUCKETS_PER_SIGN
+NUM_LEVELS = 50 << MANTISSA_BITS
+# Buckets for both signs: all levels, and the 18 octaves below a window.
+ALL_BUCKETS = 2 * NUM_LEVELS
+WINDOW_BUCKETS = 2 * (18 << MANTISSA_BITS)
 
 
-def _edges() -> tuple[np.ndarray, np.ndarray]:
-    """Return the lower and upper edge of every bucket, lowest bids first, both float64."""
-    step = np.arange(BUCKETS_PER_SIGN + 1)
+def _edges() -> np.ndarray:
+    step = np.arange(NUM_LEVELS + 1)
     per_octave = 1 << MANTISSA_BITS
-    size = np.ldexp(1.0 + (step % per_octave) / per_octave, step // per_octave)
+    return np.ldexp(1.0 + (step % per_octave) / per_octave, step // per_octave)
+
+
+# Level l holds sizes from EDGE_L[l] to below EDGE_L[l + 1].
+EDGE_L = _edges()
+
+
+def level_of(sizes: IntArray) -> IntArray:
+    """Return the level of each int64 size, from 1 to 2**50."""
+    bits = np.asarray(sizes).astype(np.float64).view(np.int64)
+    return np.asarray((bits >> (52 - MANTISSA_BITS)) - (1023 << MANTISSA_BITS))
+
+
+def base_of(window_BE: IntArray, num_buckets: int) -> IntArray:
+    """Return (B, E) int64 the level of the innermost buckets; the outermost hold the window."""
+    return np.asarray(np.maximum(level_of(window_BE + 1) - (num_buckets // 2 - 1), 0))
+
+
+def bucket_of(bids: IntArray, base: IntArray, num_buckets: int) -> IntArray:
+    """Return the bucket of each int64 bid, at most 2**49 in size; lowest bids first."""
+    half = num_buckets // 2
     # Positive bids b by b, others by 1 - b >= 1.
-    low_H = np.concatenate([1.0 - size[:0:-1], size[:-1]])
-    high_H = np.concatenate([1.0 - size[-2::-1], size[1:]])
-    return low_H, high_H
+    size = np.where(bids > 0, bids, 1 - bids)
+    level = level_of(size) - base
+    level = np.where(size > 1, np.clip(level, 1, half - 1), 0)
+    return np.asarray(np.where(bids > 0, half + level, half - 1 - level))
 
 
-LOW_H, HIGH_H = _edges()
-
-
-def bucket_of(bids: IntArray) -> IntArray:
-    """Return the bucket of each int64 bid, at most 2**49 in size."""
-    size = np.where(bids > 0, bids, 1 - bids).astype(np.float64)
-    level = (size.view(np.int64) >> (52 - MANTISSA_BITS)) - (1023 << MANTISSA_BITS)
-    return np.where(bids > 0, BUCKETS_PER_SIGN + level, BUCKETS_PER_SIGN - 1 - level)
+def _edges_of(
+    bucket_BE: IntArray, base_BE: IntArray, num_buckets: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the lower and upper edge of a bucket for each expert, both float64."""
+    half = num_buckets // 2
+    is_positive_BE = bucket_BE >= half
+    step_BE = np.where(is_positive_BE, bucket_BE - half, half - 1 - bucket_BE)
+    # The innermost holds size 1 alone, the next one all between that and its own level.
+    near_BE = np.where(step_BE > 1, EDGE_L[base_BE + step_BE], 1.0 + step_BE)
+    far_BE = np.where(step_BE > 0, EDGE_L[base_BE + step_BE + 1], 2.0)
+    return (
+        np.where(is_positive_BE, near_BE, 1.0 - far_BE),
+        np.where(is_positive_BE, far_BE, 1.0 - near_BE),
+    )
 
 
 def price_step(bids_BEH: np.ndarray, capacity_BE: np.ndarray, window_BE: IntArray) -> IntArray:
@@ -53,12 +84,14 @@ def price_step(bids_BEH: np.ndarray, capacity_BE: np.ndarray, window_BE: IntArra
     Example:
         A price rises until the bid that is one too many is not positive any more:
 
-        >>> bids = np.zeros((1, 1, NUM_BUCKETS), np.int32)
+        >>> bids, window = np.zeros((1, 1, ALL_BUCKETS), np.int32), np.array([[1 << 49]])
         >>> for bid in (3, 5, 9):
-        ...     bids[0, 0, bucket_of(np.array(bid))] += 1
-        >>> price_step(bids, np.array([[2]]), np.array([[100]]))
+        ...     bids[0, 0, bucket_of(np.array(bid), np.array(0), ALL_BUCKETS)] += 1
+        >>> price_step(bids, np.array([[2]]), window)
         array([[3]])
     """
+    num_buckets = bids_BEH.shape[-1]
+    base_BE = base_of(window_BE, num_buckets)
     # Bids in this bucket and in those above it.
     reach_BEH = bids_BEH[..., ::-1].cumsum(-1, dtype=np.int64)[..., ::-1]
     has_too_many_BE = reach_BEH[..., 0] > capacity_BE
@@ -67,11 +100,26 @@ def price_step(bids_BEH: np.ndarray, capacity_BE: np.ndarray, window_BE: IntArra
     bucket_BE = np.where(has_too_many_BE, exceeds_BEH.sum(-1) - 1, 0)
     inside_BE = np.take_along_axis(bids_BEH, bucket_BE[..., None], -1)[..., 0]
     above_BE = np.take_along_axis(reach_BEH, bucket_BE[..., None], -1)[..., 0] - inside_BE
-    low_BE, high_BE = LOW_H[bucket_BE], HIGH_H[bucket_BE]
+    low_BE, high_BE = _edges_of(bucket_BE, base_BE, num_buckets)
     share_BE = (capacity_BE - above_BE) / np.maximum(inside_BE, 1)
     step_BE = np.floor(high_BE - (high_BE - low_BE) * share_BE)
     # All bids counted may stay: lower the price until the lowest of them is barely positive.
     any_BE = reach_BEH[..., 0] > 0
-    lowest_BE = np.where(any_BE, LOW_H[(bids_BEH > 0).argmax(-1)], 0.0)
+    lowest_BE = _edges_of((bids_BEH > 0).argmax(-1), base_BE, num_buckets)[0]
     lowest_BE = np.where(any_BE, lowest_BE, -window_BE.astype(np.float64))
     return np.where(has_too_many_BE, step_BE, lowest_BE).astype(np.int64)
+
+
+def gap_level_of(gaps: IntArray) -> IntArray:
+    """Return 0 for a gap of 0, else its level + 1; the last level holds all larger ones too."""
+    level = level_of(np.clip(gaps, 1, 1 << 49)) + 1
+    return np.where(gaps > 0, np.minimum(level, NUM_LEVELS), 0)
+
+
+def gap_within(gaps_L: IntArray, rank: int) -> int:
+    """Return a gap such that more than ``rank`` rows have no larger one, from counts by level.
+
+    That is the upper edge of a level, as an integer.
+    """
+    level = int(np.searchsorted(gaps_L.cumsum(), rank, side="right"))
+    return 0 if level == 0 else int(EDGE_L[min(level, NUM_LEVELS)])

@@ -6,10 +6,14 @@ Shape letters: B problems, N rows of all problems, R contested rows, A arcs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from megatron_maxscore.flow.exchange import Exchange
 from megatron_maxscore.flow.problem import BoolArray, IntArray, Problem
+
+_HUGE = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,165 @@ class Contested:
             np.empty(arcs, np.bool_),
         )
 
+    @property
+    def problem_A(self) -> IntArray:
+        """(A,) int64, the problem of each arc."""
+        return np.repeat(self.problem_R, np.diff(self.first_R))
+
+    def reprice(self, moved_BE: IntArray) -> None:
+        """Lower reduced scores by what prices, (B, E) int64, have risen."""
+        np.subtract(self.value_A, moved_BE[self.problem_A, self.expert_A], out=self.value_A)
+
+    def within(self, reach_B: IntArray) -> tuple[Contested, IntArray]:
+        """Return the rows and arcs within a shorter reach, and which arcs these are.
+
+        Problems with a negative reach have none.
+        """
+        starts_R, arcs_R = self.first_R[:-1], np.diff(self.first_R)
+        least_R = np.zeros(starts_R.size, np.int64)
+        most_R = np.zeros(starts_R.size, np.int64)
+        if starts_R.size:
+            np.minimum.reduceat(np.where(self.held_A, self.value_A, _HUGE), starts_R, out=least_R)
+            np.maximum.reduceat(np.where(self.held_A, -_HUGE, self.value_A), starts_R, out=most_R)
+        reach_R = reach_B[self.problem_R]
+        stays_R = (least_R - most_R <= reach_R) & (reach_R >= 0)
+        limit_A = np.where(
+            self.held_A, np.repeat(most_R + reach_R, arcs_R), -np.repeat(least_R - reach_R, arcs_R)
+        )
+        stays_A = np.where(self.held_A, self.value_A, -self.value_A) <= limit_A
+        stays_A &= np.repeat(stays_R, arcs_R)
+        arc_A = np.flatnonzero(stays_A)
+        ends_R = np.concatenate([[0], stays_A.cumsum()])[self.first_R[1:][stays_R]]
+        problem_R = self.problem_R[stays_R]
+        near = Contested(
+            self.row_R[stays_R],
+            problem_R,
+            np.searchsorted(problem_R, np.arange(self.first_B.size)),
+            np.concatenate([[0], ends_R]),
+            self.expert_A[arc_A],
+            self.value_A[arc_A],
+            self.held_A[arc_A],
+        )
+        return near, arc_A
+
     def apply(self, x_NE: BoolArray) -> None:
         """Write what the rows have now into an assignment."""
         rows_A = np.repeat(self.row_R, np.diff(self.first_R))
         x_NE[rows_A, self.expert_A] = self.held_A
+
+    def of_all_ranks(
+        self, exchange: Exchange, problem: Problem
+    ) -> tuple[Contested, IntArray | None]:
+        """Return the contested rows of all ranks, by problem and index, and which arcs are own.
+
+        Two rounds: the sizes, then (how many arcs, experts, which of them are held, reduced scores)
+        of each row. Reduced scores are given above the best that the row has not, which all that
+        is decided from them allows, and which takes four bytes.
+        """
+        if exchange.size == 1:
+            return self, None
+        payload = self._packed(problem.num_experts)
+        sizes = [
+            int.from_bytes(data, "little")
+            for data in exchange.gather(len(payload).to_bytes(8, "little"))
+        ]
+        received = exchange.gather(payload, sizes)
+        return exchange.same(lambda: _merged(received, problem)), _own_arcs(
+            received, problem, exchange.rank
+        )
+
+    def _packed(self, num_experts: int) -> bytes:
+        most_R = np.zeros(self.row_R.size, np.int64)
+        if self.row_R.size:
+            others_A = np.where(self.held_A, -_HUGE, self.value_A)
+            most_R = np.maximum.reduceat(others_A, self.first_R[:-1])
+        arcs_R = np.diff(self.first_R)
+        above_A = self.value_A - np.repeat(most_R, arcs_R)
+        is_wide = bool((np.abs(above_A) > np.iinfo(np.int32).max).any())
+        return b"".join(
+            [
+                bytes([is_wide]),
+                np.diff(self.first_B).astype(np.int32).tobytes(),
+                np.array([above_A.size], np.int32).tobytes(),
+                (arcs_R - 1).astype(_index_type(num_experts)).tobytes(),
+                self.expert_A.astype(_index_type(num_experts)).tobytes(),
+                np.packbits(self.held_A).tobytes(),
+                above_A.astype(np.int64 if is_wide else np.int32).tobytes(),
+            ]
+        )
+
+
+def _index_type(num_experts: int) -> type:
+    return np.uint8 if num_experts <= 256 else np.uint16
+
+
+def _merged(received: list[bytes], problem: Problem) -> Contested:
+    """Put the rows of all ranks in order: by problem, then by rank."""
+    parts = [_unpacked(data, problem) for data in received]
+    rows_RB = np.stack([rows_B for rows_B, *_ in parts])
+    arcs_R = _by_problem([arcs_R for _, arcs_R, *_ in parts], rows_RB)
+    arcs_RB = np.stack([_arcs_of(rows_B, arcs_R) for rows_B, arcs_R, *_ in parts])
+    columns = [_by_problem([part[i] for part in parts], arcs_RB) for i in (2, 3, 4)]
+    first_R = np.zeros(arcs_R.size + 1, np.int64)
+    arcs_R.cumsum(out=first_R[1:])
+    rows_B = rows_RB.sum(0)
+    return Contested(
+        np.arange(arcs_R.size),
+        np.repeat(np.arange(rows_B.size), rows_B),
+        np.concatenate([[0], rows_B.cumsum()]),
+        first_R,
+        columns[0].astype(np.int32),
+        columns[1].astype(np.int64),
+        columns[2],
+    )
+
+
+def _own_arcs(received: list[bytes], problem: Problem, rank: int) -> IntArray:
+    """Return which arcs of the merged rows are those of a rank, in its own order."""
+    arcs_RB = []
+    for data in received:
+        rows_B, arcs_R = _unpacked(data, problem)[:2]
+        arcs_RB.append(_arcs_of(rows_B, arcs_R))
+    arcs = np.stack(arcs_RB)
+    # Where in the merged order each problem of this rank begins.
+    total_B = arcs.sum(0)
+    begin_B = total_B.cumsum() - total_B + arcs[:rank].sum(0)
+    return np.concatenate(
+        [np.arange(a, a + n) for a, n in zip(begin_B.tolist(), arcs[rank].tolist(), strict=True)]
+    )
+
+
+def _arcs_of(rows_B: IntArray, arcs_R: IntArray) -> IntArray:
+    """Return (B,) int64 arcs of each problem."""
+    ends_R = np.concatenate([[0], arcs_R.cumsum()])
+    return np.asarray(np.diff(ends_R[np.concatenate([[0], rows_B.cumsum()])]))
+
+
+def _by_problem(columns: list[np.ndarray], count_RB: IntArray) -> np.ndarray:
+    """Concatenate columns of the ranks, problem by problem."""
+    parts = [
+        np.split(column, count_B.cumsum()[:-1])
+        for column, count_B in zip(columns, count_RB, strict=True)
+    ]
+    return np.concatenate([part for parts_R in zip(*parts, strict=True) for part in parts_R])
+
+
+def _unpacked(
+    data: bytes, problem: Problem
+) -> tuple[IntArray, IntArray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return rows per problem, and arcs per row, experts, reduced scores, and which are held."""
+    place = 1
+
+    def take(dtype: Any, count: int) -> np.ndarray:
+        nonlocal place
+        part = np.frombuffer(data, dtype, count, place)
+        place += part.nbytes
+        return part
+
+    small = _index_type(problem.num_experts)
+    rows_B = take(np.int32, problem.num_problems).astype(np.int64)
+    arcs = int(take(np.int32, 1)[0])
+    arcs_R = take(small, int(rows_B.sum())).astype(np.int64) + 1
+    experts = take(small, arcs)
+    held = np.unpackbits(take(np.uint8, -(-arcs // 8)), count=arcs).astype(np.bool_)
+    return rows_B, arcs_R, experts, take(np.int64 if data[0] else np.int32, arcs), held

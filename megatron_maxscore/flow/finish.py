@@ -23,10 +23,15 @@ Shape letters: B problems, N rows (as an axis of prices: N nodes), E experts.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 
+from megatron_maxscore.flow.buckets import gap_within
+from megatron_maxscore.flow.contested import Contested
+from megatron_maxscore.flow.exchange import Exchange
+from megatron_maxscore.flow.prices import PriceState
 from megatron_maxscore.flow.problem import BoolArray, IntArray, Problem
 
 # Contested rows for each unit out of balance, and at least; at most half of all to begin with.
@@ -35,6 +40,9 @@ _MIN_ROWS = 64
 # The same on a plateau, where every row offers many swaps at no cost.
 _PLATEAU_ROWS_PER_UNIT = 2
 _LONGER = 2
+# Where contested rows have to be sent, they are contested within this times the reach that seems
+# enough, so that it can grow. That changes what is sent, and nothing that is decided.
+_SPARE = 2
 # Longer than any path, so that every allowed arc takes part; shorter than to a forbidden one.
 _WHOLE = 1 << 49
 _ALL_PHASES = 1 << 40
@@ -44,24 +52,19 @@ _BOUNDED_ATTEMPTS = 3
 
 def finish(
     backend: Any,
+    exchange: Exchange,
     problem: Problem,
-    prices_BE: IntArray,
-    gap_N: IntArray,
-    x_NE: BoolArray,
-    load_BE: IntArray,
-    skip_B: BoolArray,
+    state: PriceState,
     max_phases: int | None = None,
 ) -> IntArray:
     """Move units until nothing is out of balance.
 
     Args:
         backend: :mod:`plain` or :mod:`fused`.
+        exchange: between the ranks that hold the rows; two rounds each time rows are contested.
         problem: the problems.
-        prices_BE: (B, E) int64; >= 0 where the capacities leave slack.
-        gap_N: (N,) int64 difference between what a row has and has not at best.
-        x_NE: (N, E) bool, top-k at the prices; changed in place.
-        load_BE: (B, E) int64 loads of x.
-        skip_B: (B,) bool, problems to leave as they are.
+        state: prices and the assignment at them; ``x_NE`` is changed in place. Problems that are
+            filled stay as they are.
         max_phases: make three attempts of so many phases at most; None = optimum.
 
     Returns:
@@ -70,68 +73,117 @@ def finish(
     Raises:
         ValueError: forbidden arcs leave units that no expert can take; says how many.
     """
-    num_experts = problem.num_experts
     has_sink_B = ~problem.tight_B
-    prices_BE = prices_BE.copy()
-    slack_BE = np.zeros_like(load_BE)
-    # Unused units of an expert count as filled by the sink only where its price is 0:
-    # elsewhere an under-filled expert violates complementary slackness.
-    free_BE = has_sink_B[:, None] & (prices_BE == 0)
-    slack_BE[free_BE] = np.maximum(problem.capacity_BE - load_BE, 0)[free_BE]
-    excess_BN = np.zeros((prices_BE.shape[0], num_experts + 1), np.int64)
-    excess_BN[:, :num_experts] = load_BE + slack_BE - problem.capacity_BE
-    excess_BN[:, num_experts] = np.where(has_sink_B, -excess_BN.sum(1), 0)
-    excess_BN[skip_B] = 0
-    reach_B, stride_B = _first_reach(problem, gap_N, excess_BN)
+    prices_BE = state.prices_BE
+    excess_BN, slack_BE = _imbalance(problem, prices_BE, state.load_BE)
+    excess_BN[state.filled_B] = 0
+    reach_B, stride_B, beyond_B = _first_reach(problem, state.gaps_BL, excess_BN)
     drift_B = np.zeros_like(reach_B)
     attempts = 0
     while (reach_B >= 0).any():
         attempts += 1
-        found = backend.contested(problem, prices_BE, x_NE, reach_B, stride_B, gap_N, drift_B)
-        potential_BN, status_B = backend.augment(
-            found,
-            prices_BE,
-            excess_BN,
-            slack_BE,
-            has_sink_B,
-            reach_B,
-            _ALL_PHASES if max_phases is None else max_phases,
+        room_B = reach_B.copy()
+        if exchange.size > 1:
+            room_B = np.where(reach_B > 0, np.minimum(_SPARE * reach_B, _WHOLE), reach_B)
+        own = backend.contested(
+            problem, prices_BE, state.x_NE, room_B, stride_B, state.gap_N, drift_B
         )
-        found.apply(x_NE)
-        level_B = np.where(has_sink_B, potential_BN[:, num_experts], 0)
-        prices_BE += potential_BN[:, :num_experts] - level_B[:, None]
-        # Without a sink its potential is 0, which only makes this bound looser.
-        drift_B += potential_BN.max(1) - potential_BN.min(1)
-        if max_phases is not None and attempts == _BOUNDED_ATTEMPTS:
+        found, own_A = own.of_all_ranks(exchange, problem)
+        status_B = np.where(reach_B < 0, 0, 1)
+        tries_B = reach_B >= 0
+        while tries_B.any():
+            # Ranks have the same rows now, and move the same units.
+            found, excess_BN, slack_BE, moved_BE, spread_B, now_B = exchange.same(
+                functools.partial(
+                    _augment, backend, found, prices_BE, excess_BN, slack_BE, has_sink_B,
+                    np.where(tries_B, reach_B, -1), (reach_B == room_B).all(),
+                    _ALL_PHASES if max_phases is None else max_phases,
+                )
+            )  # fmt: skip
+            status_B = np.where(tries_B, now_B, status_B)
+            prices_BE = prices_BE + moved_BE
+            drift_B = drift_B + spread_B
+            room_B = room_B - spread_B
+            stuck_B = (reach_B >= _WHOLE) & (status_B == 1)
+            if stuck_B.any() and max_phases is None:
+                left = int(np.maximum(excess_BN, 0).sum(1)[stuck_B][0])
+                raise ValueError(
+                    f"no assignment exists: forbidden arcs leave {left} assignments without an "
+                    "expert that has room; allow more experts or raise the capacities"
+                )
+            longer_B = np.minimum(np.where(reach_B > 0, _LONGER * reach_B, beyond_B), _WHOLE)
+            reach_B = np.where(status_B == 1, longer_B, reach_B)
+            tries_B &= (status_B == 1) & (reach_B <= room_B)
+        if own_A is not None:
+            own.held_A[:] = found.held_A[own_A]
+        own.apply(state.x_NE)
+        if attempts == _BOUNDED_ATTEMPTS and max_phases is not None:
             break
-        stuck_B = (reach_B >= _WHOLE) & (status_B == 1)
-        if stuck_B.any():
-            left = int(np.maximum(excess_BN, 0).sum(1)[stuck_B][0])
-            raise ValueError(
-                f"no assignment exists: forbidden arcs leave {left} assignments without an "
-                "expert that has room; allow more experts or raise the capacities"
-            )
-        longer_B = np.clip(reach_B * _LONGER, 1, _WHOLE)
-        reach_B = np.where(status_B == 0, -1, np.where(status_B == 1, longer_B, reach_B))
+        reach_B = np.where(status_B == 0, -1, reach_B)
         stride_B = np.ones_like(reach_B)
     return prices_BE
 
 
-def _first_reach(
-    problem: Problem, gap_N: IntArray, excess_BN: IntArray
+def _augment(
+    backend: Any,
+    found: Contested,
+    prices_BE: IntArray,
+    excess_BN: IntArray,
+    slack_BE: IntArray,
+    has_sink_B: BoolArray,
+    reach_B: IntArray,
+    is_whole: bool,
+    max_phases: int,
+) -> tuple[Contested, IntArray, IntArray, IntArray, IntArray, IntArray]:
+    """Move units among contested rows; returns what changes, and the status of each problem."""
+    num_experts = prices_BE.shape[1]
+    excess_BN, slack_BE = excess_BN.copy(), slack_BE.copy()
+    near, arc_A = (found, slice(None)) if is_whole else found.within(reach_B)
+    potential_BN, status_B = backend.augment(
+        near, prices_BE, excess_BN, slack_BE, has_sink_B, reach_B, max_phases
+    )
+    level_B = np.where(has_sink_B, potential_BN[:, num_experts], 0)
+    moved_BE = potential_BN[:, :num_experts] - level_B[:, None]
+    found.held_A[arc_A] = near.held_A
+    found.reprice(moved_BE)
+    # Without a sink its potential is 0, which only makes this bound looser.
+    spread_B = potential_BN.max(1) - potential_BN.min(1)
+    return found, excess_BN, slack_BE, moved_BE, spread_B, status_B
+
+
+def _imbalance(
+    problem: Problem, prices_BE: IntArray, load_BE: IntArray
 ) -> tuple[IntArray, IntArray]:
-    """Return (B,) int64 reach, -1 for problems in balance, and (B,) int64 stride of rows.
+    """Return (B, E + 1) units above capacity, the sink last, and (B, E) units that it has placed.
+
+    Unused units of an expert count as filled by the sink only where its price is 0: elsewhere an
+    under-filled expert violates complementary slackness.
+    """
+    has_sink_B = ~problem.tight_B
+    is_free_BE = has_sink_B[:, None] & (prices_BE == 0)
+    slack_BE = np.where(is_free_BE, np.maximum(problem.capacity_BE - load_BE, 0), 0)
+    excess_BE = load_BE + slack_BE - problem.capacity_BE
+    sink_B = np.where(has_sink_B, -excess_BE.sum(1), 0)
+    return np.concatenate([excess_BE, sink_B[:, None]], 1), slack_BE
+
+
+def _first_reach(
+    problem: Problem, gaps_BL: IntArray, excess_BN: IntArray
+) -> tuple[IntArray, IntArray, IntArray]:
+    """Return (B,) int64 reach, -1 for problems in balance, stride of rows, and a reach beyond 0.
 
     A reach of 0 admits only moves at no cost, which stay right when rows are left out.
     """
     units_B = np.maximum(excess_BN, 0).sum(1)
     reach_B = np.full(units_B.size, -1, np.int64)
-    stride_B = np.ones_like(reach_B)
+    stride_B, beyond_B = np.ones_like(reach_B), np.ones_like(reach_B)
     for b in np.flatnonzero(units_B).tolist():
-        gaps = gap_N[problem.start_B[b] : problem.start_B[b + 1]]
-        rank = min(gaps.size // 2, _ROWS_PER_UNIT * int(units_B[b]) + _MIN_ROWS)
-        reach_B[b] = min(int(np.partition(gaps, rank)[rank]), _WHOLE)
+        ties = int(gaps_BL[b, 0])
+        rank = _ROWS_PER_UNIT * int(units_B[b]) + _MIN_ROWS
+        reach_B[b] = gap_within(gaps_BL[b], min(int(problem.rows_B[b]) // 2, rank))
         if reach_B[b] == 0:
             enough = _PLATEAU_ROWS_PER_UNIT * int(units_B[b]) + 4 * problem.num_experts
-            stride_B[b] = max(1, int((gaps == 0).sum()) // enough)
-    return reach_B, stride_B
+            stride_B[b] = max(1, ties // enough)
+            rest = int(problem.rows_B[b]) - ties
+            beyond_B[b] = max(1, gap_within(gaps_BL[b], ties + min(rest // 2, rank)))
+    return reach_B, stride_B, beyond_B

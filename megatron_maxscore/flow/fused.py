@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_maxscore.flow.buckets import HIGH_H, LOW_H, NUM_BUCKETS
+from megatron_maxscore.flow.buckets import EDGE_L, NUM_LEVELS, base_of
 from megatron_maxscore.flow.contested import Contested
 from megatron_maxscore.flow.kernels import fill as kernels
 from megatron_maxscore.flow.kernels import rows
@@ -41,36 +41,41 @@ def price_pass(
     problem: Problem,
     prices_BE: IntArray,
     window_BE: IntArray,
+    num_buckets: int,
     active_B: BoolArray,
     threshold_N: IntArray,
     knows_threshold: bool,
     gap_N: IntArray,
     x_NE: BoolArray,
-) -> tuple[IntArray, Callable[[], np.ndarray]]:
+) -> tuple[IntArray, IntArray, Callable[[], np.ndarray]]:
     """See :func:`megatron_maxscore.flow.plain.price_pass`."""
     pieces = row_spans(problem.start_B)
     # Threads that work on different problems share the counters.
     own = len(pieces) if pieces[0][1] == problem.num_problems else 1
     loads = np.zeros((own, *prices_BE.shape), np.int64)
-    bids = np.zeros((own, *prices_BE.shape, NUM_BUCKETS), np.int32)
+    gaps = np.zeros((own, problem.num_problems, NUM_LEVELS + 1), np.int64)
+    bids = np.zeros((own, *prices_BE.shape, num_buckets), np.int32)
+    base_BE = base_of(window_BE, num_buckets)
 
     def task(index: int, first: int, last: int, first_row_B: IntArray, last_row_B: IntArray) -> Any:
         slot = index if own > 1 else 0
         stop_B = np.where(active_B, last_row_B, first_row_B)
         return lambda: rows.price_pass(
             problem.scores_NE, problem.low_N, problem.factor_B, prices_BE, problem.topk, window_BE,
-            knows_threshold, first, last, first_row_B, stop_B, problem.start_B,
-            threshold_N, gap_N, x_NE, loads[slot], bids[slot],
+            base_BE, knows_threshold, first, last, first_row_B, stop_B, problem.origin_B,
+            threshold_N, gap_N, x_NE, loads[slot], gaps[slot], bids[slot],
         )  # fmt: skip
 
     run([task(index, *piece) for index, piece in enumerate(pieces)])
-    return loads.sum(0), lambda: bids[0] if own == 1 else bids.sum(0, dtype=np.int32)
+    count = lambda: bids[0] if own == 1 else bids.sum(0, dtype=np.int32)  # noqa: E731
+    return loads.sum(0), gaps.sum(0), count
 
 
 def price_step(bids_BEH: np.ndarray, capacity_BE: np.ndarray, window_BE: IntArray) -> IntArray:
     """See :func:`megatron_maxscore.flow.buckets.price_step`."""
     step_BE = np.empty(capacity_BE.shape, np.int64)
-    rows.price_step(bids_BEH, capacity_BE, window_BE, LOW_H, HIGH_H, step_BE)
+    base_BE = base_of(window_BE, bids_BEH.shape[-1])
+    rows.price_step(bids_BEH, capacity_BE, window_BE, base_BE, EDGE_L, step_BE)
     return step_BE
 
 
@@ -89,7 +94,7 @@ def contested(
     run(
         [
             lambda piece=piece: rows.count_contested(  # type: ignore[misc]
-                *scores, stride_B, gap_N, drift_B, problem.start_B, *piece, count_N
+                *scores, stride_B, gap_N, drift_B, problem.origin_B, *piece, count_N
             )
             for piece in row_spans(problem.start_B)
         ]

@@ -16,7 +16,13 @@ import numpy as np
 import torch
 
 from megatron_maxscore.flow import fill_plain
-from megatron_maxscore.flow.buckets import NUM_BUCKETS, bucket_of, price_step
+from megatron_maxscore.flow.buckets import (
+    NUM_LEVELS,
+    base_of,
+    bucket_of,
+    gap_level_of,
+    price_step,
+)
 from megatron_maxscore.flow.contested import Contested
 from megatron_maxscore.flow.finish_plain import augment
 from megatron_maxscore.flow.problem import BoolArray, FloatArray, IntArray, Problem
@@ -111,13 +117,14 @@ def price_pass(
     problem: Problem,
     prices_BE: IntArray,
     window_BE: IntArray,
+    num_buckets: int,
     active_B: BoolArray,
     threshold_N: IntArray,
     knows_threshold: bool,
     gap_N: IntArray,
     x_NE: BoolArray,
-) -> tuple[IntArray, Callable[[], np.ndarray]]:
-    """Choose every row's k best experts at the prices, and count loads and bids.
+) -> tuple[IntArray, IntArray, Callable[[], np.ndarray]]:
+    """Choose every row's k best experts at the prices, and count loads, gaps and bids.
 
     Equal reduced scores at the k-th place are taken in cyclic order of the experts, from a start
     that moves with the row, so that plateaus spread over the experts.
@@ -127,6 +134,7 @@ def price_pass(
         prices_BE: (B, E) int64.
         window_BE: (B, E) int64; bids at or below minus this are not counted, those above it count
             as equal to it.
+        num_buckets: H, see :mod:`buckets`.
         active_B: (B,) bool, problems whose rows are to be looked at.
         threshold_N: (N,) int64, out: the mean of the k-th and (k+1)-th reduced score.
         knows_threshold: whether it holds those of similar prices, a hint that saves time.
@@ -134,10 +142,12 @@ def price_pass(
         x_NE: (N, E) bool, out: the choice.
 
     Returns:
-        (B, E) int64 loads, and a function that returns the (B, E, H) int32 counts of bids.
+        (B, E) int64 loads, (B, L + 1) int64 counts of gaps by their level, and a function that
+        returns the (B, E, H) int32 counts of bids.
     """
     topk, num_experts = problem.topk, problem.num_experts
     load_BE = np.zeros((problem.num_problems, num_experts), np.int64)
+    gaps_BL = np.zeros((problem.num_problems, NUM_LEVELS + 1), np.int64)
     # Reduced scores are kept for counting bids where that takes little memory.
     kept: list[tuple[Any, IntArray, Any]] | None = [] if problem.scores_NE.size <= _KEPT else None
     for index, r_NE, owner in _active_blocks(problem, prices_BE, active_B):
@@ -147,6 +157,7 @@ def price_pass(
         kth_N, next_N = best[:, topk - 1], best[:, topk]
         chosen_NE = r_NE > next_N[:, None]
         gap_N[index] = kth_N - next_N
+        np.add.at(gaps_BL, (owner, gap_level_of(gap_N[index])), 1)
         threshold_N[index] = np.where(next_N < _LEAST, kth_N - 1, (kth_N + next_N) >> 1)
         tied = np.flatnonzero(kth_N == next_N)
         if tied.size:
@@ -160,25 +171,27 @@ def price_pass(
 
     def count_bids() -> np.ndarray:
         blocks = _active_blocks(problem, prices_BE, active_B) if kept is None else kept
-        return _count_bids(problem, blocks, window_BE, threshold_N)
+        return _count_bids(problem, blocks, window_BE, num_buckets, threshold_N)
 
-    return load_BE, count_bids
+    return load_BE, gaps_BL, count_bids
 
 
 def _positions(index: Any, owner: Any, problem: Problem) -> IntArray:
     """Return the index of rows within their problems."""
     rows = np.arange(index.start, index.stop) if isinstance(index, slice) else index
-    return np.asarray(rows - problem.start_B[owner])
+    return np.asarray(rows - problem.origin_B[owner])
 
 
 def _count_bids(
     problem: Problem,
     blocks: Iterable[tuple[Any, IntArray, Any]],
     window_BE: IntArray,
+    num_buckets: int,
     threshold_N: IntArray,
 ) -> np.ndarray:
     num_experts = problem.num_experts
-    shape = (problem.num_problems, num_experts, NUM_BUCKETS)
+    shape = (problem.num_problems, num_experts, num_buckets)
+    window_S, base_S = window_BE.ravel(), base_of(window_BE, num_buckets).ravel()
     bids_H = np.zeros(math.prod(shape), np.int64)
     for index, r_NE, owner in blocks:
         r_NE -= threshold_N[index, None]
@@ -187,7 +200,8 @@ def _count_bids(
         slot = place % num_experts
         if problem.num_problems > 1:
             slot += owner[place // num_experts] * num_experts
-        slot = slot * NUM_BUCKETS + bucket_of(np.minimum(bids, window_BE.ravel()[slot]))
+        bids = bucket_of(np.minimum(bids, window_S[slot]), base_S[slot], num_buckets)
+        slot = slot * num_buckets + bids
         bids_H += np.bincount(slot, minlength=bids_H.size)
     return bids_H.reshape(shape).astype(np.int32)
 
@@ -230,7 +244,7 @@ def contested(
     limit_B = np.where(reach_B >= 0, reach_B + drift_B, -1)
     maybe_N = gap_N <= limit_B[problem_N]
     if (stride_B > 1).any():
-        index_N = np.arange(gap_N.size) - problem.start_B[problem_N]
+        index_N = np.arange(gap_N.size) - problem.origin_B[problem_N]
         maybe_N &= index_N % stride_B[problem_N] == 0
     maybe = np.flatnonzero(maybe_N)
     count_N = np.zeros(x_NE.shape[0], np.int64)

@@ -27,6 +27,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_maxscore.flow.buckets import ALL_BUCKETS, NUM_LEVELS, WINDOW_BUCKETS
+from megatron_maxscore.flow.exchange import Exchange
 from megatron_maxscore.flow.problem import SCORE_BITS, BoolArray, FloatArray, IntArray, Problem
 
 MAX_PASSES = 8
@@ -39,6 +41,8 @@ _UNITS_PER_EXPERT = 1.5
 _SHARE_OF_UNITS = 1 / 400
 # Overflow of the sample at which its prices are as good as a sample can tell.
 _SAMPLE_AIM = 0.015
+# Overflow from which warm prices are worth less than those of a sample.
+_LOST = 0.15
 # Steps are long only where the overflow is at most this share of all units.
 _NEAR = 0.1
 # By how much longer than plain they are, one after the other; the last value stays.
@@ -49,10 +53,14 @@ _EVERYTHING = 1 << 49
 # How far prices are counted on to be off after a step, in steps of the expert, and of all.
 _WINDOW_OWN = 4
 _WINDOW_MEAN = 4
-# Prices of a sample are off by less than this.
-_SAMPLE_WINDOW = 1 << (SCORE_BITS - 5)
+# Prices of a sample, and warm ones, are off by less than this.
+_SAMPLE_WINDOW = 1 << (SCORE_BITS - 6)
 # What moving a unit of overflow without a search costs at least, in ranges of a row.
 _FILL_COST = 0.05
+
+
+# (B, E) int64 loads, and a function that returns the (B, E, H) counts of bids.
+Reading = tuple[IntArray, Callable[[], np.ndarray]]
 
 
 @dataclass
@@ -79,6 +87,7 @@ class PriceState:
     Attributes:
         prices_BE: (B, E) int64, >= 0 unless the problem is tight.
         load_BE: (B, E) int64.
+        gaps_BL: (B, L + 1) int64 counts of all ranks' gaps by their level.
         gap_N: (N,) int64 k-th less (k+1)-th reduced score.
         x_NE: (N, E) bool.
         threshold_N: (N,) int64 mean of the k-th and (k+1)-th reduced score.
@@ -88,6 +97,7 @@ class PriceState:
 
     prices_BE: IntArray
     load_BE: IntArray
+    gaps_BL: IntArray
     gap_N: IntArray
     x_NE: BoolArray
     threshold_N: IntArray
@@ -97,6 +107,7 @@ class PriceState:
 
 def improve(
     backend: Any,
+    exchange: Exchange,
     problem: Problem,
     prices_BE: IntArray,
     max_passes: int = MAX_PASSES,
@@ -107,28 +118,44 @@ def improve(
 
     Args:
         backend: :mod:`plain` or :mod:`fused`.
+        exchange: between the ranks that hold the rows; one round per pass, one for a sample.
         problem: the problems.
         prices_BE: (B, E) int64 >= 0 to start from.
         max_passes: most passes over the scores.
         tolerance: relative gap at which a filled assignment will do; all arcs must be allowed.
         sum_ranges_B: (B,) float64 sum of the rows' ranges as integers; needed with a tolerance.
     """
-    window_BE = np.full_like(prices_BE, _EVERYTHING)
-    sample = _sample(problem)
-    if sample is not None:
-        aim_B = _SAMPLE_AIM * sample.rows_B * sample.topk
-        found = _Rows(backend, sample).sweep(prices_BE, window_BE, _SAMPLE_PASSES, aim_B)
-        # A sample's share of a little slack can round to none, its prices are then below 0 too.
-        prices_BE = _within_limits(found.prices_BE, problem.tight_B)
-        # These prices are off by less than this.
-        window_BE = np.full_like(prices_BE, _SAMPLE_WINDOW)
+    size_B = sample_size(problem)
     units_B = problem.rows_B * problem.topk
     aim_B = np.maximum(_UNITS_PER_EXPERT * problem.num_experts, _SHARE_OF_UNITS * units_B)
-    rows = _Rows(backend, problem, tolerance, sum_ranges_B)
-    found = rows.sweep(prices_BE, window_BE, max_passes, aim_B)
+    if (size_B == problem.rows_B).any():
+        # Some problem is too small for a sample, so nothing is known of how far prices are off.
+        num_buckets, window_BE = ALL_BUCKETS, np.full_like(prices_BE, _EVERYTHING)
+    else:
+        num_buckets, window_BE = WINDOW_BUCKETS, np.full_like(prices_BE, _SAMPLE_WINDOW)
+    rows = _Rows(backend, exchange, problem, num_buckets, tolerance, sum_ranges_B)
+    can_sample_B = size_B < problem.rows_B
+    wants_B = can_sample_B & (prices_BE == prices_BE[:, :1]).all(1)
+    first = None
+    if can_sample_B.any() and not wants_B.any():
+        first = rows.read(prices_BE, window_BE, problem.rows_B > 0)
+        wants_B = can_sample_B & (overflow(first[0], prices_BE, problem) > _LOST * units_B)
+    if wants_B.any():
+        first = None
+        sample = take_sample(backend, exchange, problem, np.where(wants_B, size_B, 0))
+        sampled = _Rows(backend, Exchange(), sample, ALL_BUCKETS)
+        everything_BE = np.full_like(prices_BE, _EVERYTHING)
+        found = exchange.same(
+            lambda: sampled.sweep(
+                prices_BE, everything_BE, _SAMPLE_PASSES, _SAMPLE_AIM * sample.rows_B * sample.topk
+            )
+        )
+        # A sample's share of a little slack can round to none, its prices are then below 0 too.
+        prices_BE = _within_limits(found.prices_BE, problem.tight_B)
+    found = rows.sweep(prices_BE, window_BE, max_passes, aim_B, first)
     return PriceState(
-        found.prices_BE, found.load_BE, rows.gap_N, rows.x_NE, rows.threshold_N, rows.filled_B,
-        found.passes,
+        found.prices_BE, found.load_BE, rows.gaps_BL, rows.gap_N, rows.x_NE, rows.threshold_N,
+        rows.filled_B, found.passes,
     )  # fmt: skip
 
 
@@ -138,20 +165,29 @@ class _Rows:
     def __init__(
         self,
         backend: Any,
+        exchange: Exchange,
         problem: Problem,
+        num_buckets: int,
         tolerance: float = 0.0,
         sum_ranges_B: FloatArray | None = None,
     ) -> None:
         rows = problem.scores_NE.shape[0]
-        self.backend, self.problem = backend, problem
+        self.backend, self.exchange, self.problem = backend, exchange, problem
+        self.num_buckets = num_buckets
         self.threshold_N, self.gap_N = np.zeros(rows, np.int64), np.empty(rows, np.int64)
+        self.gaps_BL = np.zeros((problem.num_problems, NUM_LEVELS + 1), np.int64)
         self.x_NE = np.empty(problem.scores_NE.shape, np.bool_)
         self.filled_B = np.zeros(problem.num_problems, np.bool_)
         self.tolerance, self.sum_ranges_B = tolerance, sum_ranges_B
         self._knows_threshold = False
 
     def sweep(
-        self, prices_BE: IntArray, window_BE: IntArray, max_passes: int, aim_B: np.ndarray
+        self,
+        prices_BE: IntArray,
+        window_BE: IntArray,
+        max_passes: int,
+        aim_B: np.ndarray,
+        first: Reading | None = None,
     ) -> Descent:
         return sweep(
             self.read,
@@ -162,18 +198,24 @@ class _Rows:
             self.problem.rows_B > 0,
             max_passes,
             aim_B,
+            first,
             accept=None if self.sum_ranges_B is None else self.accept,
         )
 
-    def read(
-        self, prices_BE: IntArray, window_BE: IntArray, active_B: BoolArray
-    ) -> tuple[IntArray, Callable[[], np.ndarray]]:
-        result: tuple[IntArray, Callable[[], np.ndarray]] = self.backend.price_pass(
-            self.problem, prices_BE, window_BE, active_B, self.threshold_N,
+    def read(self, prices_BE: IntArray, window_BE: IntArray, active_B: BoolArray) -> Reading:
+        loads_BE, gaps_BL, count_bids = self.backend.price_pass(
+            self.problem, prices_BE, window_BE, self.num_buckets, active_B, self.threshold_N,
             self._knows_threshold, self.gap_N, self.x_NE,
         )  # fmt: skip
         self._knows_threshold = True
-        return result
+        if self.exchange.size > 1:
+            most = int(self.problem.rows_B.max()) + 1
+            loads_BE, gaps_BL, bids_BEH = self.exchange.sum(
+                [loads_BE, gaps_BL, count_bids()], below=most
+            )
+            count_bids = lambda: bids_BEH  # noqa: E731
+        self.gaps_BL = np.where(active_B[:, None], gaps_BL, self.gaps_BL)
+        return loads_BE, count_bids
 
     def accept(
         self, prices_BE: IntArray, load_BE: IntArray, overflow_B: IntArray, active_B: BoolArray
@@ -192,25 +234,73 @@ class _Rows:
         return self.filled_B
 
 
-def _sample(problem: Problem) -> Problem | None:
-    """Return the problem over some rows from everywhere, with capacities to match."""
+def sample_size(problem: Problem) -> IntArray:
+    """Return (B,) int64 how many rows make a sample; all of them where there are few."""
     wanted = max(_MIN_SAMPLE, -(-_SAMPLE_LOAD * problem.num_experts // problem.topk))
-    rows_B = problem.rows_B
-    size_B = np.where(rows_B >= 4 * wanted, wanted, rows_B)
-    if (size_B == rows_B).all():
-        return None
-    start_B = np.concatenate([[0], size_B.cumsum()])
-    rows = np.concatenate(
+    return np.asarray(np.where(problem.rows_B >= 4 * wanted, wanted, problem.rows_B))
+
+
+def take_sample(backend: Any, exchange: Exchange, problem: Problem, size_B: IntArray) -> Problem:
+    """Return the problem over some rows from everywhere, with capacities to match.
+
+    One round; every rank gets the whole sample.
+    """
+    offset_RB = problem.rows_RB.cumsum(0) - problem.rows_RB
+    # Which rows of each problem, by their index in it, and how many of them every rank has.
+    chosen = [
+        _spread(size, count)
+        for size, count in zip(size_B.tolist(), problem.rows_B.tolist(), strict=True)
+    ]
+    ends_RB = offset_RB + problem.rows_RB
+    count_RB = np.stack(
         [
-            first + _spread(size, count)
-            for first, size, count in zip(
-                problem.start_B[:-1].tolist(), size_B.tolist(), rows_B.tolist(), strict=True
-            )
-        ]
+            np.searchsorted(index, ends_RB[:, b]) - np.searchsorted(index, offset_RB[:, b])
+            for b, index in enumerate(chosen)
+        ],
+        axis=1,
     )
-    return problem.take(
-        rows, start_B, problem.capacity_BE * (size_B / np.maximum(rows_B, 1))[:, None]
+    origin_B, offset_B, end_B = problem.origin_B, problem.offset_B, ends_RB[problem.rank]
+    own = [
+        origin_B[b] + index[(index >= offset_B[b]) & (index < end_B[b])]
+        for b, index in enumerate(chosen)
+    ]
+    scores_NE = gather_rows(exchange, problem.scores_NE[np.concatenate(own)], count_RB)
+    low_N = backend.scan(scores_NE)[0]
+    share_B = size_B / np.maximum(problem.rows_B, 1)
+    return Problem(
+        scores_NE,
+        np.concatenate([[0], size_B.cumsum()]),
+        size_B[None],
+        0,
+        problem.topk,
+        problem.capacity_BE * share_B[:, None],
+        low_N,
+        problem.shift_B,
+        problem.has_forbidden,
     )
+
+
+def gather_rows(exchange: Exchange, rows_NE: np.ndarray, count_RB: IntArray) -> np.ndarray:
+    """Return every rank's rows, problem by problem in rank order.
+
+    Args:
+        exchange: one round.
+        rows_NE: (N, E) this rank's rows, problem by problem.
+        count_RB: (R, B) how many rows of each problem every rank has.
+    """
+    if exchange.size == 1:
+        return np.ascontiguousarray(rows_NE)
+    bytes_per_row = rows_NE.shape[1] * rows_NE.itemsize
+    sizes = (count_RB.sum(1) * bytes_per_row).tolist()
+    received = exchange.gather(np.ascontiguousarray(rows_NE).tobytes(), sizes)
+    parts = [
+        np.split(
+            np.frombuffer(data, rows_NE.dtype).reshape(-1, rows_NE.shape[1]),
+            count_B.cumsum()[:-1],
+        )
+        for data, count_B in zip(received, count_RB, strict=True)
+    ]
+    return np.concatenate([part for parts_R in zip(*parts, strict=True) for part in parts_R])
 
 
 def _spread(size: int, count: int) -> IntArray:
@@ -254,7 +344,7 @@ def _within_limits(prices_BE: IntArray, is_tight_B: BoolArray) -> IntArray:
 
 
 def sweep(
-    read: Callable[[IntArray, IntArray, BoolArray], tuple[IntArray, Callable[[], np.ndarray]]],
+    read: Callable[[IntArray, IntArray, BoolArray], Reading],
     price_step: Callable[[np.ndarray, np.ndarray, IntArray], IntArray],
     problem: Problem,
     prices_BE: IntArray,
@@ -262,6 +352,7 @@ def sweep(
     active_B: BoolArray,
     max_passes: int,
     aim_B: np.ndarray,
+    first: Reading | None = None,
     accept: Callable[[IntArray, IntArray, IntArray, BoolArray], BoolArray] | None = None,
 ) -> Descent:
     """Sweep until the overflow is at most ``aim_B``, no longer falls, or passes are up.
@@ -278,6 +369,7 @@ def sweep(
         active_B: (B,) bool, problems to sweep.
         max_passes: calls of ``read`` at most.
         aim_B: (B,) units of overflow at which to stop.
+        first: what ``read`` has returned for these prices, if it was called already.
         accept: where given, told of prices, loads, overflow and active problems after each pass;
             returns (B,) bool, which problems are done.
     """
@@ -297,7 +389,8 @@ def sweep(
         return _within_limits(np.rint(prices).astype(np.int64), is_tight_B)
 
     while active_B.any():
-        loads, count_bids = read(prices_BE, window_BE, active_B)
+        loads, count_bids = first or read(prices_BE, window_BE, active_B)
+        first = None
         passes += 1
         load_BE = np.where(active_B[:, None], loads, load_BE)
         now_B = overflow(load_BE, prices_BE, problem)

@@ -9,11 +9,16 @@ on the order of summation: ``q = round((s - lowest allowed score of the row) * 2
 of two keeps integer-valued scores exact; subtracting a constant per row changes no decision. The
 integers are made anew in every pass over the scores, which is cheaper than keeping them.
 
-Shape letters: B problems, N rows of all problems, one problem after another, E experts.
+The rows of a problem may be spread over ranks, contiguously in rank order; a rank then holds its
+own rows, and knows how many every rank has.
+
+Shape letters: B problems, N rows of all problems, one problem after another, E experts,
+R ranks.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +44,8 @@ class Problem:
     Attributes:
         scores_NE: (N, E) float32 or float64, C-contiguous, -inf at forbidden arcs.
         start_B: (B + 1,) int64, problem b has the rows ``start_B[b]`` to ``start_B[b + 1]``.
+        rows_RB: (R, B) int64, how many rows of each problem every rank has.
+        rank: this rank among them.
         topk: experts per token, smaller than E.
         capacity_BE: (B, E) int64, cut to at most the problem's rows; float64 in a sample.
         low_N: (N,) float64, each row's lowest allowed score.
@@ -48,6 +55,8 @@ class Problem:
 
     scores_NE: NDArray
     start_B: IntArray
+    rows_RB: IntArray
+    rank: int
     topk: int
     capacity_BE: NDArray
     low_N: FloatArray
@@ -64,10 +73,20 @@ class Problem:
         """E."""
         return int(self.scores_NE.shape[1])
 
-    @property
+    @functools.cached_property
     def rows_B(self) -> IntArray:
-        """(B,) int64 rows of each problem."""
-        return self.start_B[1:] - self.start_B[:-1]
+        """(B,) int64 rows of each problem on all ranks."""
+        return self.rows_RB.sum(0)
+
+    @functools.cached_property
+    def offset_B(self) -> IntArray:
+        """(B,) int64 rows of each problem on the ranks before this one."""
+        return self.rows_RB[: self.rank].sum(0)
+
+    @property
+    def origin_B(self) -> IntArray:
+        """(B,) int64; a row less this is its index in the whole problem."""
+        return self.start_B[:-1] - self.offset_B
 
     @property
     def factor_B(self) -> FloatArray:
@@ -82,19 +101,7 @@ class Problem:
     @property
     def problem_N(self) -> IntArray:
         """(N,) int64, the problem of each row."""
-        return np.repeat(np.arange(self.num_problems), self.rows_B)
-
-    def take(self, rows: IntArray, start_B: IntArray, capacity_BE: NDArray) -> Problem:
-        """Return the problem over some rows, in the same integers."""
-        return Problem(
-            np.ascontiguousarray(self.scores_NE[rows]),
-            start_B,
-            self.topk,
-            capacity_BE,
-            self.low_N[rows],
-            self.shift_B,
-            self.has_forbidden,
-        )
+        return np.repeat(np.arange(self.num_problems), np.diff(self.start_B))
 
 
 def maxima(values_N: FloatArray, start_B: IntArray) -> FloatArray:
@@ -113,36 +120,20 @@ def shifts(largest_B: FloatArray) -> IntArray:
     return np.asarray(np.where(largest_B == 0.0, 0, np.minimum(SCORE_BITS - exponent_B, 1000)))
 
 
-def check_feasible(problem: Problem) -> None:
-    """Check that the demand can be met as far as counts tell.
+def check_supply(problem: Problem) -> None:
+    """Check that the capacities hold what the tokens demand.
 
     Raises:
-        ValueError: a row has fewer than ``topk`` allowed experts, or the capacities hold fewer
-            units than the tokens demand; names the numbers.
+        ValueError: they do not; names the numbers.
     """
-    topk = problem.topk
-    if problem.has_forbidden:
-        degree_N = (problem.scores_NE != -np.inf).sum(1)
-        short = np.flatnonzero(degree_N < topk)
-        if short.size:
-            row = int(short[0])
-            b = int(problem.problem_N[row])
-            raise ValueError(
-                f"token {row - int(problem.start_B[b])}{_of(problem, b)} has {int(degree_N[row])} "
-                f"allowed experts but needs topk={topk} ({short.size} such tokens); allow more "
-                "experts for it"
-            )
-    supply_B, demand_B = problem.capacity_BE.sum(1), problem.rows_B * topk
+    supply_B, demand_B = problem.capacity_BE.sum(1), problem.rows_B * problem.topk
     for b in np.flatnonzero(supply_B < demand_B)[:1].tolist():
+        where = f" of problem {b}" if problem.num_problems > 1 else ""
         raise ValueError(
             f"capacities hold {int(supply_B[b])} assignments but {int(problem.rows_B[b])} tokens"
-            f"{_of(problem, b)} times topk={topk} need {int(demand_B[b])}; raise capacity or "
+            f"{where} times topk={problem.topk} need {int(demand_B[b])}; raise capacity or "
             "capacity_factor"
         )
-
-
-def _of(problem: Problem, b: int) -> str:
-    return f" of problem {b}" if problem.num_problems > 1 else ""
 
 
 def integer_prices(prices_BE: FloatArray, problem: Problem, largest_B: FloatArray) -> IntArray:

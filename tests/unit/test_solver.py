@@ -14,8 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_maxscore.flow import backend, fused, plain, solve
-from megatron_maxscore.flow.buckets import bucket_of
+from megatron_maxscore.flow import backend, buckets, fused, plain, solve
 from megatron_maxscore.flow.problem import Problem, shifts
 from tests.oracles import check_assignment, highs_objective, ortools_objective
 from tools.workloads import FAMILIES, as_integers, workload
@@ -200,7 +199,8 @@ def problem_of(scores, topk, capacity):
     low = scores.min(1)
     largest = np.array([(scores.max(1) - low).max()])
     rows = np.array([0, scores.shape[0]])
-    return Problem(scores, rows, topk, capacity[None], low, shifts(largest), False)
+    count = np.array([[scores.shape[0]]])
+    return Problem(scores, rows, count, 0, topk, capacity[None], low, shifts(largest), False)
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -306,8 +306,16 @@ def test_price_pass_equals_a_loop(seed):
         for knows in (False, True):
             threshold, gap = guess.copy(), np.empty(num_tokens, np.int64)
             x = np.empty(scores.shape, bool)
-            load, count = kernels.price_pass(
-                problem, prices, window, np.array([True]), threshold, knows, gap, x
+            load, gaps, count = kernels.price_pass(
+                problem,
+                prices,
+                window,
+                buckets.ALL_BUCKETS,
+                np.array([True]),
+                threshold,
+                knows,
+                gap,
+                x,
             )
             bids = count()
             for row in range(num_tokens):
@@ -321,12 +329,14 @@ def test_price_pass_equals_a_loop(seed):
                 )
                 assert set(np.flatnonzero(x[row])) == set(cyclic[:topk])
             assert (load[0] == x.sum(0)).all()
+            levels = buckets.gap_level_of(gap)
+            assert (gaps[0] == np.bincount(levels, minlength=gaps.shape[1])).all()
             positive = (q - threshold[:, None] > 0).sum(0)
             half = bids.shape[-1] // 2
             assert (bids[0, :, half:].sum(-1) == positive).all()
             # Each expert counts bids within its own window, larger ones as equal to it.
             assert (bids[0].sum(-1) == (q - threshold[:, None] > -window).sum(0)).all()
-            for expert, most in enumerate(bucket_of(window[0])):
+            for expert, most in enumerate(buckets.bucket_of(window[0], 0, buckets.ALL_BUCKETS)):
                 assert not bids[0, expert, most + 1 :].any()
 
 

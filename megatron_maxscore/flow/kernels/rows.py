@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from megatron_maxscore.flow.buckets import BUCKETS_PER_SIGN, MANTISSA_BITS
+from megatron_maxscore.flow.buckets import MANTISSA_BITS, NUM_LEVELS
 from megatron_maxscore.flow.kernels.compiler import jit
 from megatron_maxscore.flow.problem import FORBIDDEN
 
@@ -83,20 +83,17 @@ def _kth_and_next(r_E, topk, guess, spacing):
 
 
 @jit
-def _bucket(bid):
+def _level(size):
+    """Return the level of a size >= 1; see :mod:`buckets`."""
+    return (_bits(np.float64(size)) >> (52 - MANTISSA_BITS)) - (1023 << MANTISSA_BITS)
+
+
+@jit
+def _bucket(bid, base, half):
     """Return the histogram bucket of a bid; see :mod:`buckets`."""
-    if bid > 0:
-        return (
-            BUCKETS_PER_SIGN
-            + (_bits(np.float64(bid)) >> (52 - MANTISSA_BITS))
-            - (1023 << MANTISSA_BITS)
-        )
-    return (
-        BUCKETS_PER_SIGN
-        - 1
-        - (_bits(np.float64(1 - bid)) >> (52 - MANTISSA_BITS))
-        + (1023 << MANTISSA_BITS)
-    )
+    size = bid if bid > 0 else 1 - bid
+    level = max(min(_level(size) - base, half - 1), 1) if size > 1 else 0
+    return half + level if bid > 0 else half - 1 - level
 
 
 @jit
@@ -129,11 +126,12 @@ def scan(scores_NE, first_row, last_row, low_N, high_N):
 
 @jit
 def price_pass(
-    scores_NE, low_N, factor_B, prices_BE, topk, window_BE, knows_threshold,
-    first_problem, last_problem, first_row_B, last_row_B, start_B,
-    threshold_N, gap_N, x_NE, load_BE, bids_BEH,
+    scores_NE, low_N, factor_B, prices_BE, topk, window_BE, base_BE, knows_threshold,
+    first_problem, last_problem, first_row_B, last_row_B, origin_B,
+    threshold_N, gap_N, x_NE, load_BE, gaps_BL, bids_BEH,
 ):  # fmt: skip
-    """Choose each row's k best experts; count loads and bids."""
+    """Choose each row's k best experts; count loads, gaps and bids."""
+    half = bids_BEH.shape[2] // 2
     num_experts = scores_NE.shape[1]
     r_E = np.empty(num_experts, np.int64)
     inside_E = np.empty(num_experts + 1, np.int64)
@@ -145,6 +143,8 @@ def price_pass(
             kth, following = _kth_and_next(r_E, topk, guess, spacing)
             gap = kth - following
             gap_N[row] = gap
+            level = min(_level(gap) + 1, NUM_LEVELS) if gap > 0 else 0
+            gaps_BL[problem, level] += 1
             threshold = (kth + following) >> 1
             if following < FORBIDDEN:  # only forbidden arcs are left: any price keeps this k
                 threshold = kth - 1
@@ -164,7 +164,7 @@ def price_pass(
                     x_NE[row, expert] = chosen
                     load_BE[problem, expert] += chosen
                     missing -= np.int64(chosen)
-                index = (row - start_B[problem]) * topk
+                index = (row - origin_B[problem]) * topk
                 expert = (index + index // num_experts) % num_experts
                 while missing > 0:
                     if r_E[expert] == kth:
@@ -179,17 +179,18 @@ def price_pass(
             for position in range(count):
                 expert = inside_E[position]
                 bid = min(r_E[expert] - threshold, window_BE[problem, expert])
-                bids_BEH[problem, expert, _bucket(bid)] += 1
+                bids_BEH[problem, expert, _bucket(bid, base_BE[problem, expert], half)] += 1
 
 
 @jit
-def price_step(bids_BEH, capacity_BE, window_BE, low_H, high_H, step_BE):
+def price_step(bids_BEH, capacity_BE, window_BE, base_BE, edge_L, step_BE):
     """Read the price steps off the counts of bids."""
+    half = bids_BEH.shape[2] // 2
     for problem in range(step_BE.shape[0]):
         for expert in range(step_BE.shape[1]):
-            capacity = capacity_BE[problem, expert]
+            capacity, base = capacity_BE[problem, expert], base_BE[problem, expert]
             above = 0
-            bucket = low_H.shape[0] - 1
+            bucket = 2 * half - 1
             lowest = -1
             while bucket >= 0:
                 inside = bids_BEH[problem, expert, bucket]
@@ -200,18 +201,27 @@ def price_step(bids_BEH, capacity_BE, window_BE, low_H, high_H, step_BE):
                     lowest = bucket
                 bucket -= 1
             if bucket >= 0:
+                low, high = _edges(bucket, base, half, edge_L)
                 share = (capacity - above) / inside
-                width = high_H[bucket] - low_H[bucket]
-                step_BE[problem, expert] = np.int64(np.floor(high_H[bucket] - width * share))
+                step_BE[problem, expert] = np.int64(np.floor(high - (high - low) * share))
             elif lowest >= 0:
-                step_BE[problem, expert] = np.int64(low_H[lowest])
+                step_BE[problem, expert] = np.int64(_edges(lowest, base, half, edge_L)[0])
             else:
                 step_BE[problem, expert] = -window_BE[problem, expert]
 
 
 @jit
+def _edges(bucket, base, half, edge_L):
+    """Return the lower and upper edge of a bucket."""
+    step = bucket - half if bucket >= half else half - 1 - bucket
+    near = edge_L[base + step] if step > 1 else 1.0 + step
+    far = edge_L[base + step + 1] if step > 0 else 2.0
+    return (near, far) if bucket >= half else (1.0 - far, 1.0 - near)
+
+
+@jit
 def count_contested(
-    scores_NE, low_N, factor_B, prices_BE, x_NE, reach_B, stride_B, gap_N, drift_B, start_B,
+    scores_NE, low_N, factor_B, prices_BE, x_NE, reach_B, stride_B, gap_N, drift_B, origin_B,
     first_problem, last_problem, first_row_B, last_row_B, count_N,
 ):  # fmt: skip
     """Count the entries of each contested row: those whose loss in a swap is within reach."""
@@ -222,7 +232,7 @@ def count_contested(
         limit = reach + drift_B[problem]
         for row in range(first_row_B[problem], last_row_B[problem]):
             count_N[row] = 0
-            if reach < 0 or gap_N[row] > limit or (row - start_B[problem]) % stride:
+            if reach < 0 or gap_N[row] > limit or (row - origin_B[problem]) % stride:
                 continue
             reduced_row(scores_NE, low_N[row], factor_B[problem], prices_BE, problem, row, r_E)
             least, most = _held_and_other(r_E, x_NE, row)

@@ -1,0 +1,160 @@
+"""The first exchange of a solve: arguments must agree, and bad ones fail on every rank alike.
+
+A rank that raised alone would leave the others waiting in the next collective. So what a rank finds
+wrong travels with its arguments in the first exchange, whose size depends on no argument, and all
+ranks raise the same error.
+
+Shape letters: B problems, R ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_maxscore.flow.exchange import Exchange
+from megatron_maxscore.flow.problem import FloatArray, IntArray
+
+# Arguments that must agree, in the order in which they are compared.
+ARGUMENTS = (
+    "topk", "number of experts", "number of problems", "dtype", "capacity", "capacity_factor",
+    "prices", "fill_padding", "tolerance", "mode", "max_rounds",
+)  # fmt: skip
+_TEXT_BYTES = 256
+# Problems whose counts fit into the first exchange; more take a second one.
+_INLINE = 32
+_DIGEST = 8
+_SHOWN = 24
+
+
+@dataclass(frozen=True)
+class Own:
+    """What one rank has to say.
+
+    Attributes:
+        arguments: one value for each of :data:`ARGUMENTS`; arrays are compared by their digest.
+        error: what is wrong with this rank's arguments, "" if nothing is.
+        bad: what is wrong with its scores, "" if nothing is; told with the rank.
+        has_forbidden: whether any arc of its rows is forbidden.
+        rows_B: (B,) int64 its rows.
+        largest_B: (B,) float64 the largest range of its rows.
+        unit_B: (B,) int64, these ranges are scores times ``2.0 ** unit``.
+    """
+
+    arguments: tuple[Any, ...]
+    error: str
+    bad: str
+    has_forbidden: bool
+    rows_B: IntArray
+    largest_B: FloatArray
+    unit_B: IntArray
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What all ranks know after the first exchange.
+
+    Attributes:
+        has_forbidden: whether any arc of any rank is forbidden.
+        rows_RB: (R, B) int64.
+        largest_B: (B,) float64, in scores times ``2.0 ** unit_B``.
+        unit_B: (B,) int64.
+    """
+
+    has_forbidden: bool
+    rows_RB: IntArray
+    largest_B: FloatArray
+    unit_B: IntArray
+
+
+def agree(exchange: Exchange, own: Own) -> Agreed:
+    """Exchange arguments and counts. One round, two with more than 32 problems.
+
+    Raises:
+        ValueError: on every rank the same, if any rank's arguments or scores are wrong, or if
+            arguments differ; names rank and values.
+    """
+    if exchange.size == 1:
+        if own.error or own.bad:
+            raise ValueError(own.error or own.bad)
+        return Agreed(own.has_forbidden, own.rows_B[None], own.largest_B, own.unit_B)
+    received = [_Header.read(data) for data in exchange.gather(_header(own))]
+    for rank, header in enumerate(received):
+        if header.error and not header.is_bad:
+            raise ValueError(f"{header.error} (on rank {rank} of the group)")
+    for index, name in enumerate(ARGUMENTS):
+        for rank, header in enumerate(received):
+            if header.digests[index] != received[0].digests[index]:
+                raise ValueError(
+                    f"{name} differs between the ranks of the group: "
+                    f"{received[0].shown[index]} on rank 0, {header.shown[index]} on rank {rank}; "
+                    "pass the same on every rank"
+                )
+    for rank, header in enumerate(received):
+        if header.error:
+            raise ValueError(f"{header.error} (on rank {rank} of the group)")
+    counts = [header.counts for header in received]
+    if own.rows_B.size > _INLINE:
+        counts = exchange.gather(_counts(own))
+    table_R3B = np.stack([np.frombuffer(data, np.int64).reshape(3, -1) for data in counts])
+    table_R3B = table_R3B[:, :, : own.rows_B.size]
+    rows_RB, unit_RB = table_R3B[:, 0], table_R3B[:, 2]
+    largest_RB = np.ascontiguousarray(table_R3B[:, 1]).view(np.float64)
+    # The rank with the largest scores decides on the unit, the smallest shift.
+    unit_B = np.where(rows_RB > 0, unit_RB, np.iinfo(np.int64).max).min(0)
+    unit_B = np.where(rows_RB.sum(0) > 0, unit_B, 0)
+    largest_B = np.ldexp(largest_RB, np.clip(unit_B - unit_RB, -4000, 4000)).max(0)
+    has_forbidden = any(header.has_forbidden for header in received)
+    return Agreed(has_forbidden, rows_RB, largest_B, unit_B)
+
+
+@dataclass(frozen=True)
+class _Header:
+    error: str
+    is_bad: bool
+    has_forbidden: bool
+    digests: list[bytes]
+    shown: list[str]
+    counts: bytes
+
+    @classmethod
+    def read(cls, data: bytes) -> _Header:
+        is_bad, has_forbidden, length = struct.unpack_from("<BBH", data)
+        text = data[4 : 4 + length].decode(errors="replace")
+        place = 4 + _TEXT_BYTES
+        digests, shown = [], []
+        for _ in ARGUMENTS:
+            digests.append(data[place : place + _DIGEST])
+            shown.append(data[place + _DIGEST : place + _DIGEST + _SHOWN].rstrip(b"\0").decode())
+            place += _DIGEST + _SHOWN
+        return cls(text, bool(is_bad), bool(has_forbidden), digests, shown, data[place:])
+
+
+def _header(own: Own) -> bytes:
+    text = (own.error or own.bad).encode()[:_TEXT_BYTES]
+    parts = [
+        struct.pack("<BBH", bool(own.bad and not own.error), own.has_forbidden, len(text)),
+        text.ljust(_TEXT_BYTES, b"\0"),
+    ]
+    for value in own.arguments:
+        is_array = isinstance(value, np.ndarray)
+        data = value.tobytes() + str(value.shape).encode() if is_array else repr(value).encode()
+        shown = "other values" if is_array else str(value)
+        parts.append(hashlib.blake2b(data, digest_size=_DIGEST).digest())
+        parts.append(shown.encode()[:_SHOWN].ljust(_SHOWN, b"\0"))
+    inline = _counts(own) if own.rows_B.size <= _INLINE else b""
+    parts.append(inline.ljust(3 * 8 * _INLINE, b"\0"))
+    return b"".join(parts)
+
+
+def _counts(own: Own) -> bytes:
+    width = max(_INLINE, own.rows_B.size)
+    table_3B = np.zeros((3, width), np.int64)
+    table_3B[0, : own.rows_B.size] = own.rows_B
+    table_3B[1, : own.rows_B.size] = own.largest_B.astype(np.float64).view(np.int64)
+    table_3B[2, : own.rows_B.size] = own.unit_B
+    return table_3B.tobytes()

@@ -1,0 +1,133 @@
+"""What ranks tell each other while they solve one problem together.
+
+A solve over a process group is the same code on every rank. It exchanges counts, which are summed,
+and a few rows, which every rank gets from every rank; from then on all ranks decide alike. Alone a
+rank exchanges nothing and takes the same decisions.
+
+Shape letters: R ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_maxscore.flow.problem import IntArray
+
+_Result = TypeVar("_Result")
+# Counts below this are sent two to an int32.
+_PACKED = 1 << 16
+
+
+class Exchange:
+    """One rank alone; the base of exchanges between ranks.
+
+    Attributes:
+        size: R.
+        rank: this rank among them.
+        rounds: collectives so far.
+        sent: bytes this rank has contributed to them.
+    """
+
+    size = 1
+    rank = 0
+    rounds = 0
+    sent = 0
+
+    def gather(self, payload: bytes, sizes: list[int] | None = None) -> list[bytes]:
+        """Return every rank's bytes, in rank order. One collective.
+
+        Args:
+            payload: this rank's bytes.
+            sizes: how many bytes each rank has; None if all have equally many.
+        """
+        return [payload]
+
+    def sum(self, counts: list[np.ndarray], below: int) -> list[np.ndarray]:
+        """Return counts summed over the ranks. One collective.
+
+        Args:
+            counts: integer arrays of the same shapes on every rank, >= 0.
+            below: all sums are smaller than this.
+        """
+        return counts
+
+    def same(self, compute: Callable[[], _Result]) -> _Result:
+        """Return what is computed from data that all ranks have alike."""
+        return compute()
+
+
+class GroupExchange(Exchange):
+    """Ranks of a process group, gloo or NCCL."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self.size, self.rank = group.size(), group.rank()
+        is_nccl = dist.get_backend(group) == "nccl"
+        self._device = torch.device("cuda", torch.cuda.current_device()) if is_nccl else "cpu"
+
+    def gather(self, payload: bytes, sizes: list[int] | None = None) -> list[bytes]:
+        """See the base class; shorter payloads are filled up to the longest."""
+        sizes = [len(payload)] * self.size if sizes is None else sizes
+        longest = max(sizes)
+        if longest == 0:
+            return [b""] * self.size
+        own = torch.frombuffer(bytearray(payload.ljust(longest, b"\0")), dtype=torch.uint8)
+        everyone = torch.empty(self.size * longest, dtype=torch.uint8, device=self._device)
+        self._note("gather", longest)
+        dist.all_gather_into_tensor(everyone, own.to(self._device), group=self.group)
+        data = everyone.cpu().numpy().tobytes()
+        return [data[r * longest : r * longest + size] for r, size in enumerate(sizes)]
+
+    def sum(self, counts: list[np.ndarray], below: int) -> list[np.ndarray]:
+        """See the base class."""
+        flat = np.concatenate([part.ravel() for part in counts])
+        sent = pack(flat, below)
+        tensor = torch.from_numpy(sent).to(self._device)
+        self._note("sum", sent.nbytes)
+        dist.all_reduce(tensor, group=self.group)
+        return split_like(unpack(tensor.cpu().numpy(), flat.size, below), counts)
+
+    def _note(self, what: str, size: int) -> None:
+        self.rounds += 1
+        self.sent += size
+
+
+def pack(flat: np.ndarray, below: int) -> np.ndarray:
+    """Return counts as the integers that are sent: two to an int32 where their sums are small."""
+    if below >= 1 << 31:
+        return flat.astype(np.int64)
+    if below >= _PACKED:
+        return flat.astype(np.int32)
+    halves = np.zeros(flat.size + flat.size % 2, np.uint32)
+    halves[: flat.size] = flat
+    # Sums stay below 2**16, so nothing is carried from one half into the other.
+    return (halves[::2] | halves[1::2] << np.uint32(16)).view(np.int32)
+
+
+def unpack(sent: np.ndarray, count: int, below: int) -> IntArray:
+    """Undo :func:`pack`."""
+    if below >= _PACKED:
+        return sent.astype(np.int64)
+    bits = sent.view(np.uint32)
+    flat = np.empty(2 * bits.size, np.int64)
+    flat[::2], flat[1::2] = bits & np.uint32(0xFFFF), bits >> np.uint32(16)
+    return flat[:count]
+
+
+def split_like(flat: np.ndarray, counts: list[np.ndarray]) -> list[np.ndarray]:
+    """Cut a flat array into arrays of the given shapes and dtypes."""
+    ends = np.cumsum([part.size for part in counts])[:-1]
+    return [
+        piece.reshape(part.shape).astype(part.dtype)
+        for piece, part in zip(np.split(flat, ends), counts, strict=True)
+    ]
+
+
+def exchange_of(group: Any) -> Exchange:
+    """Return the exchange of a process group; None and groups of one rank need none."""
+    return Exchange() if group is None or group.size() == 1 else GroupExchange(group)
