@@ -42,7 +42,7 @@ _PLATEAU_ROWS_PER_UNIT = 2
 _LONGER = 2
 # Where contested rows have to be sent, they are contested within this times the reach that seems
 # enough, so that it can grow. That changes what is sent, and nothing that is decided.
-_SPARE = 2
+_SPARE = 4
 # Longer than any path, so that every allowed arc takes part; shorter than to a forbidden one.
 _WHOLE = 1 << 49
 _ALL_PHASES = 1 << 40

@@ -36,9 +36,12 @@ _SAMPLE_PASSES = 10
 # Sampled assignments per expert, so that its load is known to about 12 %.
 _SAMPLE_LOAD = 64
 _MIN_SAMPLE = 512
-# Overflow at which the finish is cheaper than another sweep: units per expert, or of all units.
+# Overflow at which the finish is cheaper than another sweep: units per expert, or a share of all
+# units, which is smaller beyond some units, since the cost of the finish is in units.
 _UNITS_PER_EXPERT = 1.5
 _SHARE_OF_UNITS = 1 / 400
+_SHARE_BEYOND = 1 / 1600
+_UNITS_BEYOND = 128
 # Overflow of the sample at which its prices are as good as a sample can tell.
 _SAMPLE_AIM = 0.015
 # Overflow from which warm prices are worth less than those of a sample.
@@ -127,7 +130,8 @@ def improve(
     """
     size_B = sample_size(problem)
     units_B = problem.rows_B * problem.topk
-    aim_B = np.maximum(_UNITS_PER_EXPERT * problem.num_experts, _SHARE_OF_UNITS * units_B)
+    aim_B = np.minimum(_SHARE_OF_UNITS * units_B, _UNITS_BEYOND + _SHARE_BEYOND * units_B)
+    aim_B = np.maximum(aim_B, _UNITS_PER_EXPERT * problem.num_experts)
     if (size_B == problem.rows_B).any():
         # Some problem is too small for a sample, so nothing is known of how far prices are off.
         num_buckets, window_BE = ALL_BUCKETS, np.full_like(prices_BE, _EVERYTHING)
