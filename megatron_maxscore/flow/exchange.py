@@ -79,7 +79,9 @@ class GroupExchange(Exchange):
         own = torch.frombuffer(bytearray(payload.ljust(longest, b"\0")), dtype=torch.uint8)
         everyone = torch.empty(self.size * longest, dtype=torch.uint8, device=self._device)
         self._note("gather", longest)
-        dist.all_gather_into_tensor(everyone, own.to(self._device), group=self.group)
+        # torch 2.14 has renamed it.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(everyone, own.to(self._device), group=self.group)
         data = everyone.cpu().numpy().tobytes()
         return [data[r * longest : r * longest + size] for r, size in enumerate(sizes)]
 
