@@ -45,7 +45,7 @@ _LONGER = 2
 _SPARE = 4
 # Longer than any path, so that every allowed arc takes part; shorter than to a forbidden one.
 _WHOLE = 1 << 49
-_ALL_PHASES = 1 << 40
+_MANY = 1 << 40
 # Attempts, with ever longer reach, where the number of phases is bounded.
 _BOUNDED_ATTEMPTS = 3
 
@@ -56,7 +56,7 @@ def finish(
     problem: Problem,
     state: PriceState,
     max_phases: int | None = None,
-) -> IntArray:
+) -> tuple[IntArray, IntArray]:
     """Move units until nothing is out of balance.
 
     Args:
@@ -68,7 +68,8 @@ def finish(
         max_phases: make three attempts of so many phases at most; None = optimum.
 
     Returns:
-        (B, E) int64 prices; optimal unless ``max_phases`` ended it.
+        (B, E) int64 prices, optimal unless ``max_phases`` ended it, and (B, E) int64 loads of all
+        ranks.
 
     Raises:
         ValueError: forbidden arcs leave units that no expert can take; says how many.
@@ -79,9 +80,9 @@ def finish(
     excess_BN[state.filled_B] = 0
     reach_B, stride_B, beyond_B = _first_reach(problem, state.gaps_BL, excess_BN)
     drift_B = np.zeros_like(reach_B)
-    attempts = 0
+    most_attempts = _MANY if max_phases is None else _BOUNDED_ATTEMPTS
+    attempts_B = np.zeros_like(reach_B)
     while (reach_B >= 0).any():
-        attempts += 1
         room_B = reach_B.copy()
         if exchange.size > 1:
             room_B = np.where(reach_B > 0, np.minimum(_SPARE * reach_B, _WHOLE), reach_B)
@@ -97,7 +98,7 @@ def finish(
                 functools.partial(
                     _augment, backend, found, prices_BE, excess_BN, slack_BE, has_sink_B,
                     np.where(tries_B, reach_B, -1), (reach_B == room_B).all(),
-                    _ALL_PHASES if max_phases is None else max_phases,
+                    _MANY if max_phases is None else max_phases,
                 )
             )  # fmt: skip
             status_B = np.where(tries_B, now_B, status_B)
@@ -113,15 +114,15 @@ def finish(
                 )
             longer_B = np.minimum(np.where(reach_B > 0, _LONGER * reach_B, beyond_B), _WHOLE)
             reach_B = np.where(status_B == 1, longer_B, reach_B)
-            tries_B &= (status_B == 1) & (reach_B <= room_B)
+            attempts_B += tries_B
+            tries_B &= (status_B == 1) & (reach_B <= room_B) & (attempts_B < most_attempts)
         if own_A is not None:
             own.held_A[:] = found.held_A[own_A]
         own.apply(state.x_NE)
-        if attempts == _BOUNDED_ATTEMPTS and max_phases is not None:
-            break
-        reach_B = np.where(status_B == 0, -1, reach_B)
+        reach_B = np.where((status_B == 0) | (attempts_B >= most_attempts), -1, reach_B)
         stride_B = np.ones_like(reach_B)
-    return prices_BE
+    load_BE = excess_BN[:, :-1] - slack_BE + problem.capacity_BE
+    return prices_BE, np.where(state.filled_B[:, None], state.load_BE, load_BE)
 
 
 def _augment(

@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from megatron_maxscore.flow import plain
 from megatron_maxscore.flow.buckets import EDGE_L, NUM_LEVELS, base_of
 from megatron_maxscore.flow.contested import Contested
+from megatron_maxscore.flow.exchange import Exchange
 from megatron_maxscore.flow.kernels import fill as kernels
 from megatron_maxscore.flow.kernels import rows
 from megatron_maxscore.flow.kernels.augment import augment_problems
@@ -163,8 +165,11 @@ def fill(
     threshold_N: IntArray,
     load_BE: IntArray,
     x_NE: BoolArray,
+    exchange: Exchange,
 ) -> int:
-    """See :func:`megatron_maxscore.flow.plain.fill`."""
+    """See :func:`megatron_maxscore.flow.plain.fill`, which runs over several ranks."""
+    if exchange.size > 1:
+        return plain.fill(problem, b, prices_BE, threshold_N, load_BE, x_NE, exchange)
     loss_2 = np.zeros(2, np.int64)
     kernels.fill(
         problem.scores_NE, problem.low_N, problem.factor_B, prices_BE, threshold_N, b,

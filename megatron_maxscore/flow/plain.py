@@ -24,6 +24,7 @@ from megatron_maxscore.flow.buckets import (
     price_step,
 )
 from megatron_maxscore.flow.contested import Contested
+from megatron_maxscore.flow.exchange import Exchange
 from megatron_maxscore.flow.finish_plain import augment
 from megatron_maxscore.flow.problem import BoolArray, FloatArray, IntArray, Problem
 
@@ -281,6 +282,7 @@ def fill(
     threshold_N: IntArray,
     load_BE: IntArray,
     x_NE: BoolArray,
+    exchange: Exchange,
 ) -> int:
     """Make problem b's assignment feasible; every arc must be allowed.
 
@@ -289,21 +291,23 @@ def fill(
         b: which one.
         prices_BE: (B, E) int64.
         threshold_N: (N,) int64, bids are reduced scores less these.
-        load_BE: (B, E) int64, changed in place.
+        load_BE: (B, E) int64 of all ranks, changed in place.
         x_NE: (N, E) bool, changed in place.
+        exchange: between the ranks that hold the rows.
 
     Returns:
-        By how much the sum of reduced scores has fallen.
+        By how much the sum of reduced scores has fallen, on all ranks.
     """
     first, last = int(problem.start_B[b]), int(problem.start_B[b + 1])
     owner: Any = 0 if problem.num_problems == 1 else np.array([b])
-    return fill_plain.fill(
+    rows = fill_plain.Rows(
         lambda index: _reduced(problem, prices_BE, first + index, owner),
         threshold_N[first:last],
-        problem.capacity_BE[b],
-        load_BE[b],
         x_NE[first:last],
+        problem.rows_RB[:, b],
+        exchange,
     )
+    return fill_plain.fill(rows, problem.capacity_BE[b], load_BE[b])
 
 
 def conclude(

@@ -126,7 +126,7 @@ def improve(
         prices_BE: (B, E) int64 >= 0 to start from.
         max_passes: most passes over the scores.
         tolerance: relative gap at which a filled assignment will do; all arcs must be allowed.
-        sum_ranges_B: (B,) float64 sum of the rows' ranges as integers; needed with a tolerance.
+        sum_ranges_B: (B,) float64 sum of all rows' ranges as integers; needed with a tolerance.
     """
     size_B = sample_size(problem)
     units_B = problem.rows_B * problem.topk
@@ -232,7 +232,7 @@ class _Rows:
             if least > self.tolerance * total * self.problem.rows_B[b]:
                 continue  # hopeless
             self.filled_B[b] = _fills(
-                self.backend, self.problem, b, self.tolerance * total, prices_BE,
+                self.backend, self.exchange, self.problem, b, self.tolerance * total, prices_BE,
                 self.threshold_N, load_BE, self.x_NE,
             )  # fmt: skip
         return self.filled_B
@@ -442,6 +442,7 @@ def _next_window(step_BE: IntArray, window_BE: IntArray) -> IntArray:
 
 def _fills(
     backend: Any,
+    exchange: Exchange,
     problem: Problem,
     b: int,
     allowance: float,
@@ -453,7 +454,7 @@ def _fills(
     """Make a problem feasible if that costs no more than the allowance; else change nothing."""
     rows = slice(int(problem.start_B[b]), int(problem.start_B[b + 1]))
     x_before, load_before = x_NE[rows].copy(), load_BE[b].copy()
-    loss = backend.fill(problem, b, prices_BE, threshold_N, load_BE, x_NE)
+    loss = backend.fill(problem, b, prices_BE, threshold_N, load_BE, x_NE, exchange)
     idle_E = problem.capacity_BE[b] - load_BE[b]
     rent = sum(
         price * idle for price, idle in zip(prices_BE[b].tolist(), idle_E.tolist(), strict=True)

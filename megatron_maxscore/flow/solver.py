@@ -21,6 +21,7 @@ from megatron_maxscore.flow.backend import backend
 from megatron_maxscore.flow.exchange import Exchange, exchange_of
 from megatron_maxscore.flow.finish import finish
 from megatron_maxscore.flow.problem import (
+    SCORE_BITS,
     BoolArray,
     FloatArray,
     IntArray,
@@ -480,18 +481,37 @@ def _assign(
         max_passes = max(2, min(max_passes, max_rounds - exchange.rounds - _OTHER_ROUNDS))
     sum_ranges_B = None
     if mode == "exact" and tolerance > 0.0 and not problem.has_forbidden:
-        sum_ranges_B = np.ldexp(_sums(range_N, problem.start_B), problem.shift_B)
+        sum_ranges_B = _sum_ranges(exchange, problem, range_N)
     state = price_sweeps.improve(
         kernels, exchange, problem, start_BE, max_passes, tolerance, sum_ranges_B
     )
-    prices_BE = finish(
+    prices_BE, load_BE = finish(
         kernels, exchange, problem, state, None if mode == "exact" else _BOUNDED_PHASES
     )
     if mode == "bounded":
-        load_BE = _loads(np.nonzero(state.x_NE)[1].reshape(rows, problem.topk), problem)
         for b in np.flatnonzero((load_BE > problem.capacity_BE).any(1)).tolist():
-            kernels.fill(problem, b, prices_BE, state.threshold_N, load_BE, state.x_NE)
+            kernels.fill(problem, b, prices_BE, state.threshold_N, load_BE, state.x_NE, exchange)
     return prices_BE, state.x_NE
+
+
+def _sum_ranges(exchange: Exchange, problem: Problem, range_N: FloatArray) -> FloatArray:
+    """Return (B,) sums of all ranks' integer row ranges, whatever the split; one round."""
+    q_N = np.rint(np.ldexp(range_N, problem.shift_B[problem.problem_N])).astype(np.int64)
+    # In two parts, each of which stays within 63 bits.
+    low_bits = SCORE_BITS // 2
+    parts_2B = np.stack(
+        [
+            np.add.reduceat(np.append(part_N, 0), problem.start_B[:-1])
+            * (np.diff(problem.start_B) > 0)
+            for part_N in (q_N >> low_bits, q_N & ((1 << low_bits) - 1))
+        ]
+    )
+    total_2B = sum(
+        np.frombuffer(data, np.int64).reshape(2, -1) for data in exchange.gather(parts_2B.tobytes())
+    )
+    return np.array(
+        [float((high << low_bits) + low) for high, low in np.asarray(total_2B).T.tolist()]
+    )
 
 
 def _loads(experts_NK: IntArray, problem: Problem) -> IntArray:

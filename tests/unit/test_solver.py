@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_maxscore.flow import backend, buckets, fused, plain, solve
+from megatron_maxscore.flow.exchange import Exchange
 from megatron_maxscore.flow.problem import Problem, shifts
 from tests.oracles import check_assignment, highs_objective, ortools_objective
 from tools.workloads import FAMILIES, as_integers, workload
@@ -224,7 +225,7 @@ def test_fill_makes_any_start_feasible(seed):
         x = np.zeros(scores.shape, bool)
         np.put_along_axis(x, order, True, 1)
         load = x.sum(0)[None].astype(np.int64)
-        loss = kernels.fill(problem, 0, prices, threshold, load, x)
+        loss = kernels.fill(problem, 0, prices, threshold, load, x, Exchange())
         assert (x.sum(1) == topk).all() and (x.sum(0) <= capacity).all()
         assert (load[0] == x.sum(0)).all()
         q = np.rint((scores - scores.min(1)[:, None]) * problem.factor_B[0]).astype(np.int64)
