@@ -16,6 +16,8 @@ from megatron_maxscore._patches import PatchSet
 from megatron_maxscore.moe.recording import parse_numbers
 
 PREFIX = "maxscore_"
+# Options of Megatron's with which the number of tokens of a microbatch is not known in advance.
+VARIABLE_LENGTHS = ("variable_seq_lengths", "hybrid_context_parallel")
 # Set on a class whose __init__ takes our fields, so that it is extended once.
 _MARK = "_maxscore_fields"
 
@@ -35,7 +37,8 @@ class MaxScoreConfig:
     scope: Literal["local", "group", "sequence"] = _option(
         "local",
         "Whose tokens form one flow problem. local: each rank's own, with quotas that balance "
-        "the experts without any communication. group and sequence do not exist yet.",
+        "the experts without any communication. group: those of all ranks that share the experts. "
+        "sequence: every sequence alone, over the ranks among which it is split.",
     )
     mode: Literal["exact", "bounded"] = _option(
         "exact",
@@ -89,10 +92,6 @@ class MaxScoreConfig:
 
     def __post_init__(self) -> None:
         flags = {f.name: "--maxscore-" + f.name.replace("_", "-") for f in dataclasses.fields(self)}
-        if self.scope != "local":
-            raise ValueError(
-                f"{flags['scope']} {self.scope} does not exist yet; use {flags['scope']} local"
-            )
         for name, ok, range_text in (
             ("capacity_factor", self.capacity_factor >= 1.0, "at least 1"),
             ("tolerance", self.tolerance >= 0.0, "at least 0"),
@@ -102,6 +101,7 @@ class MaxScoreConfig:
             if not ok:
                 raise ValueError(f"{flags[name]} must be {range_text}, got {getattr(self, name)}")
         for name, choices in (
+            ("scope", ("local", "group", "sequence")),
             ("mode", ("exact", "bounded")),
             ("gate", ("soft_topk", "score")),
             ("variant", ("bientropic",)),
@@ -182,6 +182,13 @@ def check_transformer_config(config: Any, options: MaxScoreConfig) -> None:
         if get(name):
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{who} cannot be combined with {flag}; {fix}")
+    for name in (*VARIABLE_LENGTHS, "sft"):
+        if options.scope == "sequence" and get(name):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"--maxscore-scope sequence cannot be combined with {flag}, which packs sequences; "
+                "use --maxscore-scope group or local"
+            )
     dispatcher = get("moe_token_dispatcher_type")
     if dispatcher not in (None, "alltoall"):
         raise ValueError(

@@ -2,7 +2,8 @@
 
 Megatron's dispatcher gathers all ranks' token counts and copies the resulting split sizes to the
 host before it can start the all-to-all. Under static quotas both are known from the number of
-tokens alone, so neither happens.
+tokens alone, and where the flow was solved over all these ranks, every rank has learned every
+rank's loads from it. So neither happens.
 
 Shape letters: E experts, R = EP * ETP ranks of the group, L experts of this rank.
 """
@@ -29,12 +30,12 @@ class _Splits(NamedTuple):
 
 
 class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
-    """All-to-all dispatcher with splits known without communication in scope ``local``.
+    """All-to-all dispatcher with splits known from the routing.
 
-    Where the router says that the loads are its quotas (capacity factor 1, fixed lengths, routed
-    by the flow), ``preprocess`` issues no collective and no copy to the host. Otherwise Megatron's
-    own ``preprocess`` runs. Which of the two is decided from configuration and training mode, so
-    alike on every rank.
+    Where the router says that the loads are its quotas (scope ``local``, capacity factor 1, fixed
+    lengths), or knows every rank's loads (scope ``group``), ``preprocess`` issues no collective and
+    no copy to the host. Otherwise Megatron's own ``preprocess`` runs. Which of them is decided from
+    configuration and training mode, so alike on every rank.
 
     Args:
         plan: filled by the layer's router at every routing call.
@@ -56,12 +57,16 @@ class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
         Returns:
             (L,) int64 tokens of each local expert over the whole group; on the CPU when static.
         """
-        if not self.plan.take(routing_map):
-            return super().preprocess(routing_map)
         num_tokens = routing_map.shape[0]
-        if num_tokens not in self._known:
-            self._known[num_tokens] = self._static_splits(num_tokens)
-        splits = self._known[num_tokens]
+        is_static, loads_RE = self.plan.take(routing_map)
+        if loads_RE is not None:
+            splits = self._splits(loads_RE.cpu())
+        elif is_static:
+            if num_tokens not in self._known:
+                self._known[num_tokens] = self._splits(self._quotas(num_tokens))
+            splits = self._known[num_tokens]
+        else:
+            return super().preprocess(routing_map)
         self.num_out_tokens = num_tokens * self.config.moe_router_topk
         self.input_splits, self.output_splits = splits.input_splits, splits.output_splits
         self.output_splits_tp = splits.output_splits_tp
@@ -70,12 +75,15 @@ class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
         self.cuda_sync_point = "no_sync"
         return splits.tokens_per_expert_L
 
-    def _static_splits(self, num_tokens: int) -> _Splits:
-        ep, tp = self.ep_size, self.tp_size
+    def _quotas(self, num_tokens: int) -> Tensor:
+        """Return the (R, E) int64 quotas."""
         topk, num_experts = self.config.moe_router_topk, self.num_experts
-        counts_RE = torch.stack(
-            [quotas(num_tokens, topk, num_experts, rank) for rank in range(ep * tp)]
-        )
+        ranks = self.ep_size * self.tp_size
+        return torch.stack([quotas(num_tokens, topk, num_experts, rank) for rank in range(ranks)])
+
+    def _splits(self, counts_RE: Tensor) -> _Splits:
+        """Return all split sizes for the (R, E) int64 loads of the ranks of ``tp_ep``."""
+        ep, tp, num_experts = self.ep_size, self.tp_size, self.num_experts
         first, last = self.local_expert_indices[0], self.local_expert_indices[-1] + 1
         # tp_ep ranks are ordered with tp fastest; Megatron sorts chunks with tp slowest.
         by_tp = counts_RE.reshape(ep, tp, num_experts).transpose(0, 1)
@@ -86,7 +94,7 @@ class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
         own_E = by_tp[self.tp_rank, self.ep_group.rank()]
         received = counts_RL.reshape(tp, ep, -1).sum(2)
         # Without splits the gather over expert-tensor-parallel ranks is an equal one.
-        equal = num_tokens * topk % num_experts == 0
+        equal = bool((received.sum(1) == received[0].sum()).all())
         return _Splits(
             input_splits=own_E.reshape(ep, -1).sum(1).numpy(),
             output_splits=received[self.tp_rank].numpy(),

@@ -15,13 +15,22 @@ class RoutingPlan:
         routing_map: the very tensor that the router returned; another one means that the counts
             below do not describe what is dispatched.
         has_static_quotas: whether the loads are exactly the quotas, on every rank.
+        loads_RE: (R, E) int64 loads of every rank of ``tp_ep``, None if not known.
     """
 
     routing_map: Tensor | None = None
     has_static_quotas: bool = False
+    loads_RE: Tensor | None = None
 
-    def take(self, routing_map: Tensor) -> bool:
-        """Return whether ``routing_map`` has static quotas; the plan is used up."""
-        static = self.has_static_quotas and self.routing_map is routing_map
-        self.routing_map, self.has_static_quotas = None, False
-        return static
+    def forget(self) -> None:
+        """Nothing is known of the loads."""
+        self.has_static_quotas, self.loads_RE = False, None
+
+    def take(self, routing_map: Tensor) -> tuple[bool, Tensor | None]:
+        """Return whether a map has static quotas, and its loads if known; the plan is used up."""
+        known = self.has_static_quotas, self.loads_RE
+        if self.routing_map is not routing_map:
+            known = False, None
+        self.routing_map = None
+        self.forget()
+        return known

@@ -21,13 +21,17 @@ from megatron.core.tensor_parallel.random import is_checkpointing
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-from megatron_maxscore.flow import FlowSolution, solve
 from megatron_maxscore.moe import recording
-from megatron_maxscore.moe.config import MaxScoreConfig, check_transformer_config
+from megatron_maxscore.moe.config import (
+    VARIABLE_LENGTHS,
+    MaxScoreConfig,
+    check_transformer_config,
+)
 from megatron_maxscore.moe.evaluation import uses_flow
 from megatron_maxscore.moe.plan import RoutingPlan
 from megatron_maxscore.moe.quotas import capacities
 from megatron_maxscore.moe.recording import ScoreRecorder
+from megatron_maxscore.moe.scopes import Routed, Scope
 from megatron_maxscore.ops import soft_topk
 
 # Name of the buffer of running average prices, also in checkpoints.
@@ -84,7 +88,9 @@ class MaxScoreRouter(TopKRouter):
     evaluation each token takes the k largest of score minus price on its own, with prices averaged
     over training (:attr:`expert_prices`); gates are never changed by prices.
 
-    A scope ``local`` router communicates nothing.
+    In scope ``local`` it communicates nothing. In scopes ``group`` and ``sequence`` every solve
+    exchanges counts and a few rows between the ranks of ``tp_ep`` or ``tp_cp``, which must route
+    together.
 
     Args:
         config: TransformerConfig.
@@ -119,12 +125,8 @@ class MaxScoreRouter(TopKRouter):
         super().__init__(config, pg_collection, is_mtp_layer, **kwargs)
         self.options = options
         self.plan = plan or RoutingPlan()
-        tp_ep = getattr(pg_collection, "tp_ep", None)
-        self.group_rank = tp_ep.rank() if tp_ep is not None else 0
-        self.has_fixed_lengths = not any(
-            getattr(config, name, False)
-            for name in ("variable_seq_lengths", "hybrid_context_parallel")
-        )
+        has_fixed_lengths = not any(getattr(config, name, False) for name in VARIABLE_LENGTHS)
+        self.scope = Scope(options, pg_collection, config.sequence_parallel, has_fixed_lengths)
         self.statistics = SolveStatistics()
         self.router_replay = _Selector(self, self.router_replay)
         self.register_buffer(
@@ -135,9 +137,10 @@ class MaxScoreRouter(TopKRouter):
         self.register_buffer("price_sum", torch.zeros_like(self.expert_prices), persistent=False)
         self.price_count = 0
         # Assignments of checkpointed forward passes, one per microbatch, for their recomputation.
-        self._forwarded: deque[Tensor] = deque()
+        self._forwarded: deque[Routed] = deque()
         self._logits: Tensor | None = None
         self._padding: Tensor | None = None
+        self._batch_size = 1
         self._batches = 0
         self._recorder: ScoreRecorder | None = None
         if self.options.record_dir is not None:
@@ -157,6 +160,7 @@ class MaxScoreRouter(TopKRouter):
         if padding_mask is not None and padding_mask.numel() != num_tokens:
             padding_mask = self._own_part(padding_mask, num_tokens)
         self._padding = None if padding_mask is None else padding_mask.reshape(-1)
+        self._batch_size = logits.shape[1]
         logits = self._without_bad_scores(logits)
         probs, routing_map = super().routing(logits, padding_mask=padding_mask, **kwargs)
         self._logits = self._padding = None
@@ -214,7 +218,7 @@ class MaxScoreRouter(TopKRouter):
         if replay is None:
             return choose(gates_TE, self.topk)
         # Replayed experts need not meet the quotas; choose() says so when it is asked instead.
-        self.plan.has_static_quotas = False
+        self.plan.forget()
         gates_TK, experts_TK = replay.get_replay_topk(gates_TE, self.topk, None, None, choose)
         return gates_TK, experts_TK
 
@@ -237,49 +241,43 @@ class MaxScoreRouter(TopKRouter):
     def _experts(self, scores_TE: Tensor, recompute_pass: str | None) -> Tensor:
         """Return the (T, K) int64 experts by the rule in force."""
         if not self.training and not uses_flow(self.options.eval_routing):
-            self.plan.has_static_quotas = False
+            self.plan.forget()
             biased_TE = scores_TE - self.expert_prices.to(scores_TE.dtype)
             return biased_TE.topk(self.topk, dim=1).indices
-        self.plan.has_static_quotas = self.options.capacity_factor == 1.0 and self.has_fixed_lengths
         if recompute_pass == "again" and self._forwarded:
-            return self._forwarded.popleft()
-        experts_TK = self._solve(scores_TE).experts
-        if recompute_pass == "first":
-            self._forwarded.append(experts_TK)
-        return experts_TK
+            routed = self._forwarded.popleft()
+        else:
+            routed = self._solve(scores_TE)
+            if recompute_pass == "first":
+                self._forwarded.append(routed)
+        self.plan.has_static_quotas, self.plan.loads_RE = routed.is_static, routed.loads_RE
+        return routed.experts_TK
 
-    def _solve(self, scores_TE: Tensor) -> FlowSolution:
-        num_tokens, num_experts = scores_TE.shape
-        capacity_E = capacities(
-            num_tokens, self.topk, num_experts, self.group_rank, self.options.capacity_factor
-        )
+    def _solve(self, scores_TE: Tensor) -> Routed:
         valid_T = None if self._padding is None else ~self._padding
         if self._recorder is not None and self.training:
             source = recording.iteration_source
             iteration = self._batches + 1 if source is None else source()
+            num_tokens, num_experts = scores_TE.shape
+            capacity_E = capacities(
+                num_tokens, self.topk, num_experts, self.scope.rank, self.options.capacity_factor
+            )
             self._recorder.record(
                 self.layer_number or 0, iteration, scores_TE, self.topk, capacity_E,
                 self.expert_prices, valid_T,
             )  # fmt: skip
         started = time.perf_counter()
-        solution = solve(
-            scores_TE,
-            self.topk,
-            capacity=capacity_E,
-            prices=self.expert_prices,
-            valid=valid_T,
-            fill_padding=True,
-            tolerance=self.options.tolerance,
-            mode=self.options.mode,
+        routed, solution = self.scope.solve(
+            scores_TE, self._batch_size, self.topk, self.expert_prices, valid_T
         )
         if self.training:
             self.statistics.seconds += time.perf_counter() - started
             self.statistics.solves += 1
-            gap = float(solution.gap)
+            gap = float(solution.gap.max())
             self.statistics.largest_gap = max(self.statistics.largest_gap, gap)
-            self.price_sum += solution.prices
+            self.price_sum += solution.prices.reshape(-1, self.price_sum.numel()).mean(0)
             self.price_count += 1
-        return solution
+        return routed
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any

@@ -291,8 +291,10 @@ def specs(rank, size):
 
 REFUSED = {
     "--maxscore-capacity-factor 0.9": ["--maxscore-capacity-factor", "0.9", "at least 1"],
-    "--maxscore-scope group": ["--maxscore-scope group", "local"],
-    "--maxscore-scope sequence": ["--maxscore-scope sequence", "local"],
+    "--maxscore-scope world": ["--maxscore-scope", "world", "sequence"],
+    "--maxscore-scope sequence --sft --tokenizer-type SFTTokenizer": [
+        "--maxscore-scope sequence", "--sft", "group or local",
+    ],
     "--maxscore-mode greedy": ["--maxscore-mode", "greedy"],
     "--maxscore-temperature 0": ["--maxscore-temperature", "greater than 0"],
     "--maxscore-price-decay 1": ["--maxscore-price-decay"],

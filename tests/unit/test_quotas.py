@@ -28,7 +28,7 @@ def test_capacity_factor():
 
 def test_options_are_checked():
     for name, value in (
-        ("scope", "group"),
+        ("scope", "world"),
         ("mode", "greedy"),
         ("capacity_factor", 0.99),
         ("temperature", 0.0),
