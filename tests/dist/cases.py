@@ -13,7 +13,7 @@ import torch.distributed as dist
 HIDDEN, EXPERTS, TOPK = 16, 8, 2
 
 
-def groups(tp=1, ep=1, etp=1):
+def groups(tp=1, ep=1, etp=1, cp=1):
     """Set up Megatron's process groups and return the collection."""
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -22,6 +22,7 @@ def groups(tp=1, ep=1, etp=1):
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
+        context_parallel_size=cp,
         expert_model_parallel_size=ep,
         expert_tensor_parallel_size=etp,
     )
@@ -29,7 +30,9 @@ def groups(tp=1, ep=1, etp=1):
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
-def make_layer(tp=1, ep=1, etp=1, router="maxscore", options=None, experts=EXPERTS, **settings):
+def make_layer(
+    tp=1, ep=1, etp=1, cp=1, router="maxscore", options=None, experts=EXPERTS, **settings
+):
     """Build a Megatron MoE layer, stock or ours."""
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.transformer import TransformerConfig
@@ -37,7 +40,7 @@ def make_layer(tp=1, ep=1, etp=1, router="maxscore", options=None, experts=EXPER
 
     from megatron_maxscore.moe import MaxScoreConfig, with_maxscore
 
-    collection = groups(tp, ep, etp)
+    collection = groups(tp, ep, etp, cp)
     defaults = dict(
         num_layers=1,
         hidden_size=HIDDEN,
@@ -80,10 +83,12 @@ def own_input(rank, num_tokens, batch=1, dtype=torch.float32):
     return hidden.requires_grad_()
 
 
-def round_trip(rank, size, num_tokens=24, training=True, **settings):
+def round_trip(rank, size, num_tokens=24, training=True, ragged=False, **settings):
     """Dispatch, pass each copy through times its gate, combine: must restore input x gate sum."""
     layer = make_layer(**settings)
     layer.train(training)
+    if ragged:
+        num_tokens = 1 if rank == 1 else num_tokens + 5 * rank
     hidden = own_input(rank, num_tokens)
     probs, routing_map = layer.route(hidden)
     expected = hidden * probs.sum(-1).reshape(num_tokens, 1, 1)
@@ -159,7 +164,8 @@ def layer_equals_reference(rank, size, num_tokens=20, **settings):
 def counted():
     """Count collectives by name."""
     names = (
-        "all_reduce all_gather all_gather_into_tensor _all_gather_base all_to_all_single "
+        "all_reduce all_gather all_gather_into_tensor all_gather_single _all_gather_base "
+        "all_to_all_single "
         "reduce_scatter reduce_scatter_tensor _reduce_scatter_base broadcast all_gather_object"
     ).split()
     from megatron.core.tensor_parallel import mappings
@@ -195,6 +201,52 @@ def count_collectives(rank, size, router="maxscore", training=True, **settings):
         output, _ = layer(hidden)
         output.sum().backward()
     return dict(counts), layer.token_dispatcher.cuda_sync_point
+
+
+def count_with_rounds(rank, size, **settings):
+    """The same for ours, and the rounds that its solve says it took."""
+    from megatron_maxscore.moe import scopes
+
+    rounds = []
+    solve = scopes.solve
+
+    def noting(*args, **kwargs):
+        solution = solve(*args, **kwargs)
+        rounds.append(solution.rounds)
+        return solution
+
+    scopes.solve = noting
+    try:
+        counts, sync = count_collectives(rank, size, **settings)
+    finally:
+        scopes.solve = solve
+    return counts, sync, rounds
+
+
+def scope_problems(rank, size, scope, batch=2, num_tokens=12, skew=1.0, **layout):
+    """Route in a scope; return what every rank had and chose, and which ranks share a problem."""
+    from megatron_maxscore.moe import MaxScoreConfig
+
+    layer = make_layer(options=MaxScoreConfig(scope=scope), **layout)
+    layer.train()
+    hidden = own_input(rank, num_tokens, batch).detach()
+    router = layer.router
+    with torch.no_grad():
+        # Ranks prefer different experts.
+        lift = skew * torch.randn(EXPERTS, generator=torch.Generator().manual_seed(rank))
+        gating = router.gating
+        router.gating = lambda x: gating(x) + lift
+        _, routing_map = router(hidden)
+        logits = router.gating(hidden)
+    chosen = routing_map.reshape(num_tokens, batch, EXPERTS)
+    return {
+        "logits": logits,
+        "chosen": chosen,
+        "ranks": dist.get_process_group_ranks(router.scope.group),
+        "loads": router.plan.loads_RE,
+        "static": router.plan.has_static_quotas,
+        "tp_ep": dist.get_process_group_ranks(router.scope._tp_ep),
+    }
 
 
 def prices_after_batches(rank, size, batches=3, **settings):
@@ -263,22 +315,29 @@ def recompute(rank, size, how, **settings):
         "grads": [*grads, router.weight.grad],
         "solves": router.statistics.solves,
         "gathers": counts["all_gather"],
+        # Nothing else uses these here.
+        "solver_rounds": counts["all_gather_single"] + counts["all_gather_into_tensor"],
         "kept": len(router._forwarded),
         "price_count": router.price_count,
     }
 
 
-def same_experts_on_tensor_parallel_copies(rank, size):
+def same_experts_on_tensor_parallel_copies(rank, size, scope, tp, ep):
     """In evaluation without sequence parallelism TP ranks hold copies and must agree."""
-    layer = make_layer(tp=size, ep=1, etp=1, sequence_parallel=False)
+    from megatron_maxscore.moe import MaxScoreConfig
+
+    layer = make_layer(
+        tp=tp, ep=ep, etp=1, sequence_parallel=False, options=MaxScoreConfig(scope=scope)
+    )
     layer.eval()
-    hidden = own_input(0, 16)
+    hidden = own_input(rank // tp, 16)
     from megatron_maxscore.moe.evaluation import evaluation_routing
 
     maps = []
     for rule in ("price", "flow"):
         with evaluation_routing(rule):
             maps.append(layer.route(hidden)[1])
+            layer(hidden)  # what is dispatched comes back
     return maps
 
 

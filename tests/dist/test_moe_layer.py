@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from megatron_maxscore.moe import MaxScoreConfig
 from tests.dist import cases
 from tests.dist.pool import Pool, RankError
+from tests.oracles import highs_objective
 
 LAYOUTS = [
     (2, dict(ep=2)),
@@ -111,12 +113,14 @@ def test_bad_scores_raise_one_error_on_every_rank(ranks):
     assert "iteration 6" in messages[0] and "layer 1 on rank 1: 3 tokens" in messages[0]
 
 
+@pytest.mark.parametrize("scope", ["local", "group"])
 @pytest.mark.parametrize("settings", [dict(how="full"), dict(how="selective")])
-def test_recompute_reuses_the_assignment(ranks, settings):
-    plain = ranks(2, cases.recompute, how="none", ep=2)
-    extra = {}
+def test_recompute_reuses_the_assignment(ranks, settings, scope):
+    options = MaxScoreConfig(scope=scope)
+    plain = ranks(2, cases.recompute, how="none", ep=2, options=options)
+    extra = dict(options=options)
     if settings["how"] == "selective":
-        extra = dict(recompute_granularity="selective", recompute_modules=["moe"])
+        extra |= dict(recompute_granularity="selective", recompute_modules=["moe"])
     again = ranks(2, cases.recompute, ep=2, **settings, **extra)
     for a, b in zip(plain, again, strict=True):
         assert all(map(torch.equal, a["outputs"], b["outputs"]))
@@ -124,11 +128,96 @@ def test_recompute_reuses_the_assignment(ranks, settings):
         assert a["solves"] == b["solves"] == 2 and b["kept"] == 0
         assert a["price_count"] == b["price_count"] == 2
         assert a["gathers"] == b["gathers"] == 0
+        # Only the dispatch is repeated: the exchanges of the solve are not.
+        assert a["solver_rounds"] == b["solver_rounds"] == (4 if scope == "group" else 0)
 
 
-def test_tensor_parallel_copies_agree_in_evaluation(ranks):
-    results = ranks(2, cases.same_experts_on_tensor_parallel_copies)
-    assert all(map(torch.equal, results[0], results[1]))
+@pytest.mark.parametrize("scope", ["local", "group", "sequence"])
+@pytest.mark.parametrize(
+    ("size", "tp", "ep"), [(2, 2, 1), (2, 2, 2), (4, 2, 4), (4, 4, 2)], ids=lambda n: str(n)
+)
+def test_tensor_parallel_copies_agree_in_evaluation(ranks, scope, size, tp, ep):
+    results = ranks(
+        size, cases.same_experts_on_tensor_parallel_copies, scope=scope, tp=tp, ep=ep
+    )
+    for first in range(0, size, tp):
+        for other in results[first : first + tp]:
+            assert all(map(torch.equal, results[first], other))
+    loads = sum(results[first][1].sum(0) for first in range(0, size, tp))
+    assert loads.max() <= sum(16 * cases.TOPK // cases.EXPERTS for _ in range(0, size, tp))
+
+
+@pytest.mark.parametrize(("size", "layout"), [*LAYOUTS, (2, dict(cp=2, ep=2))])
+@pytest.mark.parametrize("scope", ["group", "sequence"])
+def test_round_trip_in_scopes_across_ranks(ranks, size, layout, scope):
+    options = MaxScoreConfig(scope=scope)
+    # Token counts that differ between ranks are fine in scope group.
+    ragged = scope == "group"
+    results = ranks(size, cases.round_trip, options=options, ragged=ragged, **layout)
+    tokens = sum(len(result["per_token"]) for result in results)
+    loads = total_loads(results)
+    assert sum(loads) == tokens * cases.TOPK, "nothing is dropped"
+    if scope == "group" and layout["ep"] * layout.get("etp", 1) == size:
+        assert max(loads) <= -(-tokens * cases.TOPK // cases.EXPERTS)
+
+
+@pytest.mark.parametrize("scope", ["group", "sequence"])
+@pytest.mark.parametrize(
+    ("size", "layout", "shared"),
+    [
+        # The table of docs/routing.md: ranks that share a problem in scope group, and sequence.
+        (4, dict(ep=4), ([[0, 1, 2, 3]], [[0], [1], [2], [3]])),
+        (4, dict(ep=2), ([[0, 1], [2, 3]], [[0], [1], [2], [3]])),
+        (4, dict(tp=2, ep=2, etp=1), ([[0, 1], [2, 3]], [[0, 1], [2, 3]])),
+        (4, dict(tp=2, ep=2, etp=2), ([[0, 1, 2, 3]], [[0, 1], [2, 3]])),
+        (4, dict(tp=4, ep=2, etp=1), ([[0, 1], [2, 3]], [[0, 1, 2, 3]])),
+        (4, dict(cp=2, ep=4), ([[0, 1, 2, 3]], [[0, 1], [2, 3]])),
+        (4, dict(tp=2, cp=2, ep=4, etp=1), ([[0, 1, 2, 3]], [[0, 1, 2, 3]])),
+    ],
+)
+def test_scopes_are_optimal_over_their_ranks(ranks, size, layout, shared, scope):
+    results = ranks(size, cases.scope_problems, scope=scope, **layout)
+    members = shared[scope == "sequence"]
+    for rank, result in enumerate(results):
+        assert result["ranks"] == next(m for m in members if rank in m)
+    for member in members:
+        logits = torch.cat([results[rank]["logits"] for rank in member]).double().numpy()
+        chosen = torch.cat([results[rank]["chosen"] for rank in member]).numpy()
+        batches = range(logits.shape[1]) if scope == "sequence" else [slice(None)]
+        for b in batches:
+            matrix = logits[:, b].reshape(-1, cases.EXPERTS)
+            own = chosen[:, b].reshape(-1, cases.EXPERTS)
+            capacity = -(-matrix.shape[0] * cases.TOPK // cases.EXPERTS)
+            assert (own.sum(1) == cases.TOPK).all() and own.sum(0).max() <= capacity
+            best = highs_objective(matrix, cases.TOPK, np.full(cases.EXPERTS, capacity))
+            assert matrix[own].sum() == pytest.approx(best, rel=1e-6)
+    for result in results:
+        if result["loads"] is not None:
+            for place, other in enumerate(result["tp_ep"]):
+                counts = results[other]["chosen"].reshape(-1, cases.EXPERTS).sum(0)
+                assert torch.equal(result["loads"][place], counts)
+        # Loads are known wherever the ranks of the dispatch took part in the same solve.
+        knows = set(result["tp_ep"]) <= set(result["ranks"]) and len(result["ranks"]) > 1
+        assert (result["loads"] is not None) == knows
+        assert result["static"] == (scope == "sequence" and len(result["ranks"]) == 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "layout"),
+    [(2, dict(ep=2)), (4, dict(tp=2, ep=2, etp=1)), (4, dict(tp=2, ep=2, etp=2))],
+)
+def test_scope_group_adds_the_rounds_of_its_solve(ranks, size, layout):
+    stock = ranks(size, cases.count_collectives, router="topk", **layout)
+    options = MaxScoreConfig(scope="group")
+    ours = ranks(size, cases.count_with_rounds, options=options, **layout)
+    for (stock_counts, _), (our_counts, sync, rounds) in zip(stock, ours, strict=True):
+        assert sync == "no_sync" and len(rounds) == 1
+        total = sum(stock_counts.values()) - 1 + rounds[0]
+        if layout.get("etp", 1) == 1:
+            assert sum(our_counts.values()) == total
+        else:
+            # With known splits the gathers over expert-tensor-parallel ranks may be equal ones.
+            assert sum(our_counts.values()) <= total
 
 
 @pytest.mark.parametrize("size", [2, 4])
