@@ -37,6 +37,48 @@ def test_trains_in_every_layout(tmp_path, layout):
         assert line["largest_gap"] <= 1e-9 and line["solves"] > 0
 
 
+RECOMPUTE = {
+    "none": "",
+    "selective": "--recompute-granularity selective --recompute-modules moe",
+    "full": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+}
+
+
+def balanced_losses(tmp_path, flags, iterations, recomputes, scope="group"):
+    """Train with each way of recomputation; return the losses, the same for all."""
+    flags = f"{MAXSCORE} --maxscore-scope {scope} {flags} --train-iters {iterations}"
+    losses = []
+    for name in recomputes:
+        result = succeed(tmp_path / name, 4, f"{flags} {RECOMPUTE[name]}", timeout=900.0)
+        assert len(result.statistics) == iterations
+        for line in result.statistics:
+            assert line["maxvio"] == [0.0, 0.0] and line["dropped"] == [0, 0]
+            assert line["loads"] == [[128] * 8] * 2 and line["largest_gap"] <= 1e-9
+        losses.append(result.losses)
+    assert all(other == losses[0] for other in losses) and len(losses[0]) == iterations
+    return [float.fromhex(text) for text in losses[0]]
+
+
+@pytest.mark.parametrize(
+    ("layout", "scope", "recomputes"),
+    [
+        ("TP2xEP2", "group", ["none", "selective"]),
+        ("EP4", "group", ["none", "full"]),
+        ("TP2xEP2", "sequence", ["none"]),
+    ],
+)
+def test_trains_in_scopes_across_ranks(tmp_path, layout, scope, recomputes):
+    losses = balanced_losses(tmp_path, LAYOUTS[layout], 6, recomputes, scope)
+    assert losses[-1] < losses[0] - 0.1
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("layout", ["TP2xEP2", "EP4"])
+def test_two_hundred_iterations_in_scope_group(tmp_path, layout):
+    losses = balanced_losses(tmp_path, LAYOUTS[layout], 200, ["none", "selective", "full"])
+    assert losses[-1] < losses[0] - 1.0
+
+
 def test_recorded_scores_are_those_of_the_run(tmp_path):
     scores = tmp_path / "scores"
     record = f"--maxscore-record-dir {scores} --maxscore-record-layers 2 --maxscore-record-steps 2-3"
