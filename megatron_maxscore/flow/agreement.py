@@ -82,7 +82,7 @@ def agree(exchange: Exchange, own: Own) -> Agreed:
         if own.error or own.bad:
             raise ValueError(own.error or own.bad)
         return Agreed(own.has_forbidden, own.rows_B[None], own.largest_B, own.unit_B)
-    received = [_Header.read(data) for data in exchange.gather(_header(own))]
+    received = [_Header.read(data) for data in exchange.gather(_header(own), phase="arguments")]
     for rank, header in enumerate(received):
         if header.error and not header.is_bad:
             raise ValueError(f"{header.error} (on rank {rank} of the group)")
@@ -99,7 +99,7 @@ def agree(exchange: Exchange, own: Own) -> Agreed:
             raise ValueError(f"{header.error} (on rank {rank} of the group)")
     counts = [header.counts for header in received]
     if own.rows_B.size > _INLINE:
-        counts = exchange.gather(_counts(own))
+        counts = exchange.gather(_counts(own), phase="problem sizes")
     table_R3B = np.stack([np.frombuffer(data, np.int64).reshape(3, -1) for data in counts])
     table_R3B = table_R3B[:, :, : own.rows_B.size]
     rows_RB, unit_RB = table_R3B[:, 0], table_R3B[:, 2]

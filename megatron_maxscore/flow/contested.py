@@ -116,9 +116,11 @@ class Contested:
         payload = self._packed(problem.num_experts)
         sizes = [
             int.from_bytes(data, "little")
-            for data in exchange.gather(len(payload).to_bytes(8, "little"))
+            for data in exchange.gather(
+                len(payload).to_bytes(8, "little"), phase="sizes of contested rows"
+            )
         ]
-        received = exchange.gather(payload, sizes)
+        received = exchange.gather(payload, sizes, phase="contested rows")
         return exchange.same(lambda: _merged(received, problem)), _own_arcs(
             received, problem, exchange.rank
         )

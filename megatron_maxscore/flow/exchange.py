@@ -9,13 +9,15 @@ Shape letters: R ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_maxscore.errors import LostRankError
 from megatron_maxscore.flow.problem import IntArray
 
 _Result = TypeVar("_Result")
@@ -38,21 +40,29 @@ class Exchange:
     rounds = 0
     sent = 0
 
-    def gather(self, payload: bytes, sizes: list[int] | None = None) -> list[bytes]:
+    def gather(self, payload: bytes, sizes: list[int] | None = None, *, phase: str) -> list[bytes]:
         """Return every rank's bytes, in rank order. One collective.
 
         Args:
             payload: this rank's bytes.
             sizes: how many bytes each rank has; None if all have equally many.
+            phase: what is exchanged, for error messages.
+
+        Raises:
+            LostRankError: another rank did not take part within the group's timeout.
         """
         return [payload]
 
-    def sum(self, counts: list[np.ndarray], below: int) -> list[np.ndarray]:
+    def sum(self, counts: list[np.ndarray], below: int, *, phase: str) -> list[np.ndarray]:
         """Return counts summed over the ranks. One collective.
 
         Args:
             counts: integer arrays of the same shapes on every rank, >= 0.
             below: all sums are smaller than this.
+            phase: what is exchanged, for error messages.
+
+        Raises:
+            LostRankError: another rank did not take part within the group's timeout.
         """
         return counts
 
@@ -70,7 +80,7 @@ class GroupExchange(Exchange):
         is_nccl = dist.get_backend(group) == "nccl"
         self._device = torch.device("cuda", torch.cuda.current_device()) if is_nccl else "cpu"
 
-    def gather(self, payload: bytes, sizes: list[int] | None = None) -> list[bytes]:
+    def gather(self, payload: bytes, sizes: list[int] | None = None, *, phase: str) -> list[bytes]:
         """See the base class; shorter payloads are filled up to the longest."""
         sizes = [len(payload)] * self.size if sizes is None else sizes
         longest = max(sizes)
@@ -78,25 +88,33 @@ class GroupExchange(Exchange):
             return [b""] * self.size
         own = torch.frombuffer(bytearray(payload.ljust(longest, b"\0")), dtype=torch.uint8)
         everyone = torch.empty(self.size * longest, dtype=torch.uint8, device=self._device)
-        self._note("gather", longest)
         # torch 2.14 has renamed it.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        gather(everyone, own.to(self._device), group=self.group)
-        data = everyone.cpu().numpy().tobytes()
+        with self._round(phase, longest):
+            gather(everyone, own.to(self._device), group=self.group)
+            data = everyone.cpu().numpy().tobytes()
         return [data[r * longest : r * longest + size] for r, size in enumerate(sizes)]
 
-    def sum(self, counts: list[np.ndarray], below: int) -> list[np.ndarray]:
+    def sum(self, counts: list[np.ndarray], below: int, *, phase: str) -> list[np.ndarray]:
         """See the base class."""
         flat = np.concatenate([part.ravel() for part in counts])
         sent = pack(flat, below)
         tensor = torch.from_numpy(sent).to(self._device)
-        self._note("sum", sent.nbytes)
-        dist.all_reduce(tensor, group=self.group)
-        return split_like(unpack(tensor.cpu().numpy(), flat.size, below), counts)
+        with self._round(phase, sent.nbytes):
+            dist.all_reduce(tensor, group=self.group)
+            received = tensor.cpu().numpy()
+        return split_like(unpack(received, flat.size, below), counts)
 
-    def _note(self, what: str, size: int) -> None:
+    @contextlib.contextmanager
+    def _round(self, phase: str, size: int) -> Iterator[None]:
         self.rounds += 1
         self.sent += size
+        try:
+            yield
+        except RuntimeError as error:
+            where = f"round {self.rounds} of flow.solve, rank {self.rank} of {self.size}"
+            cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise LostRankError(phase, where, cause) from error
 
 
 def pack(flat: np.ndarray, below: int) -> np.ndarray:

@@ -130,9 +130,9 @@ def _dropped(rows: Rows, capacity_E: IntArray, load_E: IntArray) -> tuple[IntArr
 def _gather_columns(exchange: Exchange, columns: IntArray) -> list[IntArray]:
     """Return every rank's (n, A) int64 columns; two rounds."""
     height = columns.shape[0]
-    counts = exchange.gather(columns.shape[1].to_bytes(8, "little"))
+    counts = exchange.gather(columns.shape[1].to_bytes(8, "little"), phase="numbers of lowest bids")
     sizes = [8 * height * int.from_bytes(data, "little") for data in counts]
-    received = exchange.gather(np.ascontiguousarray(columns).tobytes(), sizes)
+    received = exchange.gather(np.ascontiguousarray(columns).tobytes(), sizes, phase="lowest bids")
     return [np.frombuffer(data, np.int64).reshape(height, -1) for data in received]
 
 
@@ -157,6 +157,7 @@ class _Lacking:
         data = rows.exchange.gather(
             np.ascontiguousarray(r_ME).tobytes() + x_ME.tobytes(),
             [9 * num_experts * count for count in counts],
+            phase="rows that lack experts",
         )
         values, held = [], []
         for part, count in zip(data, counts, strict=True):
@@ -191,7 +192,7 @@ def _first_without(rows: Rows, expert: int) -> tuple[int, IntArray, BoolArray]:
         r_E, x_E = rows.reduced(np.array([own]))[0], rows.x_NE[own].copy()
     index = own + rows.offset if own >= 0 else -1
     payload = index.to_bytes(8, "little", signed=True) + r_E.tobytes() + x_E.tobytes()
-    for data in rows.exchange.gather(payload):
+    for data in rows.exchange.gather(payload, phase="a row that can help"):
         index = int.from_bytes(data[:8], "little", signed=True)
         if index >= 0:
             r_E = np.frombuffer(data[8 : 8 + 8 * num_experts], np.int64)

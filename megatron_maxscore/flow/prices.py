@@ -215,7 +215,7 @@ class _Rows:
         if self.exchange.size > 1:
             most = int(self.problem.rows_B.max()) + 1
             loads_BE, gaps_BL, bids_BEH = self.exchange.sum(
-                [loads_BE, gaps_BL, count_bids()], below=most
+                [loads_BE, gaps_BL, count_bids()], below=most, phase="counts of bids"
             )
             count_bids = lambda: bids_BEH  # noqa: E731
         self.gaps_BL = np.where(active_B[:, None], gaps_BL, self.gaps_BL)
@@ -296,7 +296,9 @@ def gather_rows(exchange: Exchange, rows_NE: np.ndarray, count_RB: IntArray) -> 
         return np.ascontiguousarray(rows_NE)
     bytes_per_row = rows_NE.shape[1] * rows_NE.itemsize
     sizes = (count_RB.sum(1) * bytes_per_row).tolist()
-    received = exchange.gather(np.ascontiguousarray(rows_NE).tobytes(), sizes)
+    received = exchange.gather(
+        np.ascontiguousarray(rows_NE).tobytes(), sizes, phase="rows of scores"
+    )
     parts = [
         np.split(
             np.frombuffer(data, rows_NE.dtype).reshape(-1, rows_NE.shape[1]),

@@ -271,7 +271,7 @@ class _Solve:
         if self.exchange.size == 1:
             return own.with_rent(problem)
         payload = own.sums_3B.tobytes() + own.load_RBE.tobytes()
-        received = self.exchange.gather(payload)
+        received = self.exchange.gather(payload, phase="the result")
         size = own.sums_3B.nbytes
         sums = [np.frombuffer(data[:size]).reshape(3, -1) for data in received]
         loads = [
@@ -507,7 +507,8 @@ def _sum_ranges(exchange: Exchange, problem: Problem, range_N: FloatArray) -> Fl
         ]
     )
     total_2B = sum(
-        np.frombuffer(data, np.int64).reshape(2, -1) for data in exchange.gather(parts_2B.tobytes())
+        np.frombuffer(data, np.int64).reshape(2, -1)
+        for data in exchange.gather(parts_2B.tobytes(), phase="ranges of scores")
     )
     return np.array(
         [float((high << low_bits) + low) for high, low in np.asarray(total_2B).T.tolist()]

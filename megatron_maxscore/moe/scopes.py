@@ -161,8 +161,10 @@ class Scope:
         experts = experts_TK.cpu().numpy().astype(np.int16)
         sizes = [
             int.from_bytes(data, "little")
-            for data in exchange.gather(experts.nbytes.to_bytes(8, "little"))
+            for data in exchange.gather(
+                experts.nbytes.to_bytes(8, "little"), phase="numbers of tokens"
+            )
         ]
-        data = exchange.gather(experts.tobytes(), sizes)[self._primary]
+        data = exchange.gather(experts.tobytes(), sizes, phase="experts of copies")[self._primary]
         found = np.frombuffer(data, np.int16).reshape(-1, experts.shape[1])
         return torch.from_numpy(found.astype(np.int64)).to(experts_TK.device)

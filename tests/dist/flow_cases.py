@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
+import os
 import time
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_maxscore.flow import exchange, prices, solve
+from megatron_maxscore.errors import LostRankError
+from megatron_maxscore.flow import exchange, prices, solve, solver
 from tools.workloads import as_integers, workload
 
 
@@ -56,20 +60,16 @@ def solve_family(rank, size, family, tokens, experts, topk, how, integers=False,
     scores, capacity = problem(family, tokens, experts, topk, integers)
     start = warm_prices(family, tokens, experts, topk) if warm else None
     own = shares(tokens, size, how)[rank]
-    sent = []
-    note = exchange.GroupExchange._note
+    made = []
 
-    def noting(self, what, count):
-        sent.append(count)
-        note(self, what, count)
+    def making(group):
+        made.append(exchange.exchange_of(group))
+        return made[-1]
 
-    exchange.GroupExchange._note = noting
-    try:
+    with mock.patch.object(solver, "exchange_of", making):
         solution = solve(
             scores[own].contiguous(), topk, capacity=capacity, prices=start, group=dist.group.WORLD
         )
-    finally:
-        exchange.GroupExchange._note = note
     return {
         "experts": solution.experts,
         "prices": solution.prices,
@@ -78,7 +78,7 @@ def solve_family(rank, size, family, tokens, experts, topk, how, integers=False,
         "gap": float(solution.gap),
         "loads": solution.loads,
         "rounds": solution.rounds,
-        "sent": sent,
+        "sent": made[0].sent,
     }
 
 
@@ -205,11 +205,17 @@ def extreme_scales(rank, size):
     return results
 
 
-def killed_rank(rank, size, seconds):
-    """Rank 1 never comes to the solve; the others must not wait for ever."""
-    import datetime
-
-    group = dist.new_group(timeout=datetime.timedelta(seconds=seconds))
+def lost_rank(rank, size, how):
+    """Rank 1 is stuck or dies before a solve; returns what the others are told, and how soon."""
+    group = dist.new_group(timeout=datetime.timedelta(seconds=3))
     if rank == 1:
-        time.sleep(600)
-    solve(torch.randn(16, 4), 2, group=group)
+        if how == "dies":
+            os._exit(17)
+        time.sleep(12)
+        return None
+    started = time.monotonic()
+    try:
+        solve(torch.randn(16, 4), 2, group=group)
+    except LostRankError as error:
+        return str(error), time.monotonic() - started
+    return None

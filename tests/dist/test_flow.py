@@ -7,6 +7,7 @@ import torch
 
 from megatron_maxscore.flow import solve
 from tests.dist import flow_cases as cases
+from tests.dist.pool import Pool, RankError
 from tests.oracles import ortools_objective
 from tools.workloads import FAMILIES
 
@@ -114,8 +115,8 @@ def test_exchanges_are_few_and_small(ranks, family):
         _, found = together(results)
         assert found["gap"] <= 1e-9
         for result in results:
-            assert len(result["sent"]) == result["rounds"] <= (8 if warm else 20)
-            assert not warm or sum(result["sent"]) <= 105_000
+            assert result["rounds"] <= (8 if warm else 20)
+            assert not warm or result["sent"] <= 105_000
 
 
 @pytest.mark.parametrize(
@@ -147,3 +148,23 @@ def test_one_error_on_every_rank(ranks, what, words):
 
 def test_scores_near_the_ends_of_float64_on_one_rank(ranks):
     assert all(all(results) for results in ranks(2, cases.extreme_scales))
+
+
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize("how", ["is stuck", "dies"])
+def test_a_lost_rank_ends_the_others_with_the_phase(how):
+    pool = Pool(3)
+    try:
+        results = pool.run(cases.lost_rank, how=how)
+    except RankError as error:
+        # The pool reports the dead rank, and that the others have answered.
+        assert how == "dies" and str(error) == "rank 1 failed:\nthe process died"
+        return
+    finally:
+        pool.close()
+    assert how == "is stuck" and results[1] is None
+    for rank in (0, 2):
+        message, seconds = results[rank]
+        assert "lost contact with another rank while exchanging arguments" in message
+        assert f"round 1 of flow.solve, rank {rank} of 3" in message
+        assert seconds < 10.0
