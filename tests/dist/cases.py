@@ -13,6 +13,11 @@ import torch.distributed as dist
 HIDDEN, EXPERTS, TOPK = 16, 8, 2
 
 
+def device():
+    """Return where tensors of this group live."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+
 def groups(tp=1, ep=1, etp=1, cp=1):
     """Set up Megatron's process groups and return the collection."""
     from megatron.core import parallel_state
@@ -73,14 +78,14 @@ def make_layer(
     else:
         layer = build_module(spec, config=config, layer_number=1, pg_collection=collection)
     layer.set_layer_number(1)
-    return layer
+    return layer.to(device())
 
 
 def own_input(rank, num_tokens, batch=1, dtype=torch.float32):
     """Return hidden states that differ by rank."""
     generator = torch.Generator().manual_seed(100 + rank)
     hidden = torch.randn(num_tokens, batch, HIDDEN, generator=generator, dtype=dtype)
-    return hidden.requires_grad_()
+    return hidden.to(device()).requires_grad_()
 
 
 def round_trip(rank, size, num_tokens=24, training=True, ragged=False, **settings):

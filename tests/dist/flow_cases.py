@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_maxscore.errors import LostRankError
 from megatron_maxscore.flow import exchange, prices, solve, solver
+from tests.dist.cases import device
 from tools.workloads import as_integers, workload
 
 
@@ -68,7 +69,7 @@ def solve_family(rank, size, family, tokens, experts, topk, how, integers=False,
 
     with mock.patch.object(solver, "exchange_of", making):
         solution = solve(
-            scores[own].contiguous(), topk, capacity=capacity, prices=start, group=dist.group.WORLD
+            scores[own].to(device()), topk, capacity=capacity, prices=start, group=dist.group.WORLD
         )
     return {
         "experts": solution.experts,
@@ -144,7 +145,7 @@ def solve_random(rank, size, first, count, split_rows):
             own = shares(scores.shape[-2], size, "random", seed)[rank]
             part = None if valid is None else valid[..., own].contiguous()
             results.append(
-                outcome(scores[..., own, :].contiguous(), part, arguments, dist.group.WORLD)
+                outcome(scores[..., own, :].to(device()), part, arguments, dist.group.WORLD)
             )
     return results
 
