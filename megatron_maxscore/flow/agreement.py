@@ -82,7 +82,16 @@ def agree(exchange: Exchange, own: Own) -> Agreed:
         if own.error or own.bad:
             raise ValueError(own.error or own.bad)
         return Agreed(own.has_forbidden, own.rows_B[None], own.largest_B, own.unit_B)
-    received = [_Header.read(data) for data in exchange.gather(_header(own), phase="arguments")]
+    headers = exchange.gather(_header(own), phase="arguments")
+    has_forbidden, counts = exchange.same(lambda: _compared(headers))
+    if own.rows_B.size > _INLINE:
+        counts = exchange.gather(_counts(own), phase="problem sizes")
+    return exchange.same(lambda: _agreed(counts, own.rows_B.size, has_forbidden))
+
+
+def _compared(headers: list[bytes]) -> tuple[bool, list[bytes]]:
+    """Return whether any rank has forbidden arcs, and all counts; raise what is wrong."""
+    received = [_Header.read(data) for data in headers]
     for rank, header in enumerate(received):
         if header.error and not header.is_bad:
             raise ValueError(f"{header.error} (on rank {rank} of the group)")
@@ -97,18 +106,18 @@ def agree(exchange: Exchange, own: Own) -> Agreed:
     for rank, header in enumerate(received):
         if header.error:
             raise ValueError(f"{header.error} (on rank {rank} of the group)")
-    counts = [header.counts for header in received]
-    if own.rows_B.size > _INLINE:
-        counts = exchange.gather(_counts(own), phase="problem sizes")
+    return any(header.has_forbidden for header in received), [h.counts for h in received]
+
+
+def _agreed(counts: list[bytes], num_problems: int, has_forbidden: bool) -> Agreed:
     table_R3B = np.stack([np.frombuffer(data, np.int64).reshape(3, -1) for data in counts])
-    table_R3B = table_R3B[:, :, : own.rows_B.size]
+    table_R3B = table_R3B[:, :, :num_problems]
     rows_RB, unit_RB = table_R3B[:, 0], table_R3B[:, 2]
     largest_RB = np.ascontiguousarray(table_R3B[:, 1]).view(np.float64)
     # The rank with the largest scores decides on the unit, the smallest shift.
     unit_B = np.where(rows_RB > 0, unit_RB, np.iinfo(np.int64).max).min(0)
     unit_B = np.where(rows_RB.sum(0) > 0, unit_B, 0)
     largest_B = np.ldexp(largest_RB, np.clip(unit_B - unit_RB, -4000, 4000)).max(0)
-    has_forbidden = any(header.has_forbidden for header in received)
     return Agreed(has_forbidden, rows_RB, largest_B, unit_B)
 
 

@@ -121,9 +121,12 @@ class Contested:
             )
         ]
         received = exchange.gather(payload, sizes, phase="contested rows")
-        return exchange.same(lambda: _merged(received, problem)), _own_arcs(
-            received, problem, exchange.rank
-        )
+        merged, arcs_RB = exchange.same(lambda: _merged(received, problem))
+        # Where in the merged order the arcs of each problem of this rank begin.
+        total_B = arcs_RB.sum(0)
+        begin_B = total_B.cumsum() - total_B + arcs_RB[: exchange.rank].sum(0)
+        parts = zip(begin_B.tolist(), arcs_RB[exchange.rank].tolist(), strict=True)
+        return merged, np.concatenate([np.arange(a, a + n) for a, n in parts])
 
     def _packed(self, num_experts: int) -> bytes:
         most_R = np.zeros(self.row_R.size, np.int64)
@@ -150,8 +153,8 @@ def _index_type(num_experts: int) -> type:
     return np.uint8 if num_experts <= 256 else np.uint16
 
 
-def _merged(received: list[bytes], problem: Problem) -> Contested:
-    """Put the rows of all ranks in order: by problem, then by rank."""
+def _merged(received: list[bytes], problem: Problem) -> tuple[Contested, IntArray]:
+    """Put the rows of all ranks in order: by problem, then by rank; and count (R, B) arcs."""
     parts = [_unpacked(data, problem) for data in received]
     rows_RB = np.stack([rows_B for rows_B, *_ in parts])
     arcs_R = _by_problem([arcs_R for _, arcs_R, *_ in parts], rows_RB)
@@ -160,7 +163,7 @@ def _merged(received: list[bytes], problem: Problem) -> Contested:
     first_R = np.zeros(arcs_R.size + 1, np.int64)
     arcs_R.cumsum(out=first_R[1:])
     rows_B = rows_RB.sum(0)
-    return Contested(
+    merged = Contested(
         np.arange(arcs_R.size),
         np.repeat(np.arange(rows_B.size), rows_B),
         np.concatenate([[0], rows_B.cumsum()]),
@@ -169,21 +172,7 @@ def _merged(received: list[bytes], problem: Problem) -> Contested:
         columns[1].astype(np.int64),
         columns[2],
     )
-
-
-def _own_arcs(received: list[bytes], problem: Problem, rank: int) -> IntArray:
-    """Return which arcs of the merged rows are those of a rank, in its own order."""
-    arcs_RB = []
-    for data in received:
-        rows_B, arcs_R = _unpacked(data, problem)[:2]
-        arcs_RB.append(_arcs_of(rows_B, arcs_R))
-    arcs = np.stack(arcs_RB)
-    # Where in the merged order each problem of this rank begins.
-    total_B = arcs.sum(0)
-    begin_B = total_B.cumsum() - total_B + arcs[:rank].sum(0)
-    return np.concatenate(
-        [np.arange(a, a + n) for a, n in zip(begin_B.tolist(), arcs[rank].tolist(), strict=True)]
-    )
+    return merged, arcs_RB
 
 
 def _arcs_of(rows_B: IntArray, arcs_R: IntArray) -> IntArray:

@@ -149,5 +149,10 @@ def split_like(flat: np.ndarray, counts: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def exchange_of(group: Any) -> Exchange:
-    """Return the exchange of a process group; None and groups of one rank need none."""
+    """Return the exchange of a process group; None and groups of one rank need none.
+
+    An exchange is taken as it is, which lets ranks be simulated.
+    """
+    if isinstance(group, Exchange):
+        return group
     return Exchange() if group is None or group.size() == 1 else GroupExchange(group)

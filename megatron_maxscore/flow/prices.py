@@ -42,6 +42,8 @@ _UNITS_PER_EXPERT = 1.5
 _SHARE_OF_UNITS = 1 / 400
 _SHARE_BEYOND = 1 / 1600
 _UNITS_BEYOND = 128
+# The finish is the work of one thread, E^2 for every other unit: at most this over E units.
+_MOST_UNITS = 1 << 16
 # Overflow of the sample at which its prices are as good as a sample can tell.
 _SAMPLE_AIM = 0.015
 # Overflow from which warm prices are worth less than those of a sample.
@@ -131,6 +133,7 @@ def improve(
     size_B = sample_size(problem)
     units_B = problem.rows_B * problem.topk
     aim_B = np.minimum(_SHARE_OF_UNITS * units_B, _UNITS_BEYOND + _SHARE_BEYOND * units_B)
+    aim_B = np.minimum(aim_B, _MOST_UNITS / problem.num_experts)
     aim_B = np.maximum(aim_B, _UNITS_PER_EXPERT * problem.num_experts)
     if (size_B == problem.rows_B).any():
         # Some problem is too small for a sample, so nothing is known of how far prices are off.
@@ -269,7 +272,7 @@ def take_sample(backend: Any, exchange: Exchange, problem: Problem, size_B: IntA
         for b, index in enumerate(chosen)
     ]
     scores_NE = gather_rows(exchange, problem.scores_NE[np.concatenate(own)], count_RB)
-    low_N = backend.scan(scores_NE)[0]
+    low_N = exchange.same(lambda: backend.scan(scores_NE)[0])
     share_B = size_B / np.maximum(problem.rows_B, 1)
     return Problem(
         scores_NE,
@@ -299,14 +302,18 @@ def gather_rows(exchange: Exchange, rows_NE: np.ndarray, count_RB: IntArray) -> 
     received = exchange.gather(
         np.ascontiguousarray(rows_NE).tobytes(), sizes, phase="rows of scores"
     )
-    parts = [
-        np.split(
-            np.frombuffer(data, rows_NE.dtype).reshape(-1, rows_NE.shape[1]),
-            count_B.cumsum()[:-1],
-        )
-        for data, count_B in zip(received, count_RB, strict=True)
-    ]
-    return np.concatenate([part for parts_R in zip(*parts, strict=True) for part in parts_R])
+
+    def in_order() -> np.ndarray:
+        parts = [
+            np.split(
+                np.frombuffer(data, rows_NE.dtype).reshape(-1, rows_NE.shape[1]),
+                count_B.cumsum()[:-1],
+            )
+            for data, count_B in zip(received, count_RB, strict=True)
+        ]
+        return np.concatenate([part for parts_R in zip(*parts, strict=True) for part in parts_R])
+
+    return exchange.same(in_order)
 
 
 def _spread(size: int, count: int) -> IntArray:

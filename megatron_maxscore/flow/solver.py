@@ -273,13 +273,17 @@ class _Solve:
         payload = own.sums_3B.tobytes() + own.load_RBE.tobytes()
         received = self.exchange.gather(payload, phase="the result")
         size = own.sums_3B.nbytes
-        sums = [np.frombuffer(data[:size]).reshape(3, -1) for data in received]
-        loads = [
-            np.frombuffer(data[size:], np.int64).reshape(own.load_RBE.shape[1:])
-            for data in received
-        ]
-        whole = dataclasses.replace(own, sums_3B=np.sum(sums, axis=0), load_RBE=np.stack(loads))
-        return whole.with_rent(problem)
+
+        def of_all() -> tuple[FloatArray, IntArray]:
+            sums = [np.frombuffer(data[:size]).reshape(3, -1) for data in received]
+            loads = [
+                np.frombuffer(data[size:], np.int64).reshape(own.load_RBE.shape[1:])
+                for data in received
+            ]
+            return np.sum(sums, axis=0), np.stack(loads)
+
+        sums_3B, load_RBE = self.exchange.same(of_all)
+        return dataclasses.replace(own, sums_3B=sums_3B, load_RBE=load_RBE).with_rent(problem)
 
     def _gathered(
         self, problem: Problem, start_BE: IntArray, tolerance: float, mode: str

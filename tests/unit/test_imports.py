@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "megatron_maxscore"
 # library.
 ALLOWED = {
     "ops": {"megatron_maxscore.ops"},
-    "flow": {"megatron_maxscore.flow", "megatron_maxscore.ops"},
+    "flow": {"megatron_maxscore.flow", "megatron_maxscore.ops", "megatron_maxscore.errors"},
     "cpu": {"megatron_maxscore.cpu", "megatron_maxscore._", "megatron.core"},
     "moe": {
         "megatron_maxscore.moe",
