@@ -360,7 +360,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
         offset = place + (number - (len(sizes) - 1) / 2) * width
         axes[0].bar(offset, [own[n]["local / group"] for n in names], width, label=f"{size} ranks")
     axes[0].set_xticks(place, names, rotation=40, ha="right")
-    axes[0].set(title="Score of scope local / score of scope group", ylim=(0.5, 1.02))
+    axes[0].set(title="Score of scope local / score of scope group", ylim=(0.4, 1.02))
     axes[0].axhline(1.0, color="k", linewidth=0.8)
     axes[0].legend()
     for column, marker in (
@@ -376,6 +376,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
         ylabel="ms", xscale="log", yscale="log",
     )  # fmt: skip
     axes[1].set_xticks(sizes, [str(size) for size in sizes])
+    axes[1].xaxis.minorticks_off()
     axes[1].grid(alpha=0.3, which="both")
     axes[1].legend()
     figure.tight_layout()

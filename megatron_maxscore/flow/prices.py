@@ -47,7 +47,7 @@ _MOST_UNITS = 1 << 16
 # Overflow of the sample at which its prices are as good as a sample can tell.
 _SAMPLE_AIM = 0.015
 # Overflow from which warm prices are worth less than those of a sample.
-_LOST = 0.15
+_LOST = 0.1
 # Steps are long only where the overflow is at most this share of all units.
 _NEAR = 0.1
 # By how much longer than plain they are, one after the other; the last value stays.
@@ -394,6 +394,7 @@ def sweep(
     best_B = np.full(num_problems, np.inf)
     step_BE = np.zeros_like(prices_BE)
     is_plain_B, was_long_B = np.zeros(num_problems, np.bool_), np.zeros(num_problems, np.bool_)
+    was_short_B = np.zeros(num_problems, np.bool_)
     stalls_B = np.zeros(num_problems, np.int64)
     active_B = active_B.copy()
     passes = 0
@@ -411,7 +412,8 @@ def sweep(
             active_B &= ~accept(prices_BE, load_BE, now_B, active_B)
         is_best_B = now_B <= best_B
         is_near_B = now_B <= near_B
-        stalls_B += active_B & is_near_B & ((now_B > _STALLED * best_B) | ~is_best_B)
+        # As long as windows limit steps, little progress says nothing.
+        stalls_B += active_B & is_near_B & ~was_short_B & ((now_B > _STALLED * best_B) | ~is_best_B)
         # Exactly as before: a plateau, which no price can part.
         stalls_B += active_B & (now_B == best_B)
         # A long step that made things worse is taken back to its plain length.
@@ -436,6 +438,7 @@ def sweep(
         step_BE = np.where(go_back_B1, step_BE, fresh_BE)
         last_BE = np.where(go_back_B1, last_BE, prices_BE)
         prices_BE = np.where(active_B[:, None], next_BE, prices_BE)
+        was_short_B = (2 * np.abs(step_BE) >= window_BE).any(1)
         window_BE = _next_window(step_BE, window_BE)
     return Descent(prices_BE, load_BE, window_BE, passes)
 
