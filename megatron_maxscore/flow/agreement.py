@@ -24,6 +24,8 @@ ARGUMENTS = (
     "topk", "number of experts", "number of problems", "dtype", "capacity", "capacity_factor",
     "prices", "fill_padding", "tolerance", "mode", "max_rounds",
 )  # fmt: skip
+# A unit (see :attr:`Own.unit_B`) of scores that are all 0.
+ANY_UNIT = 1 << 20
 _TEXT_BYTES = 256
 # Problems whose counts fit into the first exchange; more take a second one.
 _INLINE = 32
@@ -53,6 +55,12 @@ class Own:
     largest_B: FloatArray
     unit_B: IntArray
 
+    @classmethod
+    def wrong(cls, error: str) -> Own:
+        """Return what a rank says whose arguments are wrong."""
+        none_B = np.zeros(0, np.int64)
+        return cls(("?",) * len(ARGUMENTS), error, "", False, none_B, none_B.astype(float), none_B)
+
 
 @dataclass(frozen=True)
 class Agreed:
@@ -81,7 +89,7 @@ def agree(exchange: Exchange, own: Own) -> Agreed:
     if exchange.size == 1:
         if own.error or own.bad:
             raise ValueError(own.error or own.bad)
-        return Agreed(own.has_forbidden, own.rows_B[None], own.largest_B, own.unit_B)
+        return _agreed([_counts(own)], own.rows_B.size, own.has_forbidden)
     headers = exchange.gather(_header(own), phase="arguments")
     has_forbidden, counts = exchange.same(lambda: _compared(headers))
     if own.rows_B.size > _INLINE:
@@ -115,8 +123,8 @@ def _agreed(counts: list[bytes], num_problems: int, has_forbidden: bool) -> Agre
     rows_RB, unit_RB = table_R3B[:, 0], table_R3B[:, 2]
     largest_RB = np.ascontiguousarray(table_R3B[:, 1]).view(np.float64)
     # The rank with the largest scores decides on the unit, the smallest shift.
-    unit_B = np.where(rows_RB > 0, unit_RB, np.iinfo(np.int64).max).min(0)
-    unit_B = np.where(rows_RB.sum(0) > 0, unit_B, 0)
+    unit_B = np.where(rows_RB > 0, unit_RB, ANY_UNIT).min(0)
+    unit_B = np.where(unit_B == ANY_UNIT, 0, unit_B)
     largest_B = np.ldexp(largest_RB, np.clip(unit_B - unit_RB, -4000, 4000)).max(0)
     return Agreed(has_forbidden, rows_RB, largest_B, unit_B)
 

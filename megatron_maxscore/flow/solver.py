@@ -1,4 +1,4 @@
-"""``solve``: checks the arguments, runs prices and finish, and returns the certificate.
+"""``solve``: exchanges the arguments, runs prices and finish, and returns the certificate.
 
 Shape letters: B problems, S rows of a problem, N rows that take part, E experts, K experts per
 token, R ranks.
@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_maxscore.flow import inputs
 from megatron_maxscore.flow import prices as price_sweeps
-from megatron_maxscore.flow.agreement import ARGUMENTS, Agreed, Own, agree
+from megatron_maxscore.flow.agreement import ANY_UNIT, Own, agree
 from megatron_maxscore.flow.backend import backend
 from megatron_maxscore.flow.exchange import Exchange, exchange_of
 from megatron_maxscore.flow.finish import finish
+from megatron_maxscore.flow.inputs import Options, Rows
 from megatron_maxscore.flow.problem import (
     SCORE_BITS,
     BoolArray,
@@ -28,14 +30,9 @@ from megatron_maxscore.flow.problem import (
     Problem,
     check_supply,
     integer_prices,
-    maxima,
     shifts,
 )
 from megatron_maxscore.flow.solution import FlowSolution
-
-MODES = ("exact", "bounded")
-# Prices reach E - 1 score ranges, and 63 bits have to hold them, path lengths and counts of arcs.
-MAX_EXPERTS = 1024
 
 
 def solve(
@@ -66,172 +63,112 @@ def solve(
         capacity: int, or (E,) int64; per problem.
         capacity_factor: used without ``capacity``: C = ceil(T * k * factor / E) for all experts.
         prices: (E,) or (B, E) warm start in score units, finite.
-        group: process group whose ranks hold the other tokens. Only groups of one rank for now.
+        group: process group whose ranks hold the other tokens, contiguous in group-rank order; all
+            of them must call. T is then the number of tokens of all ranks, capacities are theirs,
+            and every argument but scores and ``valid`` must be the same on every rank.
         valid: (T,) or (B, S) bool, False = padding.
         fill_padding: True: padding rows get k experts too, as rows of equal scores in the same
             flow. False: they get no expert and take no capacity.
         tolerance: relative gap at which the solver may stop; 0 = exact optimum.
         mode: "exact", or "bounded": a fixed number of passes and moves, feasible with a certified
             gap. Bounded mode needs every arc allowed.
-        max_rounds: most collectives to use; one rank needs none.
+        max_rounds: aim at no more collectives, by fewer price passes; an exact solve may still need
+            more for its finish. One rank needs none.
 
     Returns:
         The assignment and its certificate, on the device of ``scores``.
 
     Raises:
-        ValueError: an argument is out of range, scores of valid rows are NaN or +inf, or no
-            feasible assignment exists. Names the value.
+        ValueError: an argument is out of range or differs between ranks, scores of valid rows are
+            NaN or +inf, or no feasible assignment exists. Names the value and the rank; the same on
+            every rank.
+        LostRankError: another rank did not take part within the group's timeout.
     """
+    exchange = exchange_of(group)
     with torch.no_grad():
-        return _Solve(exchange_of(group)).run(
-            scores.detach(), topk, capacity, capacity_factor, prices, valid, fill_padding,
-            tolerance, mode, max_rounds,
-        )  # fmt: skip
-
-
-def _check_arguments(
-    scores: Tensor,
-    topk: int,
-    capacity_factor: float,
-    tolerance: float,
-    mode: str,
-    max_rounds: int | None,
-) -> None:
-    if scores.dim() not in (2, 3):
-        raise ValueError(f"scores must be (T, E) or (B, S, E), got shape {tuple(scores.shape)}")
-    if not scores.is_floating_point():
-        raise ValueError(f"scores must be floating point, got {scores.dtype}")
-    if not 1 <= topk <= scores.shape[-1]:
-        raise ValueError(
-            f"topk must lie between 1 and the number of experts {scores.shape[-1]}, got {topk}"
-        )
-    if scores.shape[-1] > MAX_EXPERTS:
-        raise ValueError(f"scores may have at most {MAX_EXPERTS} experts, got {scores.shape[-1]}")
-    if scores.dim() == 3 and scores.shape[0] == 0:
-        raise ValueError("scores hold no problem: the first dimension of (B, S, E) is 0")
-    if not (capacity_factor > 0 and math.isfinite(capacity_factor)):
-        raise ValueError(f"capacity_factor must be a positive number, got {capacity_factor}")
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance must be at least 0, got {tolerance}")
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    if max_rounds is not None and max_rounds < 0:
-        raise ValueError(f"max_rounds must be at least 0, got {max_rounds}")
+        detached = scores.detach()
+        try:
+            inputs.check(detached, topk, capacity_factor, tolerance, mode, max_rounds)
+            rows = Rows.of(detached, valid, fill_padding)
+            options = Options(
+                topk,
+                inputs.capacity_of(capacity, rows.num_experts),
+                float(capacity_factor),
+                inputs.warm_prices(prices, rows.counts_B.size, rows.num_experts, rows.is_batch),
+                fill_padding,
+                float(tolerance),
+                mode,
+                max_rounds,
+            )
+            kernels = backend()
+        except (ValueError, TypeError) as error:
+            agree(exchange, Own.wrong(str(error)))
+            raise  # not reached: agree() raises the same on all ranks
+        return _Solve(exchange, kernels, rows, options).run(scores.dtype, scores.device)
 
 
 class _Solve:
     """One call of :func:`solve`."""
 
-    def __init__(self, exchange: Exchange) -> None:
-        self.exchange = exchange
-        self.kernels = backend()
+    def __init__(self, exchange: Exchange, kernels: Any, rows: Rows, options: Options) -> None:
+        self.exchange, self.kernels, self.rows, self.options = exchange, kernels, rows, options
 
-    def run(
-        self,
-        scores: Tensor,
-        topk: int,
-        capacity: int | Tensor | None,
-        capacity_factor: float,
-        warm: Tensor | None,
-        valid: Tensor | None,
-        fill_padding: bool,
-        tolerance: float,
-        mode: str,
-        max_rounds: int | None,
-    ) -> FlowSolution:
-        own = capacity_E = warm_BE = None
-        error = ""
-        try:
-            _check_arguments(scores, topk, capacity_factor, tolerance, mode, max_rounds)
-            own = _Rows.of(scores, valid, fill_padding)
-            capacity_E = _capacity(capacity, own.num_experts)
-            warm_BE = _warm_prices(warm, own.counts_B.size, own.num_experts, own.is_batch)
-        except ValueError as wrong:
-            error = str(wrong)
-        if own is None or error:
-            nothing = np.zeros(0)
-            said = Own(
-                ("?",) * len(ARGUMENTS), error, "", False, nothing.astype(np.int64), nothing,
-                nothing.astype(np.int64),
-            )  # fmt: skip
-            agree(self.exchange, said)
-            raise AssertionError("agree() raises what is wrong")
-        assert warm_BE is not None
-        unit_B = own.units()
-        scanned = own.scan(self.kernels, unit_B)
-        arguments = (
-            topk, own.num_experts, own.counts_B.size, str(scores.dtype).removeprefix("torch."),
-            capacity_E if capacity_E is None or capacity_E.min() < capacity_E.max()
-            else int(capacity_E[0]),
-            capacity_factor, None if warm is None else warm_BE, fill_padding, float(tolerance),
-            mode, max_rounds,
-        )  # fmt: skip
+    def run(self, dtype: torch.dtype, device: torch.device) -> FlowSolution:
+        """Exchange arguments and solve."""
+        rows, options = self.rows, self.options
+        unit_B = rows.units()
+        scanned = rows.scan(self.kernels, unit_B)
         agreed = agree(
             self.exchange,
             Own(
-                arguments, "", own.wrong(scanned, topk), scanned.has_forbidden, own.counts_B,
-                scanned.largest_B, unit_B,
+                arguments=options.compared(rows, dtype),
+                error="",
+                bad=rows.wrong(scanned, options.topk),
+                has_forbidden=scanned.has_forbidden,
+                rows_B=rows.counts_B,
+                largest_B=scanned.largest_B,
+                unit_B=unit_B,
             ),
-        )  # fmt: skip
-        if (agreed.unit_B != unit_B).any():
-            scanned = own.scan(self.kernels, agreed.unit_B)
-        return self._solve(
-            own, scanned, agreed, topk, capacity_E, capacity_factor, warm_BE, tolerance, mode,
-            max_rounds, scores.device,
-        )  # fmt: skip
-
-    def _solve(
-        self,
-        own: _Rows,
-        scanned: _Scanned,
-        agreed: Agreed,
-        topk: int,
-        capacity_E: IntArray | None,
-        capacity_factor: float,
-        warm_BE: FloatArray,
-        tolerance: float,
-        mode: str,
-        max_rounds: int | None,
-        device: torch.device,
-    ) -> FlowSolution:
-        exchange, unit_B = self.exchange, agreed.unit_B
-        rows_B = agreed.rows_RB.sum(0)
-        if capacity_E is None:
-            each = [
-                math.ceil(count * topk * capacity_factor / own.num_experts)
-                for count in rows_B.tolist()
-            ]
-            capacity_BE = np.repeat(np.array(each, np.int64)[:, None], own.num_experts, 1)
-        else:
-            capacity_BE = np.broadcast_to(capacity_E, (rows_B.size, own.num_experts))
-        problem = Problem(
-            scanned.scores_NE,
-            own.start_B,
-            agreed.rows_RB,
-            exchange.rank,
-            topk,
-            np.minimum(capacity_BE, rows_B[:, None]),
-            scanned.low_N,
-            shifts(agreed.largest_B),
-            agreed.has_forbidden,
         )
-        if problem.has_forbidden and mode == "bounded":
+        if ((agreed.unit_B != unit_B) & (unit_B != ANY_UNIT)).any():
+            scanned = rows.scan(self.kernels, agreed.unit_B)
+        rows_B = agreed.rows_RB.sum(0)
+        problem = Problem(
+            scores_NE=scanned.scores_NE,
+            start_B=rows.start_B,
+            rows_RB=agreed.rows_RB,
+            rank=self.exchange.rank,
+            topk=options.topk,
+            capacity_BE=np.minimum(options.capacities(rows_B, rows.num_experts), rows_B[:, None]),
+            low_N=scanned.low_N,
+            shift_B=shifts(agreed.largest_B),
+            has_forbidden=agreed.has_forbidden,
+        )
+        if problem.has_forbidden and options.mode == "bounded":
             raise ValueError(
                 "scores forbid arcs (-inf), which mode='bounded' cannot promise to respect; use "
                 "mode='exact'"
             )
         check_supply(problem)
-        with np.errstate(over="ignore"):
-            # Differences first: an infinite one is clipped, that of two infinite prices is NaN.
-            warm_BE = np.ldexp(warm_BE - warm_BE.min(1, keepdims=True), unit_B[:, None])
-        start_BE = integer_prices(warm_BE, problem, agreed.largest_B)
-        if exchange.size > 1 and (price_sweeps.sample_size(problem) == rows_B).all():
-            result = self._gathered(problem, start_BE, tolerance, mode)
+        start_BE = np.zeros(problem.capacity_BE.shape, np.int64)
+        if options.warm_BE is not None:
+            with np.errstate(over="ignore"):
+                # Differences first: an infinite one is clipped, that of two infinite ones is NaN.
+                above_BE = options.warm_BE - options.warm_BE.min(1, keepdims=True)
+                above_BE = np.ldexp(above_BE, agreed.unit_B[:, None])
+            start_BE = integer_prices(above_BE, problem, agreed.largest_B)
+        if self.exchange.size > 1 and (price_sweeps.sample_size(problem) == rows_B).all():
+            result = self._gathered(problem, start_BE)
         else:
-            result = self._split(problem, scanned.range_N, start_BE, tolerance, mode, max_rounds)
+            result = self._split(problem, scanned.range_N, start_BE)
+        return self._solution(problem, result, agreed.unit_B, device)
+
+    def _solution(
+        self, problem: Problem, result: _Result, unit_B: IntArray, device: torch.device
+    ) -> FlowSolution:
         objective_B, difference_B, total_range_B = result.sums_3B
         difference_B = np.maximum(difference_B, 0.0)
-        gap_B = np.zeros(rows_B.size)
+        gap_B = np.zeros(unit_B.size)
         np.divide(difference_B, total_range_B, out=gap_B, where=total_range_B > 0)
         gap_B[(total_range_B == 0) & (difference_B > 0)] = np.inf
         with np.errstate(over="ignore"):  # sums near the end of float64 may be infinite
@@ -241,17 +178,17 @@ class _Solve:
 
         def give(values: np.ndarray) -> Tensor:
             tensor = torch.from_numpy(np.ascontiguousarray(values)).to(device)
-            return tensor if own.is_batch else tensor[0]
+            return tensor if self.rows.is_batch else tensor[0]
 
         return FlowSolution(
-            experts=give(own.spread(result.experts_NK)),
+            experts=give(self.rows.spread(result.experts_NK)),
             prices=give(_normalised(prices_BE, problem.tight_B)),
             objective=give(objective_B),
             bound=give(bound_B),
             gap=give(gap_B),
-            converged=give(gap_B <= max(tolerance, _ROUNDING)),
+            converged=give(gap_B <= max(self.options.tolerance, _ROUNDING)),
             loads=give(result.load_RBE.swapaxes(0, 1)),
-            rounds=exchange.rounds,
+            rounds=self.exchange.rounds,
         )
 
     def _split(
@@ -259,13 +196,10 @@ class _Solve:
         problem: Problem,
         range_N: FloatArray,
         start_BE: IntArray,
-        tolerance: float,
-        mode: str,
-        max_rounds: int | None,
     ) -> _Result:
         """Solve with every rank's rows where they are."""
         prices_BE, x_NE = _assign(
-            self.kernels, self.exchange, problem, start_BE, range_N, tolerance, mode, max_rounds
+            self.kernels, self.exchange, problem, start_BE, range_N, self.options
         )
         own = _evaluate(self.kernels, problem, range_N, prices_BE, x_NE)
         if self.exchange.size == 1:
@@ -285,9 +219,7 @@ class _Solve:
         sums_3B, load_RBE = self.exchange.same(of_all)
         return dataclasses.replace(own, sums_3B=sums_3B, load_RBE=load_RBE).with_rent(problem)
 
-    def _gathered(
-        self, problem: Problem, start_BE: IntArray, tolerance: float, mode: str
-    ) -> _Result:
+    def _gathered(self, problem: Problem, start_BE: IntArray) -> _Result:
         """Give every rank all rows, which are few, and let it solve the whole."""
         rows_RB = problem.rows_RB
         scores_NE = price_sweeps.gather_rows(self.exchange, problem.scores_NE, rows_RB)
@@ -303,7 +235,7 @@ class _Solve:
                 low_N=low_N,
             )
             prices_BE, x_NE = _assign(
-                self.kernels, Exchange(), whole, start_BE, high_N - low_N, tolerance, mode, None
+                self.kernels, Exchange(), whole, start_BE, high_N - low_N, self.options
             )
             result = _evaluate(self.kernels, whole, high_N - low_N, prices_BE, x_NE)
             return result.with_rent(whole)
@@ -319,105 +251,6 @@ class _Solve:
         return dataclasses.replace(
             whole, experts_NK=whole.experts_NK[is_own_N], load_RBE=load_BRE.swapaxes(0, 1)
         )
-
-
-@dataclass(frozen=True)
-class _Scanned:
-    """Scores brought to where they can be computed with, and their ranges."""
-
-    scores_NE: np.ndarray
-    low_N: FloatArray
-    range_N: FloatArray
-    largest_B: FloatArray
-    has_bad: bool
-    has_forbidden: bool
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """This rank's rows that take part, and where they were."""
-
-    scores_NE: np.ndarray
-    start_B: IntArray
-    rows: IntArray | None
-    size: int
-    is_batch: bool
-
-    @classmethod
-    def of(cls, scores: Tensor, valid: Tensor | None, fill_padding: bool) -> _Rows:
-        is_batch = scores.dim() == 3
-        batch = scores if is_batch else scores[None]
-        num_problems, size, num_experts = batch.shape
-        wide = batch if batch.dtype == torch.float64 else batch.float()
-        scores_NE = wide.cpu().contiguous().numpy().reshape(-1, num_experts)
-        valid_N = _valid_rows(valid, batch.shape[:2] if is_batch else batch.shape[1:2])
-        rows: IntArray | None = None
-        counts_B = np.full(num_problems, size, np.int64)
-        if valid_N is not None and not valid_N.all():
-            if fill_padding:
-                scores_NE = np.where(valid_N[:, None], scores_NE, scores_NE.dtype.type(0))
-            else:
-                rows = np.flatnonzero(valid_N)
-                counts_B = valid_N.reshape(num_problems, size).sum(1)
-                scores_NE = scores_NE[rows]
-        return cls(scores_NE, np.concatenate([[0], counts_B.cumsum()]), rows, size, is_batch)
-
-    @property
-    def num_experts(self) -> int:
-        return int(self.scores_NE.shape[1])
-
-    @property
-    def counts_B(self) -> IntArray:
-        return np.diff(self.start_B)
-
-    def units(self) -> IntArray:
-        """Return (B,) exponents that bring float64 scores away from the ends of their range."""
-        unit_B = np.zeros(self.start_B.size - 1, np.int64)
-        if self.scores_NE.dtype != np.float64 or self.scores_NE.size == 0:
-            return unit_B
-        size_NE = np.where(np.isfinite(self.scores_NE), np.abs(self.scores_NE), 0.0)
-        exponent_B = np.frexp(maxima(size_NE.max(1), self.start_B))[1].astype(np.int64)
-        return np.where(np.abs(exponent_B) > 900, -exponent_B, 0)
-
-    def scan(self, kernels: Any, unit_B: IntArray) -> _Scanned:
-        scores_NE = self.scores_NE
-        if unit_B.any():
-            scores_NE = np.ldexp(scores_NE, np.repeat(unit_B, self.counts_B)[:, None])
-        low_N, high_N, has_bad, has_forbidden = kernels.scan(scores_NE)
-        with np.errstate(invalid="ignore"):  # a row without allowed experts is refused
-            range_N = high_N - low_N
-        largest_B = maxima(np.where(range_N > 0, range_N, 0.0), self.start_B)
-        return _Scanned(scores_NE, low_N, range_N, largest_B, has_bad, has_forbidden)
-
-    def wrong(self, scanned: _Scanned, topk: int) -> str:
-        """Return what is wrong with the scores, "" if nothing is."""
-        if scanned.has_bad:
-            is_bad_NE = np.isnan(self.scores_NE) | np.isposinf(self.scores_NE)
-            bad = np.flatnonzero(is_bad_NE.any(1))
-            return f"scores hold NaN or +inf in {bad.size} tokens, first in {self._name(bad[0])}"
-        if scanned.has_forbidden:
-            degree_N = (self.scores_NE != -np.inf).sum(1)
-            short = np.flatnonzero(degree_N < topk)
-            if short.size:
-                return (
-                    f"{self._name(short[0])} has {int(degree_N[short[0]])} allowed experts but "
-                    f"needs topk={topk} ({short.size} such tokens); allow more experts for it"
-                )
-        return ""
-
-    def _name(self, row: int) -> str:
-        index = int(row if self.rows is None else self.rows[row])
-        problem = f" of problem {index // self.size}" if self.is_batch else ""
-        return f"token {index % self.size}{problem}"
-
-    def spread(self, experts_NK: IntArray) -> IntArray:
-        """Return (B, S, K) experts, -1 in rows that do not take part."""
-        all_NK = experts_NK
-        problems, topk = self.start_B.size - 1, experts_NK.shape[1]
-        if self.rows is not None:
-            all_NK = np.full((problems * self.size, topk), -1, np.int64)
-            all_NK[self.rows] = experts_NK
-        return all_NK.reshape(problems, self.size, topk)
 
 
 @dataclass(frozen=True)
@@ -470,9 +303,7 @@ def _assign(
     problem: Problem,
     start_BE: IntArray,
     range_N: FloatArray,
-    tolerance: float,
-    mode: str,
-    max_rounds: int | None,
+    options: Options,
 ) -> tuple[IntArray, BoolArray]:
     """Return (B, E) int64 prices and the (N, E) bool assignment of this rank's rows."""
     rows, num_experts = problem.scores_NE.shape
@@ -480,19 +311,20 @@ def _assign(
         return start_BE, np.zeros((0, num_experts), np.bool_)
     if problem.topk == num_experts:
         return np.zeros_like(start_BE), np.ones((rows, num_experts), np.bool_)
-    max_passes = price_sweeps.MAX_PASSES if mode == "exact" else _BOUNDED_PASSES
-    if max_rounds is not None and exchange.size > 1:
-        max_passes = max(2, min(max_passes, max_rounds - exchange.rounds - _OTHER_ROUNDS))
+    is_exact, tolerance = options.mode == "exact", options.tolerance
+    max_passes = price_sweeps.MAX_PASSES if is_exact else _BOUNDED_PASSES
+    if options.max_rounds is not None and exchange.size > 1:
+        max_passes = max(2, min(max_passes, options.max_rounds - exchange.rounds - _OTHER_ROUNDS))
     sum_ranges_B = None
-    if mode == "exact" and tolerance > 0.0 and not problem.has_forbidden:
+    if is_exact and tolerance > 0.0 and not problem.has_forbidden:
         sum_ranges_B = _sum_ranges(exchange, problem, range_N)
     state = price_sweeps.improve(
         kernels, exchange, problem, start_BE, max_passes, tolerance, sum_ranges_B
     )
     prices_BE, load_BE = finish(
-        kernels, exchange, problem, state, None if mode == "exact" else _BOUNDED_PHASES
+        kernels, exchange, problem, state, None if is_exact else _BOUNDED_PHASES
     )
-    if mode == "bounded":
+    if not is_exact:
         for b in np.flatnonzero((load_BE > problem.capacity_BE).any(1)).tolist():
             kernels.fill(problem, b, prices_BE, state.threshold_N, load_BE, state.x_NE, exchange)
     return prices_BE, state.x_NE
@@ -530,51 +362,6 @@ def _sums(values_N: FloatArray, start_B: IntArray) -> FloatArray:
     """Return (B,) sums of each problem's rows."""
     parts = zip(start_B[:-1].tolist(), start_B[1:].tolist(), strict=True)
     return np.array([values_N[a:b].sum() for a, b in parts])
-
-
-def _valid_rows(valid: Tensor | None, shape: torch.Size) -> BoolArray | None:
-    if valid is None:
-        return None
-    if valid.shape != shape or valid.dtype != torch.bool:
-        raise ValueError(
-            f"valid must be {tuple(shape)} bool, got {tuple(valid.shape)} {valid.dtype}"
-        )
-    return valid.detach().cpu().numpy().reshape(-1)
-
-
-def _capacity(capacity: int | Tensor | None, num_experts: int) -> IntArray | None:
-    """Return the (E,) int64 capacities, None where a factor gives them."""
-    if capacity is None:
-        return None
-    if isinstance(capacity, Tensor):
-        if capacity.shape != (num_experts,) or capacity.is_floating_point():
-            raise ValueError(
-                f"capacity must be an int or ({num_experts},) int64, got "
-                f"{tuple(capacity.shape)} {capacity.dtype}"
-            )
-        capacity_E = capacity.detach().cpu().numpy().astype(np.int64)
-    elif not isinstance(capacity, (int, np.integer)):
-        raise ValueError(f"capacity must be an int or ({num_experts},) int64, got {capacity}")
-    else:
-        capacity_E = np.full(num_experts, capacity, np.int64)
-    if (capacity_E < 0).any():
-        raise ValueError(f"capacity must be at least 0, got {int(capacity_E.min())}")
-    return capacity_E
-
-
-def _warm_prices(
-    warm: Tensor | None, num_problems: int, num_experts: int, is_batch: bool
-) -> FloatArray:
-    shape = (num_problems, num_experts)
-    if warm is None:
-        return np.zeros(shape)
-    if warm.shape != shape[1:] and not (is_batch and warm.shape == shape):
-        either = f" or {shape}" if is_batch else ""
-        raise ValueError(f"prices must be {shape[1:]}{either}, got shape {tuple(warm.shape)}")
-    warm_BE = warm.detach().cpu().numpy().astype(np.float64)
-    if not np.isfinite(warm_BE).all():
-        raise ValueError("prices must be finite; start from zeros instead")
-    return np.array(np.broadcast_to(warm_BE, shape))
 
 
 def _normalised(prices_BE: FloatArray, tight_B: BoolArray) -> np.ndarray:

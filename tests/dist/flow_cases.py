@@ -194,10 +194,10 @@ def wrong_on_one_rank(rank, size, what):
 def extreme_scales(rank, size):
     """Scores near the ends of float64 on one rank only."""
     results = []
-    for exponents in ((-1000, 0), (1000, 0), (-1000, -990), (0, 0)):
+    for exponents in ((-1000, 0), (1000, 0), (-1000, -990), (-1000, None), (0, 0)):
         z = torch.randn(24, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
         scores = z * 2.0 ** exponents[0]
-        scores[12:] = z[12:] * 2.0 ** exponents[1]
+        scores[12:] = 0.0 if exponents[1] is None else z[12:] * 2.0 ** exponents[1]
         own = shares(24, size, "even")[rank]
         with small_samples():
             together = outcome(scores[own].contiguous(), None, {"topk": 2}, dist.group.WORLD)
