@@ -38,10 +38,10 @@ _SAMPLE_LOAD = 64
 _MIN_SAMPLE = 512
 # Overflow at which the finish is cheaper than another sweep: units per expert, or a share of all
 # units, which is smaller beyond some units, since the cost of the finish is in units.
-_UNITS_PER_EXPERT = 1.5
-_SHARE_OF_UNITS = 1 / 400
+_UNITS_PER_EXPERT = 0.75
+_SHARE_OF_UNITS = 1 / 800
 _SHARE_BEYOND = 1 / 1600
-_UNITS_BEYOND = 128
+_UNITS_BEYOND = 64
 # The finish is the work of one thread, E^2 for every other unit: at most this over E units.
 _MOST_UNITS = 1 << 16
 # Overflow of the sample at which its prices are as good as a sample can tell.
