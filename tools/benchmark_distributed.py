@@ -290,7 +290,7 @@ def work(arguments: argparse.Namespace) -> None:
         )
     if not arguments.no_layer:
         # Two cores show the time of two ranks; beyond that only the share of the work counts.
-        few = arguments.repeats if dist.get_world_size() == 2 else 1
+        few = 3 * arguments.repeats if dist.get_world_size() == 2 else 1
         found["layer"] = layer_rows([0.0, 1.0, 2.0, 4.0, 8.0], arguments.layer_tokens, 512, few)
     if dist.get_rank() == 0:
         Path(arguments.worker).write_text(json.dumps(found))
