@@ -105,7 +105,7 @@ def finish(
             prices_BE = prices_BE + moved_BE
             drift_B = drift_B + spread_B
             room_B = room_B - spread_B
-            stuck_B = (reach_B >= _WHOLE) & (status_B == 1)
+            stuck_B = tries_B & (reach_B >= _WHOLE) & (status_B == 1)
             if stuck_B.any() and max_phases is None:
                 left = int(np.maximum(excess_BN, 0).sum(1)[stuck_B][0])
                 raise ValueError(
@@ -113,7 +113,8 @@ def finish(
                     "expert that has room; allow more experts or raise the capacities"
                 )
             longer_B = np.minimum(np.where(reach_B > 0, _LONGER * reach_B, beyond_B), _WHOLE)
-            reach_B = np.where(status_B == 1, longer_B, reach_B)
+            # Problems that wait for rows to be contested again keep theirs.
+            reach_B = np.where(tries_B & (status_B == 1), longer_B, reach_B)
             attempts_B += tries_B
             tries_B &= (status_B == 1) & (reach_B <= room_B) & (attempts_B < most_attempts)
         if own_A is not None:

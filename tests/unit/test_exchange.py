@@ -11,6 +11,7 @@ from hypothesis.extra.numpy import arrays
 
 from megatron_maxscore.flow import solve
 from megatron_maxscore.flow.exchange import pack, split_like, unpack
+from tests.dist.flow_cases import small_samples
 from tests.oracles import ortools_objective
 from tools.simulate_scale import collective_seconds, solve_together
 from tools.workloads import as_integers, workload
@@ -72,3 +73,22 @@ def test_modelled_collectives():
     # Three stages over NVLink, eight ranks' bytes.
     assert collective_seconds("gather", 8, 300_000) == pytest.approx(9e-6 + 8e-6)
     assert collective_seconds("sum", 16, 45_000) == pytest.approx(2 * (9e-6 + 8e-6) + 2e-6)
+
+
+def test_problems_of_a_batch_do_not_wait_for_each_other():
+    """Each problem of a batch takes the attempts that it takes alone, however rows are split."""
+    generator = torch.Generator().manual_seed(5)
+    centres = torch.randn(40, 4, 17, generator=generator)
+    kind = torch.randint(4, (40, 60, 1), generator=generator).expand(-1, -1, 17)
+    scores = centres.gather(1, kind) + 0.01 * torch.randn(40, 60, 17, generator=generator)
+    prices = torch.randn(40, 17, generator=generator)
+    cuts = (0, 41, 58, 60)
+    arguments = {"prices": prices, "mode": "bounded"}
+    with small_samples():
+        alone = solve(scores, 5, **arguments)
+        solutions, _, _ = solve_together(
+            3, lambda rank: scores[:, cuts[rank] : cuts[rank + 1]].contiguous(), 5, **arguments
+        )
+    assert torch.equal(torch.cat([part.experts for part in solutions], 1), alone.experts)
+    assert torch.equal(solutions[0].prices, alone.prices)
+    assert float(alone.gap.max()) > 0, "attempts were used up"
