@@ -50,6 +50,8 @@ WORKLOADS = (
 # How much of their logits' scale hot experts gain.
 HOT = 3.0
 LAYER_TOPK = 2
+# Steps of the layer before the ones that are timed: prices have to find their level.
+_FIRST_STEPS = 2
 
 
 def scores_of(name: str, rank: int, size: int, tokens: int, experts: int, step: int) -> Tensor:
@@ -227,9 +229,15 @@ def lifted(router: Any, lift: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def layer_rows(lifts: list[float], tokens: int, hidden: int, repeats: int) -> list[dict[str, Any]]:
-    """Time the layer, forward and backward, with stock and our routers in turn."""
+    """Time the layer, forward and backward, with stock and our routers in turn.
+
+    As in training, every step brings other tokens and prices are averaged after it; the first two
+    steps are not counted.
+    """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from megatron_maxscore.moe.step import average_prices
 
     size, rank, experts = dist.get_world_size(), dist.get_rank(), 16
     parallel_state.initialize_model_parallel(expert_model_parallel_size=size)
@@ -240,22 +248,34 @@ def layer_rows(lifts: list[float], tokens: int, hidden: int, repeats: int) -> li
         "group": ("maxscore", "group"),
     }
     layers = {name: make_layer(*router, size, hidden, experts) for name, router in routers.items()}
-    x = torch.randn(tokens, 1, hidden, generator=torch.Generator().manual_seed(rank))
+    # One set of weights, so that where it lies in memory makes no difference between them.
+    for layer in layers.values():
+        layer.experts = layers["top-k"].experts
+    generator = torch.Generator().manual_seed(rank)
     rows = []
     for lift_of_first in lifts:
         lift = torch.zeros(experts)
         lift[: experts // size] = lift_of_first
         times: dict[str, list[float]] = {name: [] for name in layers}
-        for _ in range(repeats):
-            for name, layer in layers.items():
-                layer.router.gating = lifted(layer.router, lift)
+        for layer in layers.values():
+            layer.router.gating = lifted(layer.router, lift)
+        order = list(layers.items())
+        # Where nothing is to be gained the difference is small beside the noise.
+        steps = repeats if lift_of_first or repeats == 1 else 3 * repeats
+        for step in range(_FIRST_STEPS + steps):
+            x = torch.randn(tokens, 1, hidden, generator=generator)
+            order.append(order.pop(0))
+            for name, layer in order:
                 hidden_states = x.clone().requires_grad_()
                 dist.barrier()
                 started = time.perf_counter()
                 output, _ = layer(hidden_states)
                 output.sum().backward()
                 dist.barrier()
-                times[name].append(1e3 * (time.perf_counter() - started))
+                if step >= _FIRST_STEPS:
+                    times[name].append(1e3 * (time.perf_counter() - started))
+                if name != "top-k":
+                    average_prices([layer.router])
         loads = layers["top-k"].router(x)[1].sum(0)
         dist.all_reduce(loads)
         share = float(loads.reshape(size, -1).sum(1).max() / loads.sum())
@@ -267,8 +287,13 @@ def layer_rows(lifts: list[float], tokens: int, hidden: int, repeats: int) -> li
                 "top-k: hottest rank's share": share,
                 "MaxScore: hottest rank's share": 1 / size,
                 **{f"{name} ms": value for name, value in middle.items()},
-                "local / top-k": middle["local"] / middle["top-k"],
-                "group / top-k": middle["group"] / middle["top-k"],
+                # Of runs beside each other: the machine's speed changes.
+                **{
+                    f"{name} / top-k": statistics.median(
+                        own / stock for own, stock in zip(times[name], times["top-k"], strict=True)
+                    )
+                    for name in ("local", "group")
+                },
             }
         )
     return rows
