@@ -1,5 +1,7 @@
-"""Build script; all metadata is in pyproject.toml."""
+"""Build script; all metadata but the patches' place is in pyproject.toml."""
+
+from glob import glob
 
 from setuptools import setup
 
-setup()
+setup(data_files=[("share/megatron_maxscore/patches", sorted(glob("patches/*.patch")))])

@@ -16,8 +16,6 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.enums import ModelType
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training import get_args, pretrain, print_rank_0
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split
 
 INT_KEYS = ["tokens", "labels", "position_ids"]
@@ -97,6 +95,13 @@ def datasets_provider(num_samples, vp_stage=None):
 
 def main():
     """Parse Megatron's arguments and train."""
+    # From megatron-core 0.19; with older releases use the script of their tree.
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
+    from megatron.training.arguments import parse_and_validate_args
+
     datasets_provider.is_distributed = True
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "NullTokenizer"})
     model_config = gpt_config_from_args(args)

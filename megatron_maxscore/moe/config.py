@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import textwrap
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -243,11 +244,45 @@ def _resolved_types() -> dict[str, Any]:
     return typing.get_type_hints(MaxScoreConfig)
 
 
+def fork_fields() -> str:
+    """Return the source text that declares the same fields in ``TransformerConfig`` itself."""
+    parts = []
+    for name, item in config_fields().items():
+        hint = item.type
+        shown = hint.__name__ if isinstance(hint, type) else str(hint)
+        shown = shown.replace("typing.", "").replace("'", '"')
+        default = f'"{item.default}"' if isinstance(item.default, str) else repr(item.default)
+        help_text = textwrap.fill(
+            f'"""{item.metadata["argparse_meta"]["help"]}"""', 94, break_on_hyphens=False
+        )
+        parts.append(f"{name}: {shown} = {default}\n{help_text}\n")
+    return "\n".join(parts)
+
+
+def _has_fields(cls: Any) -> bool:
+    """Return whether a fork declares our fields itself.
+
+    Raises:
+        ImportError: it declares those of another release of ours.
+    """
+    present = vars(cls)["__dataclass_fields__"].keys()
+    if "moe_router_type" not in present:
+        return False
+    absent = config_fields().keys() - present
+    if absent:
+        raise ImportError(
+            f"the patched TransformerConfig lacks {', '.join(sorted(absent))}: it was patched by "
+            "another release of megatron_maxscore; run python -m megatron_maxscore.patch apply on "
+            "the tree again"
+        )
+    return True
+
+
 def install_config_fields(patches: PatchSet) -> None:
     """Make our options fields of ``TransformerConfig`` and of its subclasses.
 
     Classes derived later inherit them. ``dataclasses.replace``, ``asdict`` and copies keep the
-    values, since the fields are real ones.
+    values, since the fields are real ones. A fork that was patched has them already.
     """
     from megatron.core.transformer import MLATransformerConfig, TransformerConfig
     from megatron.core.transformer.heterogeneous import heterogeneous_config
@@ -258,7 +293,7 @@ def install_config_fields(patches: PatchSet) -> None:
         MLATransformerConfig,
         heterogeneous_config.HeterogeneousTransformerConfig,
     ):
-        if _MARK in vars(cls):
+        if _MARK in vars(cls) or _has_fields(cls):
             continue
         own = vars(cls)["__dataclass_fields__"]
         patches.set(cls, "__dataclass_fields__", {**own, **fields})

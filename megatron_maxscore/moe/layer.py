@@ -26,18 +26,29 @@ from megatron_maxscore.moe.router import MaxScoreRouter
 _patches = PatchSet("MaxScore layer hook")
 
 
-def install_layer_hook() -> None:
-    """Wrap ``MoELayer.__init__``; a second call does nothing.
+# Options of layers that neither config nor spec make ours; None leaves those alone.
+_everywhere: MaxScoreConfig | None = None
+
+
+def install_layer_hook(everywhere: MaxScoreConfig | None = None) -> None:
+    """Wrap ``MoELayer.__init__``; a second call at most changes the options.
 
     Layers whose config says ``moe_router_type == 'maxscore'``, or whose spec comes from
     :func:`with_maxscore`, are built with our router and dispatcher; all others as before.
+
+    Args:
+        everywhere: makes all layers ours, with these options.
     """
+    global _everywhere
+    _everywhere = everywhere or _everywhere
     if not _patches:
         _patches.wrap(MoELayer, "__init__", _choosing_router)
 
 
 def remove_layer_hook() -> None:
     """Undo :func:`install_layer_hook`; layers that exist keep what they have."""
+    global _everywhere
+    _everywhere = None
     _patches.undo()
 
 
@@ -92,21 +103,46 @@ def _router_options(config: Any, router: Any) -> tuple[bool, MaxScoreConfig | No
         return True, router.keywords.get("maxscore")
     if router is MaxScoreRouter:
         return True, None
-    wanted = getattr(config, "moe_router_type", "topk") == "maxscore" and router is TopKRouter
-    return wanted, None
+    if router is not TopKRouter:
+        return False, None
+    if getattr(config, "moe_router_type", "topk") == "maxscore":
+        return True, None
+    return _everywhere is not None, _everywhere
+
+
+def choose_router(config: Any, submodules: MoESubmodules) -> MoESubmodules:
+    """Return a layer's submodules with our router, if the layer is ours; else as they are."""
+    ours, options = _router_options(config, submodules.router)
+    keywords = getattr(submodules.router, "keywords", {})
+    if not ours or "plan" in keywords:
+        return submodules
+    router = functools.partial(MaxScoreRouter, maxscore=options, plan=RoutingPlan())
+    return dataclasses.replace(submodules, router=router)
+
+
+def choose_dispatcher(layer: Any, pg_collection: Any) -> None:
+    """Give a layer with our router our dispatcher; for forks, before the experts are built."""
+    if not isinstance(layer.router, MaxScoreRouter):
+        return
+    if isinstance(layer.token_dispatcher, MaxScoreTokenDispatcher):
+        return
+    layer.token_dispatcher = MaxScoreTokenDispatcher(
+        layer.num_local_experts,
+        layer.local_expert_indices,
+        config=layer.config,
+        pg_collection=pg_collection,
+        plan=layer.router.plan,
+    )
 
 
 def _choosing_router(original: Any) -> Any:
     def init(self: Any, config: Any, submodules: Any = None, *args: Any, **kwargs: Any) -> None:
-        router = getattr(submodules, "router", None)
-        ours, options = _router_options(config, router)
-        if not ours:
+        if submodules is not None:
+            submodules = choose_router(config, submodules)
+        plan = getattr(getattr(submodules, "router", None), "keywords", {}).get("plan")
+        if plan is None:
             original(self, config, submodules, *args, **kwargs)
             return
-        plan = RoutingPlan()
-        submodules = dataclasses.replace(
-            submodules, router=functools.partial(MaxScoreRouter, maxscore=options, plan=plan)
-        )
         building = PatchSet("MaxScore dispatcher")
         building.set(
             moe_layer,

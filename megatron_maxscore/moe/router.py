@@ -203,6 +203,7 @@ class MaxScoreRouter(TopKRouter):
         wide_TE = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
         if self.options.gate == "soft_topk":
             gates_TE = soft_topk(wide_TE, self.topk, self.options.temperature, self.options.variant)
+            gates_TE = gates_TE.to(scores_TE.dtype)
         else:
             gates_TE = scores_TE
 

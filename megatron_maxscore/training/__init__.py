@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron_maxscore._patches import PatchSet
+from megatron_maxscore._run import exit_with_error
 
 _patches = PatchSet("MaxScore training hooks")
 
@@ -15,7 +18,9 @@ def install() -> None:
     if _patches:
         return
     from megatron_maxscore.moe.config import install_config_fields
+    from megatron_maxscore.releases import warn_if_untested
 
+    warn_if_untested()
     # Before megatron.training is imported: its argument parser reads these fields.
     install_config_fields(_patches)
     from megatron_maxscore.moe.layer import install_layer_hook
@@ -24,6 +29,29 @@ def install() -> None:
     install_layer_hook()
     for part in (arguments, checkpoints, steps, evaluation, statistics):
         part.hook(_patches)
+
+
+def begin_in_fork(args: Any) -> None:
+    """Install every hook and check arguments.
+
+    Called by a patched fork's ``validate_args``, and by the specs for stock scripts.
+
+    Args:
+        args: Megatron's parsed arguments.
+
+    Raises:
+        SystemExit: on every rank, after one line on rank 0, if the arguments cannot work.
+    """
+    if _patches:
+        # The launcher was faster.
+        return
+    install()
+    from megatron_maxscore.training.arguments import check_arguments
+
+    try:
+        check_arguments(args)
+    except ValueError as error:
+        exit_with_error(str(error))
 
 
 def uninstall() -> None:

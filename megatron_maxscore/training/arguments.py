@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_maxscore._patches import PatchSet
 from megatron_maxscore.moe.config import MaxScoreConfig, check_transformer_config
+from megatron_maxscore.releases import names_bound_early
 
 # What a run writes is not restored from the checkpoint of another.
 _OF_THIS_RUN = ("maxscore_stats_file", "maxscore_record_")
@@ -15,13 +16,12 @@ _OF_THIS_RUN = ("maxscore_stats_file", "maxscore_record_")
 
 def hook(patches: PatchSet) -> None:
     """Wrap parsing and validation of arguments, and what ``--use-checkpoint-args`` restores."""
-    from megatron.training import arguments, checkpointing, initialize
+    from megatron.training import arguments, checkpointing
 
     for name, wrapper in (("parse_args", _with_short_errors), ("validate_args", _with_our_checks)):
         patches.wrap(arguments, name, wrapper)
-        # Up to 0.17 the initialization binds both by name when it is imported.
-        if hasattr(initialize, name):
-            patches.set(initialize, name, getattr(arguments, name))
+        for module in names_bound_early(name):
+            patches.set(module, name, getattr(arguments, name))
     patches.wrap(checkpointing, "load_args_from_checkpoint", _with_router_type)
 
 
@@ -54,25 +54,34 @@ def _with_short_errors(original: Any) -> Any:
 
 def _with_our_checks(original: Any) -> Any:
     def validate_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
-        options = MaxScoreConfig.from_transformer_config(args)
-        if args.moe_router_type == "maxscore":
-            check_transformer_config(args, options)
-        if args.num_experts is not None:
-            parallel = args.expert_model_parallel_size
-            if args.num_experts % parallel:
-                raise ValueError(
-                    f"--num-experts {args.num_experts} is not divisible by "
-                    f"--expert-model-parallel-size {parallel}; change one of them"
-                )
-            if args.moe_router_topk > args.num_experts:
-                raise ValueError(
-                    f"--moe-router-topk {args.moe_router_topk} is more than --num-experts "
-                    f"{args.num_experts}; lower --moe-router-topk"
-                )
-        _check_data_paths(args)
+        check_arguments(args)
         return original(args, *rest, **kwargs)
 
     return validate_args
+
+
+def check_arguments(args: Any) -> None:
+    """Refuse arguments that cannot work.
+
+    Raises:
+        ValueError: names the flags and what mends it.
+    """
+    options = MaxScoreConfig.from_transformer_config(args)
+    if args.moe_router_type == "maxscore":
+        check_transformer_config(args, options)
+    if args.num_experts is not None:
+        parallel = args.expert_model_parallel_size
+        if args.num_experts % parallel:
+            raise ValueError(
+                f"--num-experts {args.num_experts} is not divisible by "
+                f"--expert-model-parallel-size {parallel}; change one of them"
+            )
+        if args.moe_router_topk > args.num_experts:
+            raise ValueError(
+                f"--moe-router-topk {args.moe_router_topk} is more than --num-experts "
+                f"{args.num_experts}; lower --moe-router-topk"
+            )
+    _check_data_paths(args)
 
 
 def _check_data_paths(args: Any) -> None:

@@ -42,5 +42,70 @@ if "BAD_RANK" in os.environ:
 
     Router.gating = _bad_gating
 
+
+def _build(pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None):
+    """Build the model as the scripts of releases before 0.19 do."""
+    from megatron.core.models.gpt import GPTModel, gpt_layer_specs
+    from megatron.core.transformer.spec_utils import import_module
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    args = get_args()
+    config = config or core_transformer_config_from_args(args)
+    if args.spec is not None:
+        spec = import_module(args.spec)
+    else:
+        spec = gpt_layer_specs.get_gpt_decoder_block_spec(
+            config, use_transformer_engine=False, normalization=args.normalization,
+            vp_stage=vp_stage,
+        )  # fmt: skip
+    mtp_spec = None
+    if args.mtp_num_layers is not None:
+        layers = gpt_layer_specs.get_gpt_decoder_layer_specs(
+            config, use_transformer_engine=False, normalization=args.normalization,
+            vp_stage=vp_stage,
+        )  # fmt: skip
+        mtp_spec = gpt_layer_specs.get_gpt_mtp_block_spec(
+            config, layers[-1], use_transformer_engine=False, vp_stage=vp_stage
+        )
+    return GPTModel(
+        config,
+        spec,
+        args.padded_vocab_size,
+        args.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        parallel_output=True,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        mtp_block_spec=mtp_spec,
+        vp_stage=vp_stage,
+        pg_collection=pg_collection,
+    )
+
+
+def _main_before_019():
+    from megatron.core.enums import ModelType
+    from megatron.training import arguments, initialize
+
+    pretrain_gpt.datasets_provider.is_distributed = True
+    common = (
+        pretrain_gpt.datasets_provider, _build, ModelType.encoder_or_decoder,
+        pretrain_gpt.forward_step,
+    )  # fmt: skip
+    defaults = {"tokenizer_type": "NullTokenizer"}
+    if hasattr(initialize, "parse_args"):
+        training.pretrain(*common, args_defaults=defaults)
+        return
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    args = arguments.parse_and_validate_args(args_defaults=defaults)
+    training.pretrain(pretrain_cfg_container_from_args(args), *common)
+
+
 if __name__ == "__main__":
-    pretrain_gpt.main()
+    from megatron.training import argument_utils
+
+    if hasattr(argument_utils, "gpt_config_from_args"):
+        pretrain_gpt.main()
+    else:
+        _main_before_019()

@@ -1,0 +1,107 @@
+"""Launcher, patched fork and ``--spec``: the same training by each way, on every release."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from megatron_maxscore import patch
+from tests.dist.training_runs import MAXSCORE, ROOT, TOPK, run, succeed
+from tests.releases import RELEASES, copy_of_wheel, in_front, wheel
+
+pytestmark = pytest.mark.xdist_group("ranks")
+EP2 = "--expert-model-parallel-size 2 --train-iters 5"
+CPU = "megatron_maxscore.cpu"
+OPTIONS = {"MEGATRON_MAXSCORE": json.dumps({"scope": "group"})}
+
+
+@pytest.fixture(scope="module", params=RELEASES)
+def release(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def fork(release, tmp_path_factory):
+    tree = copy_of_wheel(release, tmp_path_factory.mktemp("fork"))
+    assert list(patch.run("apply", tree))
+    return tree
+
+
+def test_all_ways_in_train_alike(tmp_path, release, fork):
+    stock = in_front(wheel(release))
+    flags = f"{MAXSCORE.replace('local', 'group')} {EP2}"
+    launched = succeed(tmp_path / "launch", 2, flags, environment=stock)
+    statistics = tmp_path / "fork.jsonl"
+    patched = succeed(
+        tmp_path / "patch", 2, f"{flags} --maxscore-stats-file {statistics}", module=CPU,
+        environment=in_front(fork),
+    )  # fmt: skip
+    spec = succeed(
+        tmp_path / "spec",
+        2,
+        f"--moe-router-load-balancing-type none --spec megatron_maxscore.moe.specs gpt_layer {EP2}",
+        module=CPU,
+        environment={**stock, **OPTIONS},
+    )
+    assert len(launched.losses) == 5
+    assert launched.losses == patched.losses == spec.losses
+    assert set(launched.validation) == {"(price routing)", "(flow routing)"}
+    assert launched.validation == patched.validation == spec.validation
+    for line in [*launched.statistics, *map(json.loads, statistics.read_text().splitlines())]:
+        assert line["maxvio"] == [0.0, 0.0] and line["dropped"] == [0, 0]
+        assert line["loads"] == [[128] * 8] * 2
+
+
+@pytest.mark.parametrize("older", RELEASES[:-1])
+def test_contracts_and_dispatcher(older):
+    """The same tests that the suite runs with the installed release."""
+    command = [
+        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0",
+        "tests/contract", "tests/dist/test_moe_layer.py",
+    ]  # fmt: skip
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    environment |= in_front(wheel(older))
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-4000:]
+
+
+def test_topk_under_the_patch_is_stock_bit_for_bit(tmp_path):
+    release = RELEASES[-1]
+    tree = copy_of_wheel(release, tmp_path / "fork")
+    assert list(patch.run("apply", tree))
+    flags = f"{TOPK} --expert-model-parallel-size 2 --train-iters 20 --hidden-dropout 0.1"
+    stock = succeed(tmp_path / "stock", 2, flags, module=CPU)
+    patched = succeed(
+        tmp_path / "patched", 2, f"{flags} --moe-router-type topk", module=CPU,
+        environment=in_front(tree),
+    )  # fmt: skip
+    assert len(stock.losses) == 20
+    assert patched.losses == stock.losses and patched.validation == stock.validation
+
+
+def test_refusals_are_one_line(tmp_path):
+    tree = copy_of_wheel(RELEASES[-1], tmp_path / "fork")
+    assert list(patch.run("apply", tree))
+    for way, words in (
+        ("patch", ["--moe-router-load-balancing-type sinkhorn"]), ("spec", ["speed", "scope"]),
+    ):  # fmt: skip
+        refused(tmp_path / way, way, tree, words)
+
+
+def refused(tmp_path, way, tree, words):
+    flags = f"{EP2} --moe-router-load-balancing-type sinkhorn"
+    if way == "patch":
+        flags, environment = f"{flags} --moe-router-type maxscore", in_front(tree)
+    else:
+        flags = f"{flags} --spec megatron_maxscore.moe.specs gpt_layer"
+        environment = {"MEGATRON_MAXSCORE": '{"scope": "group", "speed": 9}'}
+    result = run(tmp_path, 2, flags, module=CPU, environment=environment, timeout=90.0)
+    assert result.status != 0 and len(result.errors) == 1 and not result.losses
+    assert all(word in result.errors[0] for word in words)
