@@ -44,11 +44,12 @@ def loss_func(loss_mask, output):
     return loss, num_tokens, {"lm loss": torch.stack([loss.detach(), num_tokens.float()])}
 
 
-def forward_step(data_iterator, model):
-    """Run one microbatch forward."""
+def forward_step(data_iterator, model, return_schedule_plan=False):
+    """Run one microbatch forward, or plan it for ``--overlap-moe-expert-parallel-comm``."""
     vp_stage = getattr(unwrapped(model), "vp_stage", None)
     batch = get_batch(data_iterator, vp_stage)
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    run = unwrapped(model).build_schedule_plan if return_schedule_plan else model
+    output = run(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
     return output, partial(loss_func, batch["loss_mask"])
 
 

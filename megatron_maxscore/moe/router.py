@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel.random import is_checkpointing
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-from megatron_maxscore.moe import recording
+from megatron_maxscore.moe import metrics, recording
 from megatron_maxscore.moe.config import (
     VARIABLE_LENGTHS,
     MaxScoreConfig,
@@ -272,7 +272,9 @@ class MaxScoreRouter(TopKRouter):
             scores_TE, self._batch_size, self.topk, self.expert_prices, valid_T
         )
         if self.training:
-            self.statistics.seconds += time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            metrics.record(self, scores_TE, routed.experts_TK, valid_T, solution, seconds)
+            self.statistics.seconds += seconds
             self.statistics.solves += 1
             gap = float(solution.gap.max())
             self.statistics.largest_gap = max(self.statistics.largest_gap, gap)

@@ -24,10 +24,17 @@ def install() -> None:
     # Before megatron.training is imported: its argument parser reads these fields.
     install_config_fields(_patches)
     from megatron_maxscore.moe.layer import install_layer_hook
-    from megatron_maxscore.training import arguments, checkpoints, evaluation, statistics, steps
+    from megatron_maxscore.training import (
+        arguments,
+        checkpoints,
+        evaluation,
+        logging,
+        statistics,
+        steps,
+    )
 
     install_layer_hook()
-    for part in (arguments, checkpoints, steps, evaluation, statistics):
+    for part in (arguments, checkpoints, steps, evaluation, logging, statistics):
         part.hook(_patches)
 
 

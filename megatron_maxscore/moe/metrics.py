@@ -1,0 +1,119 @@
+"""What routers tell Megatron's tracker of MoE metrics, per layer.
+
+The training loop decides when (:data:`is_due`); without it nothing is computed. Values stay on the
+device of the scores, so nothing is synchronised. Each is a mean over microbatches, and over the
+ranks that hold replicas of the router.
+
+Shape letters: T tokens of this rank, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from megatron_maxscore.flow import FlowSolution
+from megatron_maxscore.releases import has_metrics_tracker
+
+if TYPE_CHECKING:
+    from megatron_maxscore.moe.router import MaxScoreRouter
+
+PREFIX = "maxscore/"
+# objective, unconstrained: score per token, as routed and if every token had its k best experts;
+# score_ratio: the former over the latter, what balance costs. first_choices: share of tokens that
+# have their k best experts. load_p05 to load_max: of the experts of the problem, over their mean.
+NAMES = tuple(
+    PREFIX + name
+    for name in (
+        "objective", "unconstrained", "score_ratio", "first_choices", "gap", "rounds",
+        "price_range", "load_p05", "load_p95", "load_max", "solve_ms",
+    )
+)  # fmt: skip
+
+# Set by the hooks into the training loop: whether values of the current iteration are logged.
+is_due: Callable[[], bool] | None = None
+
+
+def record(
+    router: MaxScoreRouter,
+    scores_TE: Tensor,
+    experts_TK: Tensor,
+    valid_T: Tensor | None,
+    solution: FlowSolution,
+    seconds: float,
+) -> None:
+    """Give the tracker a solve's values, if they are due."""
+    if is_due is None or not is_due():
+        return
+    values = measured(scores_TE, experts_TK, valid_T, solution)
+    values["solve_ms"] = torch.tensor(1e3 * seconds)
+    config = router.config
+    num_layers = config.num_layers + (config.mtp_num_layers or 0)
+    number = router.layer_number
+    if number is not None and router.is_mtp_layer:
+        number += config.num_layers
+    for name, value in values.items():
+        value = value.to(device=scores_TE.device, dtype=torch.float32, non_blocking=True)
+        _store(PREFIX + name, value, number, num_layers, router.tp_dp_cp_group)
+
+
+def measured(
+    scores_TE: Tensor, experts_TK: Tensor, valid_T: Tensor | None, solution: FlowSolution
+) -> dict[str, Tensor]:
+    """Return the values of one solve, without its time.
+
+    Args:
+        scores_TE: (T, E) what the flow maximised.
+        experts_TK: (T, K) int64, -1 nowhere.
+        valid_T: (T,) bool, False = padding, which does not count.
+        solution: of the problem that these tokens are part of.
+
+    Returns:
+        0-dim tensors by the names in :data:`NAMES`, without prefix.
+    """
+    if valid_T is not None:
+        scores_TE, experts_TK = scores_TE[valid_T], experts_TK[valid_T]
+    scores_TE = scores_TE.double()
+    num_tokens, topk = max(experts_TK.shape[0], 1), experts_TK.shape[1]
+    own_TK = scores_TE.gather(1, experts_TK)
+    others_TE = scores_TE.scatter(1, experts_TK, float("-inf"))
+    is_first_T = own_TK.amin(1) >= others_TE.amax(1)
+    objective = own_TK.sum()
+    best = scores_TE.topk(topk, dim=1, sorted=False).values.sum()
+    loads_E = solution.loads.reshape(-1, solution.loads.shape[-1]).sum(0).double()
+    loads_E = loads_E / loads_E.mean().clamp(min=1e-30)
+    low, high = torch.quantile(loads_E, loads_E.new_tensor([0.05, 0.95]))
+    prices = solution.prices.reshape(-1, solution.prices.shape[-1])
+    return {
+        "objective": objective / num_tokens,
+        "unconstrained": best / num_tokens,
+        "score_ratio": torch.where(best == 0, 1.0, objective / best),
+        "first_choices": is_first_T.double().mean() if is_first_T.numel() else best.new_ones(()),
+        "gap": solution.gap.max(),
+        "rounds": torch.tensor(float(solution.rounds)),
+        "price_range": (prices.amax(1) - prices.amin(1)).max(),
+        "load_p05": low,
+        "load_p95": high,
+        "load_max": loads_E.max(),
+    }
+
+
+def _store(name: str, value: Tensor, number: int | None, num_layers: int, group: object) -> None:
+    """Add to the tracker, however the release calls it; replicas are averaged over ``group``."""
+    if number is None:
+        return
+    if has_metrics_tracker():
+        from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+
+        get_moe_metrics_tracker().record(
+            name, value, number, num_layers, avg_group=group, needs_dp_avg=False
+        )
+    else:
+        from megatron.core.transformer.moe.moe_utils import save_to_aux_losses_tracker
+
+        save_to_aux_losses_tracker(
+            name, value, number, num_layers, avg_group=group, reduce_group_has_dp=True
+        )

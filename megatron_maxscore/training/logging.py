@@ -1,0 +1,107 @@
+"""MaxScore's metrics in Megatron's log, TensorBoard and W&B, at every logging interval.
+
+They travel in Megatron's own tracker of MoE metrics, whose report they join; its collectives are
+those of any other metric, and there are none in the iterations between.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from typing import Any
+
+from megatron_maxscore._patches import PatchSet
+from megatron_maxscore.moe import metrics
+from megatron_maxscore.releases import has_metrics_tracker
+
+# What the console shows; writers get everything.
+_CONSOLE = ("score_ratio", "first_choices", "price_range")
+# Percentiles over layers, for the writers.
+_ACROSS_LAYERS = {metrics.PREFIX + "load_max": [0.5, 0.95]}
+
+
+def hook(patches: PatchSet) -> None:
+    """Wrap the report of MoE metrics and tell routers when values are due."""
+    patches.set(metrics, "is_due", functools.partial(_is_due, 1))
+    if has_metrics_tracker():
+        from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
+
+        patches.wrap(MoEMetricsTracker, "report", _with_ours)
+    else:
+        from megatron.training import training
+
+        patches.wrap(training, "track_moe_metrics", _cleared)
+        patches.wrap(training, "track_moe_metrics", _with_ours)
+
+
+def _is_due(steps_ahead: int = 0) -> bool:
+    """Return whether values of an iteration are logged: the current one, or so many later.
+
+    The loop counts an iteration when its step is done, after the routers have run.
+    """
+    from megatron.training import get_args
+
+    try:
+        args = get_args()
+    except AssertionError:
+        return False
+    if getattr(args, "moe_router_type", "topk") != "maxscore":
+        return False
+    iteration = int(getattr(args, "curr_iteration", 0) or 0) + steps_ahead
+    interval = min(
+        getattr(args, "log_interval", None) or 1,
+        getattr(args, "tensorboard_log_interval", None) or 1
+        if getattr(args, "tensorboard_dir", None)
+        else 1 << 30,
+    )
+    return iteration % interval == 0
+
+
+def _with_ours(original: Any) -> Any:
+    signature = inspect.signature(original)
+
+    def report(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs)
+        arguments = call.arguments
+        from megatron.training import get_args
+
+        # The report names the iteration that is just done.
+        ahead = arguments["iteration"] - int(getattr(get_args(), "curr_iteration", 0) or 0)
+        if not _is_due(ahead):
+            return original(*args, **kwargs)
+        names = arguments.get("track_names")
+        if names is not None:
+            arguments["track_names"] = [*([names] if isinstance(names, str) else names)]
+            arguments["track_names"] += metrics.NAMES
+        if "percentiles" in signature.parameters:
+            arguments["percentiles"] = {**_ACROSS_LAYERS, **(arguments.get("percentiles") or {})}
+        return _shortened(original(*call.args, **call.kwargs))
+
+    return report
+
+
+def _cleared(original: Any) -> Any:
+    """Up to 0.17 the report takes all that it finds, and the console averages it as losses."""
+    signature = inspect.signature(original)
+
+    def track_moe_metrics(*args: Any, **kwargs: Any) -> Any:
+        from megatron.core.transformer.moe import moe_utils
+
+        result = original(*args, **kwargs)
+        losses = signature.bind(*args, **kwargs).arguments.get("total_loss_dict")
+        for name in metrics.NAMES:
+            moe_utils.get_moe_layer_wise_logging_tracker().pop(name, None)
+            if losses is not None:
+                losses.pop(name, None)
+        return result
+
+    return track_moe_metrics
+
+
+def _shortened(text: Any) -> Any:
+    """Leave in the log's line what tells most."""
+    if not isinstance(text, str):
+        return text
+    kept = "|".join(_CONSOLE)
+    return re.sub(rf" *{metrics.PREFIX}(?!(?:{kept}):)[^|]*\|", "", text)

@@ -1,0 +1,228 @@
+"""What must work together with MaxScore routing, item by item, and what is refused.
+
+One list serves the tests that train with each item and the table in docs/compatibility.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+PIPELINE = "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2"
+EP2 = "--expert-model-parallel-size 2"
+TP2_EP2 = (
+    "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2 "
+    "--expert-tensor-parallel-size"
+)
+VPP = f"{PIPELINE} --num-layers 4 --num-layers-per-virtual-pipeline-stage 1"
+
+
+@dataclass(frozen=True)
+class Item:
+    """A configuration that trains.
+
+    Attributes:
+        name: as in the table.
+        flags: Megatron's and ours, besides those of every test run.
+        ranks: processes.
+        moe_layers: numbers from 0 of the layers that route, of all.
+        quick: whether it is in the quick suite, on the newest release.
+        scopes: scopes to train in.
+        since: first release that has it.
+    """
+
+    name: str
+    flags: str
+    ranks: int = 2
+    moe_layers: tuple[int, ...] = (0, 1)
+    quick: bool = False
+    scopes: tuple[str, ...] = ("local",)
+    since: str = "0.17"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A configuration that is refused when arguments are validated.
+
+    Attributes:
+        name: as in the table.
+        flags: what the user gives.
+        words: what the one line must name: both flags and the nearest choice.
+        since: first release that has the flag.
+    """
+
+    name: str
+    flags: str
+    words: tuple[str, ...] = field(default=())
+    since: str = "0.17"
+
+
+PARALLELISM = (
+    Item("TP + SP, ETP < TP", f"{TP2_EP2} 1", 4, scopes=("local", "group", "sequence")),
+    Item("ETP = TP, with EP", f"{TP2_EP2} 2", 4, quick=True, scopes=("local", "group")),
+    Item("PP", PIPELINE, 4, scopes=("local", "group")),
+    Item("VPP (interleaved)", VPP, 4, (0, 1, 2, 3), scopes=("local", "group")),
+    Item("EP", "--expert-model-parallel-size 4", 4, scopes=("local", "group")),
+    Item("DP", ""),
+    Item("distributed optimizer", f"{EP2} --use-distributed-optimizer", 4),
+    Item(
+        "TP x PP x EP", f"{TP2_EP2} 1 --pipeline-model-parallel-size 2", 8,
+        scopes=("local", "group"),
+    ),
+    Item(
+        "TP x EP x DP, distributed optimizer", f"{TP2_EP2} 1 --use-distributed-optimizer", 8,
+        scopes=("group",),
+    ),
+    Item(
+        "PP x VPP x EP, distributed optimizer", f"{VPP} --use-distributed-optimizer", 4,
+        (0, 1, 2, 3), quick=True,
+    ),
+    Item(
+        "dense layers between (--moe-layer-freq)",
+        f"{PIPELINE} --num-layers 4 --moe-layer-freq ([0,1]*2)", 4, (1, 3),
+    ),
+    Item(
+        "pipeline stage without MoE layer",
+        f"{PIPELINE} --num-layers 4 --moe-layer-freq ([0]*2+[1]*2)", 4, (2, 3), quick=True,
+        scopes=("group",),
+    ),
+    Item(
+        "uneven pipeline", f"{PIPELINE} --num-layers 3 --decoder-first-pipeline-num-layers 1", 4,
+        (0, 1, 2),
+    ),
+)  # fmt: skip
+
+FEATURES = (
+    Item("shared experts", f"{EP2} --moe-shared-expert-intermediate-size 32"),
+    Item(
+        "shared experts, overlap",
+        f"{EP2} --moe-shared-expert-intermediate-size 32 --moe-shared-expert-overlap",
+        scopes=("local", "group"),
+    ),
+    Item("z-loss", f"{EP2} --moe-z-loss-coeff 1e-3"),
+    Item(
+        "auxiliary loss",
+        f"{EP2} --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2",
+    ),
+    Item(
+        "auxiliary loss per sequence",
+        f"{EP2} --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 1e-2",
+    ),
+    Item(
+        "auxiliary loss over the global batch",
+        f"{EP2} --moe-router-load-balancing-type global_aux_loss --moe-aux-loss-coeff 1e-2",
+    ),
+    Item("input jitter", f"{EP2} --moe-input-jitter-eps 1e-2"),
+    Item("router dtype fp32", f"{EP2} --bf16 --moe-router-dtype fp32"),
+    Item("router dtype fp64", f"{EP2} --moe-router-dtype fp64"),
+    Item("bf16 router", f"{EP2} --bf16"),
+    Item("top-k scaling factor", f"{EP2} --moe-router-topk-scaling-factor 2.5"),
+    Item(
+        "score function sigmoid",
+        f"{EP2} --moe-router-score-function sigmoid --maxscore-gate score",
+    ),
+    Item("pre-softmax", f"{EP2} --moe-router-pre-softmax --maxscore-gate score"),
+    Item(
+        "selective recompute of moe",
+        f"{EP2} --recompute-granularity selective --recompute-modules moe",
+        scopes=("local", "group"),
+    ),
+    Item(
+        "full recompute",
+        f"{EP2} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    ),
+    Item(
+        "MTP layers", f"{EP2} --mtp-num-layers 1", moe_layers=(0, 1, 2), scopes=("local", "group")
+    ),
+    Item("router replay", f"{EP2} --moe-enable-routing-replay"),
+    Item("forced load balancing", f"{EP2} --moe-router-force-load-balancing"),
+    Item("per-layer logging", f"{EP2} --moe-per-layer-logging"),
+    Item(
+        "1F1B overlap of expert communication",
+        f"{VPP} --overlap-moe-expert-parallel-comm --bf16 --moe-router-dtype fp32", 4, (0, 1, 2, 3),
+    ),
+    Item(
+        "features together",
+        f"{EP2} --moe-shared-expert-intermediate-size 32 --moe-shared-expert-overlap "
+        "--moe-z-loss-coeff 1e-3 --moe-router-load-balancing-type seq_aux_loss "
+        "--moe-aux-loss-coeff 1e-2 --moe-input-jitter-eps 1e-2 --moe-router-dtype fp64 "
+        "--moe-router-topk-scaling-factor 2.5 --mtp-num-layers 1 --moe-enable-routing-replay "
+        "--recompute-granularity selective --recompute-modules moe --moe-per-layer-logging",
+        moe_layers=(0, 1, 2), quick=True, scopes=("group",),
+    ),
+)  # fmt: skip
+
+_MAXSCORE = "--moe-router-type maxscore"
+REFUSALS = (
+    Refusal(
+        "group-limited routing", "--moe-router-num-groups 4 --moe-router-group-topk 2",
+        ("--moe-router-num-groups", "leave group-limited routing out"),
+    ),
+    Refusal(
+        "expert bias", "--moe-router-enable-expert-bias --moe-router-score-function sigmoid",
+        ("--moe-router-enable-expert-bias", "prices do its work"),
+    ),
+    Refusal(
+        "allgather dispatcher", "--moe-token-dispatcher-type allgather",
+        ("--moe-token-dispatcher-type allgather", "use alltoall"),
+    ),
+    Refusal(
+        "flex dispatcher", "--moe-token-dispatcher-type flex",
+        ("--moe-token-dispatcher-type flex", "use alltoall"),
+    ),
+    Refusal(
+        "Megatron-FSDP", "--use-megatron-fsdp",
+        ("--use-megatron-fsdp", "--use-distributed-optimizer"),
+    ),
+    Refusal(
+        "Torch FSDP2", "--use-torch-fsdp2", ("--use-torch-fsdp2", "--use-distributed-optimizer"),
+    ),
+    Refusal(
+        "fp8/fp4 padding that quotas do not meet",
+        "--fp8-format hybrid --moe-router-padding-for-quantization --seq-length 60 "
+        "--max-position-embeddings 60",
+        ("--moe-router-padding-for-quantization", "30", "multiple of 16", "--seq-length"),
+    ),
+    Refusal(
+        "fp8/fp4 padding outside scope local",
+        "--fp8-format hybrid --moe-router-padding-for-quantization --maxscore-scope group",
+        ("--moe-router-padding-for-quantization", "--maxscore-scope local"),
+    ),
+    Refusal(
+        "context parallelism without Transformer Engine", "--context-parallel-size 2",
+        ("--context-parallel-size 2", "--transformer-impl transformer_engine"),
+    ),
+    Refusal(
+        "packed sequences in scope sequence", "--sft --maxscore-scope sequence",
+        ("--sft", "--maxscore-scope sequence", "--maxscore-scope group"),
+    ),
+    Refusal(
+        "Sinkhorn", "--moe-router-load-balancing-type sinkhorn",
+        ("--moe-router-load-balancing-type sinkhorn", "use none or an auxiliary loss"),
+    ),
+    Refusal(
+        "quantile balancing", "--moe-router-load-balancing-type quantile_balancing",
+        ("--moe-router-load-balancing-type quantile_balancing", "use none"), since="0.19",
+    ),
+    Refusal(
+        "capacity factor that drops", "--moe-expert-capacity-factor 1.0",
+        ("--moe-expert-capacity-factor", "--maxscore-capacity-factor"),
+    ),
+    Refusal(
+        "router fusion", "--moe-router-fusion", ("--moe-router-fusion", "leave it out"),
+    ),
+    Refusal(
+        "CUDA graph of the router",
+        "--cuda-graph-impl local {graph_flag} moe_router",
+        ("CUDA graph", "attn"),
+    ),
+    Refusal(
+        "top-k above the number of experts", "--moe-router-topk 9",
+        ("--moe-router-topk 9", "--num-experts 8"),
+    ),
+)  # fmt: skip
+
+
+def known_to(release: str, items: tuple) -> list:
+    """Return the items that a release has."""
+    own = tuple(map(int, release.split(".")[:2]))
+    return [item for item in items if tuple(map(int, item.since.split("."))) <= own]
