@@ -74,6 +74,12 @@ class MaxScoreConfig:
     price_decay: float = _option(
         0.9, "Decay per global batch of the running average of expert prices, in [0, 1)."
     )
+    export_bias: bool = _option(
+        False,
+        "Write minus the prices as expert_bias into checkpoints too, so that stock routers with "
+        "--moe-router-enable-expert-bias choose as price routing does. Exact with score function "
+        "sigmoid or sqrtsoftplus, --maxscore-gate score and --maxscore-objective scores.",
+    )
     stats_file: str | None = _option(
         None,
         "Write one JSON line per iteration to this file: expert loads, dropped assignments, "
@@ -208,6 +214,15 @@ def check_transformer_config(config: Any, options: MaxScoreConfig) -> None:
         raise ValueError(
             f"--maxscore-gate soft_topk replaces --moe-router-score-function {score_function}; "
             "use --maxscore-gate score, or leave the score function at softmax"
+        )
+    if options.export_bias and (
+        score_function not in ("sigmoid", "sqrtsoftplus")
+        or (options.gate, options.objective) != ("score", "scores")
+    ):
+        raise ValueError(
+            "--maxscore-export-bias is exact only where the flow maximises what the bias is added "
+            "to; use it with --moe-router-score-function sigmoid (or sqrtsoftplus), "
+            "--maxscore-gate score and --maxscore-objective scores"
         )
     if get("transformer_impl") == "inference_optimized":
         raise ValueError(

@@ -36,6 +36,8 @@ from megatron_maxscore.ops import soft_topk
 
 # Name of the buffer of running average prices, also in checkpoints.
 PRICES_NAME = "expert_prices"
+# Stock's name for what is added to scores when experts are chosen.
+BIAS_NAME = "expert_bias"
 
 
 @dataclass
@@ -282,12 +284,20 @@ class MaxScoreRouter(TopKRouter):
             self.price_count += 1
         return routed
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Save; minus the prices too, as a stock router's bias, if that is asked for."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.options.export_bias:
+            destination[prefix + BIAS_NAME] = -self.expert_prices.detach()
+
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         """Load; a state of a stock router has no prices, they then start at zero."""
         if prefix + PRICES_NAME not in state_dict:
             state_dict[prefix + PRICES_NAME] = torch.zeros_like(self.expert_prices)
+        # Written for stock routers; the prices say the same.
+        state_dict.pop(prefix + BIAS_NAME, None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _maintain_float32_expert_bias(self) -> None:

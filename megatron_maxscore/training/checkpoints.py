@@ -1,4 +1,4 @@
-"""Distributed checkpoints: those of stock runs lack expert prices, which then start at zero."""
+"""Distributed checkpoints: prices that stock runs lack, and numbers of experts that differ."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from typing import Any
 
 from megatron_maxscore._patches import PatchSet
 from megatron_maxscore._run import is_rank_zero
-from megatron_maxscore.moe.router import PRICES_NAME
+from megatron_maxscore.errors import CollectiveError
+from megatron_maxscore.moe.router import BIAS_NAME, PRICES_NAME
+
+
+class OtherExpertsError(CollectiveError):
+    """A checkpoint has another number of experts; raised on every rank."""
 
 
 def hook(patches: PatchSet) -> None:
@@ -26,14 +31,34 @@ def _price_entries(state: Any) -> Iterator[tuple[dict, str, Any]]:
             yield state, key, value
 
 
+def _check_experts(entries: list[tuple[dict, str, Any]], metadata: Any, directory: Any) -> None:
+    """Refuse a checkpoint of other experts; every rank reads the same metadata."""
+    for _, _, value in entries:
+        weight = value.key.removesuffix(PRICES_NAME) + "weight"
+        saved = metadata.get(weight)
+        if saved is None:
+            continue
+        own, there = int(value.global_shape[-1]), int(saved.global_shape[-2])
+        if own != there:
+            raise OtherExpertsError(
+                f"the checkpoint {directory} has {there} experts, --num-experts is {own}; use "
+                f"--num-experts {there}, or load another checkpoint"
+            )
+
+
 def _without_absent_prices(original: Any) -> Any:
     def load(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
         from megatron.core import dist_checkpointing
 
         entries = list(_price_entries(sharded_state_dict))
         if entries:
-            present = dist_checkpointing.load_tensors_metadata(str(checkpoint_dir)).keys()
+            metadata = dist_checkpointing.load_tensors_metadata(str(checkpoint_dir))
+            present = metadata.keys()
             absent = [(owner, key) for owner, key, value in entries if value.key not in present]
+            # What an export has added is for stock routers; here prices say it.
+            for owner, key, _ in entries:
+                owner.pop(key.removesuffix(PRICES_NAME) + BIAS_NAME, None)
+            _check_experts(entries, metadata, checkpoint_dir)
             for owner, key in absent:
                 # The router fills what is missing with zeros when the state reaches it.
                 del owner[key]

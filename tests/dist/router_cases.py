@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import torch
 
+from megatron_maxscore.moe import MaxScoreConfig
 from tests.dist.cases import EXPERTS, HIDDEN, TOPK, groups, make_layer, own_input
 from tests.oracles import highs_objective
 
@@ -385,3 +386,31 @@ def arguments(rank, size):
     assert not hasattr(TransformerConfig, "maxscore_scope")
     assert "maxscore_scope" not in {f.name for f in dataclasses.fields(TransformerConfig)}
     return messages
+
+
+def exported_bias(rank, size, score_function, topk_scaling=None):
+    """Stock's biased routing with the exported bias chooses and weighs as price routing."""
+    settings = dict(
+        ep=size, moe_router_score_function=score_function,
+        moe_router_topk_scaling_factor=topk_scaling,
+    )  # fmt: skip
+    options = MaxScoreConfig(gate="score", objective="scores", export_bias=True)
+    ours = make_layer(options=options, **settings)
+    ours.router.expert_prices.copy_(torch.linspace(-0.2, 0.2, EXPERTS))
+    saved = {name: value.clone() for name, value in ours.router.state_dict().items()}
+    assert torch.equal(saved["expert_bias"], -ours.router.expert_prices)
+    ours.router.load_state_dict(saved)
+    stock = make_layer(router="topk", moe_router_enable_expert_bias=True, **settings)
+    saved.pop("expert_prices")
+    stock.router.load_state_dict(saved)
+    hidden = own_input(rank, 64).detach()
+    found = []
+    for layer in (ours, stock):
+        layer.eval()
+        with torch.no_grad():
+            found.append(layer.router(hidden))
+    assert torch.equal(found[0][1], found[1][1]) and torch.equal(found[0][0], found[1][0])
+    plain = make_layer(router="topk", **settings).eval()
+    saved.pop("expert_bias")
+    plain.router.load_state_dict(saved)
+    return bool((plain.router(hidden)[1] != found[0][1]).any())

@@ -86,3 +86,8 @@ def test_arguments(ranks):
         for flags, words in cases.REFUSED.items():
             for word in words:
                 assert word in messages[flags], (flags, messages[flags])
+
+
+@pytest.mark.parametrize("function", ["sigmoid", "sqrtsoftplus"])
+def test_exported_bias_serves_stock(ranks, function):
+    assert ranks(2, cases.exported_bias, score_function=function) == [True, True]

@@ -208,3 +208,41 @@ def test_wrong_options_end_every_rank_with_one_line(tmp_path, flags, words):
     assert result.status != 0 and len(result.errors) == 1 and not result.losses
     for word in words:
         assert word in result.errors[0]
+
+
+def test_exported_bias_serves_stock_in_evaluation(tmp_path):
+    flags = "--expert-model-parallel-size 2 --ckpt-format torch_dist --train-iters 20"
+    score = "--moe-router-score-function sigmoid"
+    checkpoint = tmp_path / "checkpoint"
+    exporting = "--maxscore-gate score --maxscore-objective scores --maxscore-export-bias"
+    ours = succeed(
+        tmp_path / "ours",
+        2,
+        f"{MAXSCORE} {flags} {score} {exporting} --save {checkpoint} --save-interval 20",
+    )
+    serving = f"--moe-router-load-balancing-type none {score}"
+    serving += f" --no-load-optim --no-load-rng --load {checkpoint}"
+    stock = succeed(
+        tmp_path / "stock",
+        2,
+        f"{flags} {serving} --moe-router-enable-expert-bias",
+        module="megatron_maxscore.cpu",
+    )
+    assert not stock.losses
+    assert stock.validation[""] == ours.validation["(price routing)"]
+    # And training goes on from it.
+    again = succeed(
+        tmp_path / "again", 2,
+        f"{MAXSCORE} {flags.replace('20', '22')} {score} {exporting} --load {checkpoint} "
+        "--override-opt_param-scheduler",
+    )  # fmt: skip
+    assert len(again.losses) == 2
+
+
+def test_another_number_of_experts_is_refused_before_training(tmp_path):
+    flags = f"{MAXSCORE} --expert-model-parallel-size 2 --ckpt-format torch_dist --train-iters 2"
+    checkpoint = tmp_path / "checkpoint"
+    succeed(tmp_path / "save", 2, f"{flags} --save {checkpoint} --save-interval 2")
+    result = run(tmp_path / "load", 2, f"{flags} --num-experts 16 --load {checkpoint}", timeout=90.0)
+    assert result.status != 0 and len(result.errors) == 1 and not result.losses
+    assert "has 8 experts, --num-experts is 16" in result.errors[0]
