@@ -59,6 +59,9 @@ class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
         """
         num_tokens = routing_map.shape[0]
         is_static, loads_RE = self.plan.take(routing_map)
+        if self.config.moe_expert_capacity_factor is not None:
+            # Megatron's dropping has changed the map that the plan describes.
+            return super().preprocess(routing_map)
         if loads_RE is not None:
             splits = self._splits(loads_RE.cpu())
         elif is_static:

@@ -236,3 +236,14 @@ def test_pool_reports_errors_and_hangs():
     text = str(caught.value)
     assert "rank 0 hung" in text and "rank 1 hung" in text and "sleep_on_one_rank" in text
     assert not pool.is_alive
+
+
+@pytest.mark.parametrize("scope", ["local", "group"])
+def test_permute_fusion_changes_nothing(ranks, scope):
+    options = MaxScoreConfig(scope=scope)
+    assert all(ranks(4, cases.permute_fusion, tp=2, ep=2, etp=1, options=options))
+
+
+@pytest.mark.parametrize("scope", ["local", "group"])
+def test_upcycled_model_begins_as_the_dense_one(ranks, scope):
+    assert all(ranks(2, cases.upcycling, scope=scope))

@@ -58,6 +58,7 @@ def run(
     script: str = "tests/dist/exact_losses.py",
     environment: dict[str, str] | None = None,
     timeout: float = 240.0,
+    model: str = MODEL,
 ) -> Result:
     """Run a training script under torchrun.
 
@@ -69,6 +70,7 @@ def run(
         script: training script.
         environment: additional variables.
         timeout: seconds until the run counts as hung and is killed.
+        model: Megatron's arguments for every run.
     """
     directory.mkdir(parents=True, exist_ok=True)
     losses, stats = directory / "losses", directory / "stats.jsonl"
@@ -76,7 +78,7 @@ def run(
         path.unlink(missing_ok=True)
     command = (
         f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node {ranks} "
-        f"-m {module} {script} {MODEL} --data-cache-path {directory}/cache {flags}"
+        f"-m {module} {script} {model} --data-cache-path {directory}/cache {flags}"
     )
     if "launch" in module:
         command += f" --maxscore-stats-file {stats}"
