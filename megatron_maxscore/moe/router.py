@@ -9,7 +9,6 @@ Shape letters: T tokens of this rank, E experts, K experts per token.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections import deque
 from collections.abc import Callable
@@ -48,6 +47,21 @@ class SolveStatistics:
     seconds: float = 0.0
     largest_gap: float = 0.0
     bad_tokens: int = 0
+
+
+def _with_pre_softmax(config: Any) -> Any:
+    """Return the same config seen with ``moe_router_pre_softmax``.
+
+    The config is shared by all layers and by whoever changes it later (an annealed loss
+    coefficient, padding in decoding): so not a copy, but an object with the same attributes.
+    """
+    name = "moe_router_pre_softmax"
+    # A property comes before the attribute of the same name.
+    seen = property(lambda self: True, lambda self, value: self.__dict__.update({name: value}))
+    view_class = type(type(config).__name__, (type(config),), {name: seen})
+    view = object.__new__(view_class)
+    view.__dict__ = config.__dict__
+    return view
 
 
 class _Selector:
@@ -121,9 +135,8 @@ class MaxScoreRouter(TopKRouter):
         check_transformer_config(config, options)
         if options.gate == "soft_topk":
             # With softmax before the selection Megatron passes gates on as they are; otherwise it
-            # renormalises them over the chosen experts. A copy: the config is shared by all layers.
-            config = copy.copy(config)
-            config.moe_router_pre_softmax = True
+            # renormalises them over the chosen experts.
+            config = _with_pre_softmax(config)
         super().__init__(config, pg_collection, is_mtp_layer, **kwargs)
         self.options = options
         self.plan = plan or RoutingPlan()

@@ -414,3 +414,16 @@ def exported_bias(rank, size, score_function, topk_scaling=None):
     saved.pop("expert_bias")
     plain.router.load_state_dict(saved)
     return bool((plain.router(hidden)[1] != found[0][1]).any())
+
+
+def config_is_shared(rank, size):
+    """What is changed in the layer's config later counts; only softmax before selection is ours."""
+    layer = make_layer(ep=size)
+    config = layer.config
+    assert not config.moe_router_pre_softmax and layer.router.config.moe_router_pre_softmax
+    assert isinstance(layer.router.config, type(config))
+    config.moe_z_loss_coeff = 1.0
+    layer.train()
+    probs, _ = layer.router(own_input(rank, 16))
+    (probs.sum() * 0.0).backward()
+    return bool(layer.router.weight.grad.abs().sum() > 0)

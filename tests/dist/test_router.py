@@ -91,3 +91,7 @@ def test_arguments(ranks):
 @pytest.mark.parametrize("function", ["sigmoid", "sqrtsoftplus"])
 def test_exported_bias_serves_stock(ranks, function):
     assert ranks(2, cases.exported_bias, score_function=function) == [True, True]
+
+
+def test_router_sees_changes_of_the_config(ranks):
+    assert ranks(2, cases.config_is_shared) == [True, True]
