@@ -6,6 +6,7 @@ between are judged by what they have.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import warnings
 from typing import Any
@@ -39,6 +40,7 @@ def has_callable_specs() -> bool:
     return hasattr(argument_utils, "gpt_config_from_args")
 
 
+@functools.cache
 def has_metrics_tracker() -> bool:
     """Return whether MoE metrics have a tracker object (from 0.18)."""
     return importlib.util.find_spec("megatron.core.transformer.moe.moe_logging") is not None

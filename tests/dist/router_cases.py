@@ -75,19 +75,32 @@ def table_row(rank, size, score_function, pre_softmax, gate, objective, scaling=
     return bool((gates_TK.sum(-1) - 1).abs().max() < 1e-6)
 
 
+def _metrics():
+    """Return functions that clear and read the tracker of the installed release."""
+    from megatron_maxscore.releases import has_metrics_tracker
+
+    if has_metrics_tracker():
+        from megatron.core.transformer.moe import moe_logging
+
+        return moe_logging.destroy_moe_metrics_tracker, lambda: {
+            name: entry.values.clone()
+            for name, entry in moe_logging.get_moe_metrics_tracker().metrics.items()
+        }
+    from megatron.core.transformer.moe import moe_utils
+
+    tracker = moe_utils.get_moe_layer_wise_logging_tracker()
+    return tracker.clear, lambda: {n: entry["values"].clone() for n, entry in tracker.items()}
+
+
 def losses_like_stock(rank, size, balancing, z_loss=None, per_token=False):
     """Compare the gradients and metrics of the router's losses with stock's.
 
     Gates are multiplied by 0, so only the losses reach the router's weight.
     """
-    from megatron.core.transformer.moe.moe_logging import (
-        destroy_moe_metrics_tracker,
-        get_moe_metrics_tracker,
-    )
-
+    clear, read = _metrics()
     found = {}
     for router in ("topk", "maxscore"):
-        destroy_moe_metrics_tracker()
+        clear()
         layer = make_layer(
             ep=size,
             router=router,
@@ -101,8 +114,7 @@ def losses_like_stock(rank, size, balancing, z_loss=None, per_token=False):
         mask[15:] = True
         probs, _ = layer.router(own_input(rank, 20), mask)
         (probs.sum() * 0.0).backward()
-        metrics = {k: v.values.clone() for k, v in get_moe_metrics_tracker().metrics.items()}
-        found[router] = layer.router.weight.grad.clone(), metrics
+        found[router] = layer.router.weight.grad.clone(), read()
     (stock_grad, stock), (our_grad, ours) = found["topk"], found["maxscore"]
     assert stock_grad.abs().max() > 0 and stock
     torch.testing.assert_close(our_grad, stock_grad, rtol=1e-5, atol=1e-7)

@@ -32,7 +32,10 @@ def checkpoint(tmp_path_factory):
 
 
 # Megatron pads the vocabulary to a multiple of this times TP, and padding has logits.
-COMMON = "--ckpt-format torch_dist --make-vocab-size-divisible-by 64"
+COMMON = (
+    "--ckpt-format torch_dist --make-vocab-size-divisible-by 64 --hidden-dropout 0 "
+    "--attention-dropout 0"
+)
 
 
 def first_losses(directory, checkpoint, router, layout):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
+from megatron.core.transformer.moe import moe_utils
 
 from tests.dist import router_cases as cases
 
@@ -21,6 +24,10 @@ TABLE = [
     ("sqrtsoftplus", False, "score", "logits", True),
     ("sqrtsoftplus", False, "score", "scores", True),
 ]
+# From 0.18.
+if "sqrtsoftplus" not in inspect.getsource(moe_utils):
+    TABLE = [row for row in TABLE if row[0] != "sqrtsoftplus"]
+FUNCTIONS = sorted({row[0] for row in TABLE} - {"softmax"})
 
 
 @pytest.mark.parametrize(("function", "pre_softmax", "gate", "objective", "renormalised"), TABLE)
@@ -88,7 +95,7 @@ def test_arguments(ranks):
                 assert word in messages[flags], (flags, messages[flags])
 
 
-@pytest.mark.parametrize("function", ["sigmoid", "sqrtsoftplus"])
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_exported_bias_serves_stock(ranks, function):
     assert ranks(2, cases.exported_bias, score_function=function) == [True, True]
 

@@ -9,9 +9,22 @@ import torch
 
 from megatron_maxscore import flow
 from tests.dist.training_runs import MAXSCORE, TOPK, run, succeed
+from tests.releases import RELEASES, in_front, wheel
 
 # Runs use every core; one at a time.
 pytestmark = pytest.mark.xdist_group("ranks")
+
+# The newest release in every run of the suite, older ones with --full.
+on_every_release = pytest.mark.parametrize(
+    "release",
+    [pytest.param(r, marks=() if r == RELEASES[-1] else pytest.mark.full) for r in RELEASES],
+)
+
+
+def on(release):
+    """Return the environment in which a release hides the installed one."""
+    return in_front(wheel(release))
+
 
 LAYOUTS = {
     "TP2xEP2": "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2 "
@@ -105,43 +118,33 @@ def test_recorded_scores_are_those_of_the_run(tmp_path):
     assert loads.tolist() == result.statistics[2]["loads"][1]
 
 
-def test_topk_is_stock_bit_for_bit(tmp_path):
-    flags = f"{TOPK} --expert-model-parallel-size 2 --train-iters 20 --hidden-dropout 0.1"
-    stock = succeed(tmp_path / "cpu", 2, flags, module="megatron_maxscore.cpu")
-    ours = succeed(tmp_path / "launch", 2, f"{flags} --moe-router-type topk")
-    assert len(stock.losses) == 20
-    assert ours.losses == stock.losses
-    assert ours.validation == stock.validation
-    assert sum(map(sum, ours.statistics[-1]["loads"])) == 2 * 8 * 64 * 2
-
-
-def test_resumed_run_continues_bit_for_bit(tmp_path):
+@on_every_release
+def test_resumed_run_continues_bit_for_bit(tmp_path, release):
     flags = f"{MAXSCORE} --expert-model-parallel-size 2 --hidden-dropout 0.1 --ckpt-format torch_dist"
-    whole = succeed(tmp_path / "whole", 2, f"{flags} --train-iters 8")
+    whole = succeed(tmp_path / "whole", 2, f"{flags} --train-iters 8", environment=on(release))
     checkpoint = tmp_path / "checkpoint"
     first = succeed(
         tmp_path / "first",
         2,
-        f"{flags} --train-iters 8 --exit-interval 4 --save {checkpoint} --save-interval 4",
-    )
-    second = succeed(tmp_path / "second", 2, f"{flags} --train-iters 8 --load {checkpoint}")
+        f"{flags} --train-iters 8 --exit-interval 4 --save {checkpoint} --save-interval 4", environment=on(release))
+    second = succeed(tmp_path / "second", 2, f"{flags} --train-iters 8 --load {checkpoint}", environment=on(release))
     assert len(first.losses) == 4 and len(second.losses) == 4
     assert first.losses + second.losses == whole.losses
     # Price routing sees the saved running average.
     assert second.validation == whole.validation
 
 
-def test_prices_survive_a_change_of_layout(tmp_path):
+@on_every_release
+def test_prices_survive_a_change_of_layout(tmp_path, release):
     # Megatron pads the vocabulary to a multiple of this times TP, and padding has logits.
     flags = "--ckpt-format torch_dist --make-vocab-size-divisible-by 64"
     flags = f"{MAXSCORE} --maxscore-scope group --train-iters 20 {flags}"
     checkpoint = tmp_path / "checkpoint"
     saved = succeed(
-        tmp_path / "save", 4, f"{flags} {LAYOUTS['TP2xPP2']} --save {checkpoint} --save-interval 20"
-    )
+        tmp_path / "save", 4, f"{flags} {LAYOUTS['TP2xPP2']} --save {checkpoint} --save-interval 20", environment=on(release))
     # Nothing is left to train: what is evaluated is what was loaded.
     layout = "--expert-model-parallel-size 4 --no-load-optim --no-load-rng"
-    loaded = succeed(tmp_path / "load", 4, f"{flags} {layout} --load {checkpoint}")
+    loaded = succeed(tmp_path / "load", 4, f"{flags} {layout} --load {checkpoint}", environment=on(release))
     assert not loaded.losses
     price, flow_loss = saved.validation["(price routing)"], saved.validation["(flow routing)"]
     # By the flow a token's experts depend on the batch, which the layout splits in other ways.
@@ -149,19 +152,18 @@ def test_prices_survive_a_change_of_layout(tmp_path):
     assert abs(price - flow_loss) > 1e-4, "the rules differ, so prices count"
 
 
-def test_checkpoints_of_stock_and_maxscore_load_into_each_other(tmp_path):
+@on_every_release
+def test_checkpoints_of_stock_and_maxscore_load_into_each_other(tmp_path, release):
     flags = "--expert-model-parallel-size 2 --ckpt-format torch_dist --train-iters 4"
     finetune = "--finetune --load"
     for name, save, load in (("stock", TOPK, MAXSCORE), ("maxscore", MAXSCORE, TOPK)):
         saved = tmp_path / name / "checkpoint"
         first = succeed(
-            tmp_path / name / "save", 2, f"{save} {flags} --save {saved} --save-interval 4"
-        )
+            tmp_path / name / "save", 2, f"{save} {flags} --save {saved} --save-interval 4", environment=on(release))
         # The stock side runs without our hooks.
         module = "megatron_maxscore.cpu" if load == TOPK else "megatron_maxscore.launch --cpu"
         second = succeed(
-            tmp_path / name / "load", 2, f"{load} {flags} {finetune} {saved}", module=module
-        )
+            tmp_path / name / "load", 2, f"{load} {flags} {finetune} {saved}", module=module, environment=on(release))
         assert ("has no expert prices; they start at zero" in second.output) == (name == "stock")
         assert float.fromhex(second.losses[0]) < float.fromhex(first.losses[2]), "it goes on"
 
@@ -210,7 +212,8 @@ def test_wrong_options_end_every_rank_with_one_line(tmp_path, flags, words):
         assert word in result.errors[0]
 
 
-def test_exported_bias_serves_stock_in_evaluation(tmp_path):
+@on_every_release
+def test_exported_bias_serves_stock_in_evaluation(tmp_path, release):
     flags = "--expert-model-parallel-size 2 --ckpt-format torch_dist --train-iters 20"
     score = "--moe-router-score-function sigmoid"
     checkpoint = tmp_path / "checkpoint"
@@ -218,31 +221,29 @@ def test_exported_bias_serves_stock_in_evaluation(tmp_path):
     ours = succeed(
         tmp_path / "ours",
         2,
-        f"{MAXSCORE} {flags} {score} {exporting} --save {checkpoint} --save-interval 20",
-    )
+        f"{MAXSCORE} {flags} {score} {exporting} --save {checkpoint} --save-interval 20", environment=on(release))
     serving = f"--moe-router-load-balancing-type none {score}"
     serving += f" --no-load-optim --no-load-rng --load {checkpoint}"
     stock = succeed(
         tmp_path / "stock",
         2,
         f"{flags} {serving} --moe-router-enable-expert-bias",
-        module="megatron_maxscore.cpu",
-    )
+        module="megatron_maxscore.cpu", environment=on(release))
     assert not stock.losses
     assert stock.validation[""] == ours.validation["(price routing)"]
     # And training goes on from it.
     again = succeed(
         tmp_path / "again", 2,
         f"{MAXSCORE} {flags.replace('20', '22')} {score} {exporting} --load {checkpoint} "
-        "--override-opt_param-scheduler",
-    )  # fmt: skip
+        "--override-opt_param-scheduler", environment=on(release))  # fmt: skip
     assert len(again.losses) == 2
 
 
-def test_another_number_of_experts_is_refused_before_training(tmp_path):
+@on_every_release
+def test_another_number_of_experts_is_refused_before_training(tmp_path, release):
     flags = f"{MAXSCORE} --expert-model-parallel-size 2 --ckpt-format torch_dist --train-iters 2"
     checkpoint = tmp_path / "checkpoint"
-    succeed(tmp_path / "save", 2, f"{flags} --save {checkpoint} --save-interval 2")
-    result = run(tmp_path / "load", 2, f"{flags} --num-experts 16 --load {checkpoint}", timeout=90.0)
+    succeed(tmp_path / "save", 2, f"{flags} --save {checkpoint} --save-interval 2", environment=on(release))
+    result = run(tmp_path / "load", 2, f"{flags} --num-experts 16 --load {checkpoint}", timeout=90.0, environment=on(release))
     assert result.status != 0 and len(result.errors) == 1 and not result.losses
     assert "has 8 experts, --num-experts is 16" in result.errors[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -61,7 +62,7 @@ def test_contracts_and_dispatcher(older):
     """The same tests that the suite runs with the installed release."""
     command = [
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0",
-        "tests/contract", "tests/dist/test_moe_layer.py",
+        "tests/contract", "tests/dist/test_moe_layer.py", "tests/dist/test_router.py",
     ]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     environment |= in_front(wheel(older))
@@ -72,18 +73,21 @@ def test_contracts_and_dispatcher(older):
     assert result.returncode == 0, result.stdout[-4000:]
 
 
-def test_topk_under_the_patch_is_stock_bit_for_bit(tmp_path):
-    release = RELEASES[-1]
-    tree = copy_of_wheel(release, tmp_path / "fork")
+@pytest.mark.parametrize(
+    "older", [pytest.param(r, marks=() if r == RELEASES[-1] else pytest.mark.full) for r in RELEASES]
+)
+def test_topk_is_stock_bit_for_bit(tmp_path, older):
+    stock, tree = in_front(wheel(older)), copy_of_wheel(older, tmp_path / "fork")
     assert list(patch.run("apply", tree))
     flags = f"{TOPK} --expert-model-parallel-size 2 --train-iters 20 --hidden-dropout 0.1"
-    stock = succeed(tmp_path / "stock", 2, flags, module=CPU)
-    patched = succeed(
-        tmp_path / "patched", 2, f"{flags} --moe-router-type topk", module=CPU,
-        environment=in_front(tree),
-    )  # fmt: skip
-    assert len(stock.losses) == 20
-    assert patched.losses == stock.losses and patched.validation == stock.validation
+    plain = succeed(tmp_path / "plain", 2, flags, module=CPU, environment=stock)
+    flags += " --moe-router-type topk"
+    launched = succeed(tmp_path / "launched", 2, flags, environment=stock)
+    patched = succeed(tmp_path / "patched", 2, flags, module=CPU, environment=in_front(tree))
+    assert len(plain.losses) == 20
+    assert launched.losses == patched.losses == plain.losses
+    assert launched.validation == patched.validation == plain.validation
+    assert sum(map(sum, launched.statistics[-1]["loads"])) == 2 * 8 * 64 * 2
 
 
 def test_refusals_are_one_line(tmp_path):
@@ -105,3 +109,22 @@ def refused(tmp_path, way, tree, words):
     result = run(tmp_path, 2, flags, module=CPU, environment=environment, timeout=90.0)
     assert result.status != 0 and len(result.errors) == 1 and not result.losses
     assert all(word in result.errors[0] for word in words)
+
+
+@pytest.mark.parametrize(
+    "older", [pytest.param(r, marks=() if r == RELEASES[-1] else pytest.mark.full) for r in RELEASES]
+)
+def test_example_without_megatron_training(older):
+    command = (
+        f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 "
+        "examples/mcore_loop.py --steps 20"
+    )
+    result = subprocess.run(
+        command.split(), cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **in_front(wheel(older))},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-4000:]
+    losses = [float(x) for x in re.findall(r"step \d+: loss ([\d.]+)", result.stdout)]
+    assert len(losses) == 3 and losses[-1] < losses[0] - 1.0
+    gap = re.search(r"largest relative gap (\S+)", result.stdout)
+    assert gap is not None and float(gap.group(1)) <= 1e-9
