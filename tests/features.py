@@ -221,6 +221,13 @@ REFUSALS = (
     ),
 )  # fmt: skip
 
+# What our checks let through though Megatron may need a GPU for it.
+LET_THROUGH = (
+    Refusal("CUDA graph of attention", "--cuda-graph-impl local {graph_flag} attn"),
+    Refusal("permute fusion", "--moe-permute-fusion"),
+    Refusal("Transformer Engine with context parallelism", "--context-parallel-size 2 {te}"),
+)
+
 
 def known_to(release: str, items: tuple) -> list:
     """Return the items that a release has."""

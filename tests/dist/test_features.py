@@ -51,11 +51,13 @@ def test_trains(tmp_path, release, item, scope):
 @pytest.mark.parametrize("release", RELEASES)
 def test_refusals(tmp_path, release):
     graph_flag = "--cuda-graph-modules" if release >= "0.19" else "--cuda-graph-scope"
+    te = "--transformer-impl transformer_engine"
     items = {item.name: item for item in features.known_to(release, features.REFUSALS)}
+    let_through = {item.name: item for item in features.LET_THROUGH}
     model = MODEL.replace("--mock-data", f"--mock-data --data-cache-path {tmp_path}")
     cases = {
-        name: " ".join(f"{model} {MAXSCORE} {item.flags.format(graph_flag=graph_flag)}".split())
-        for name, item in items.items()
+        name: " ".join(f"{model} {MAXSCORE} {item.flags.format(graph_flag=graph_flag, te=te)}".split())
+        for name, item in {**items, **let_through}.items()
     }
     result = run(
         tmp_path, 1, "", script="tests/dist/refusal_probe.py",
@@ -69,6 +71,9 @@ def test_refusals(tmp_path, release):
         assert "\n" not in said.strip(), said
         for word in item.words:
             assert word in said, (name, said)
+    for name in let_through:
+        said = answers[name] or ""
+        assert "maxscore" not in said.lower(), f"{name} is refused: {said}"
 
 
 def curves(directory):
