@@ -67,6 +67,8 @@ LAYERS = {
     "half-precision wrapping leaves prices alone": layer(
         "test_router.py::test_half_precision_models_keep_float32_prices"
     ),
+    "decoding with a KV cache": layer("test_serving.py::test_kv_cache"),
+    "Megatron's static inference engine": layer("test_serving.py::test_static_engine"),
     "bias for stock's inference routers": layer("test_router.py::test_exported_bias_serves_stock"),
 }
 CHECKPOINTS = {

@@ -62,7 +62,7 @@ def test_contracts_and_dispatcher(older):
     """The same tests that the suite runs with the installed release."""
     command = [
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0",
-        "tests/contract", "tests/dist/test_moe_layer.py", "tests/dist/test_router.py",
+        "tests/contract", "tests/dist/test_moe_layer.py", "tests/dist/test_router.py", "tests/dist/test_serving.py",
     ]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     environment |= in_front(wheel(older))
