@@ -58,7 +58,7 @@ class Refusal:
 
 PARALLELISM = (
     Item("TP + SP, ETP < TP", f"{TP2_EP2} 1", 4, scopes=("local", "group", "sequence")),
-    Item("ETP = TP, with EP", f"{TP2_EP2} 2", 4, quick=True, scopes=("local", "group")),
+    Item("ETP = TP, with EP", f"{TP2_EP2} 2", 4, scopes=("local", "group")),
     Item("PP", PIPELINE, 4, scopes=("local", "group")),
     Item("VPP (interleaved)", VPP, 4, (0, 1, 2, 3), scopes=("local", "group")),
     Item("EP", "--expert-model-parallel-size 4", 4, scopes=("local", "group")),
@@ -82,7 +82,7 @@ PARALLELISM = (
     ),
     Item(
         "pipeline stage without MoE layer",
-        f"{PIPELINE} --num-layers 4 --moe-layer-freq ([0]*2+[1]*2)", 4, (2, 3), quick=True,
+        f"{PIPELINE} --num-layers 4 --moe-layer-freq ([0]*2+[1]*2)", 4, (2, 3),
         scopes=("group",),
     ),
     Item(

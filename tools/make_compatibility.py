@@ -20,7 +20,7 @@ from tests.releases import RELEASES  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "compatibility.md"
 NEWEST = RELEASES[-1]
-_OLDER = "test_ways_in.py::test_contracts_and_dispatcher[{release}]"
+_OLDER = "test_ways_in.py::test_contracts_and_dispatcher[{release}-]"
 
 
 def same(test: str) -> tuple[str, str]:
