@@ -224,6 +224,9 @@ REFUSALS = (
 # What our checks let through though Megatron may need a GPU for it.
 LET_THROUGH = (
     Refusal("CUDA graph of attention", "--cuda-graph-impl local {graph_flag} attn"),
+    Refusal(
+        "CUDA graph, by the flag's older name", "--cuda-graph-impl local --cuda-graph-scope attn"
+    ),
     Refusal("permute fusion", "--moe-permute-fusion"),
     Refusal("Transformer Engine with context parallelism", "--context-parallel-size 2 {te}"),
 )

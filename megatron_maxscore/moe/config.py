@@ -229,14 +229,18 @@ def check_transformer_config(config: Any, options: MaxScoreConfig) -> None:
             f"{who} cannot be combined with --transformer-impl inference_optimized; use "
             "transformer_engine or local"
         )
-    graph_modules = get("cuda_graph_modules", "cuda_graph_scope") or []
+    # The newest of the flag's names first; parsed arguments keep the older one apart.
+    graph_names = ("cuda_graph_modules", "cuda_graph_scope_deprecated", "cuda_graph_scope")
+    graph_modules = next((found for name in graph_names if (found := get(name))), [])
+    if isinstance(graph_modules, str):
+        graph_modules = graph_modules.split(",")
     graphed = {str(getattr(m, "name", m)) for m in graph_modules}
     if get("cuda_graph_impl") not in (None, "none") and (
         not graphed or graphed & {"moe", "moe_router", "moe_preprocess", "full_iteration"}
     ):
         raise ValueError(
             f"{who} cannot be captured in a CUDA graph, its solver runs on the host; use "
-            "--cuda-graph-modules attn"
+            "--cuda-graph-modules attn (before megatron-core 0.18 --cuda-graph-scope attn)"
         )
 
 

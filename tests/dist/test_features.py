@@ -53,7 +53,7 @@ def test_trains(tmp_path, release, item, scope):
     [pytest.param(r, marks=() if r == RELEASES[-1] else pytest.mark.full) for r in RELEASES],
 )
 def test_refusals(tmp_path, release):
-    graph_flag = "--cuda-graph-modules" if release >= "0.19" else "--cuda-graph-scope"
+    graph_flag = "--cuda-graph-modules" if release >= "0.18" else "--cuda-graph-scope"
     te = "--transformer-impl transformer_engine"
     items = {item.name: item for item in features.known_to(release, features.REFUSALS)}
     let_through = {item.name: item for item in features.LET_THROUGH}
