@@ -81,7 +81,7 @@ def build(scope: str) -> DistributedDataParallel:
 
 
 def main() -> None:
-    """Train and print the loss and the loads of the experts."""
+    """Train; print the loss and the largest duality gap."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--scope", choices=("local", "group"), default="group")

@@ -57,9 +57,8 @@ def line_hash(line: str) -> str:
 
 def patch_files() -> dict[str, Path]:
     """Return the patches by release, as ``"0.19"``."""
-    directory = _SOURCE if _SOURCE.is_dir() else _INSTALLED
     found = {}
-    for path in sorted(directory.glob("core_v*.patch")):
+    for path in sorted(_SOURCE.glob("core_v*.patch")) or sorted(_INSTALLED.glob("core_v*.patch")):
         major, minor = path.stem.removeprefix("core_v").split(".")[:2]
         found[f"{major}.{minor}"] = path
     return found

@@ -46,6 +46,20 @@ def has_metrics_tracker() -> bool:
     return importlib.util.find_spec("megatron.core.transformer.moe.moe_logging") is not None
 
 
+def graphed_modules(config: Any) -> set[str]:
+    """Return the names of the modules that CUDA graphs capture, empty for whole layers.
+
+    Args:
+        config: a TransformerConfig, or Megatron's parsed arguments, which keep the flag's older
+            name (to 0.17 the only one) apart.
+    """
+    names = ("cuda_graph_modules", "cuda_graph_scope_deprecated", "cuda_graph_scope")
+    modules = next((found for name in names if (found := getattr(config, name, None))), [])
+    if isinstance(modules, str):
+        modules = modules.split(",")
+    return {str(getattr(module, "name", module)) for module in modules}
+
+
 def names_bound_early(name: str) -> list[Any]:
     """Return modules of ``megatron.training`` that bind an argument function by name (to 0.17)."""
     from megatron.training import initialize

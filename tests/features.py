@@ -5,7 +5,7 @@ One list serves the tests that train with each item and the table in docs/compat
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 PIPELINE = "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2"
 EP2 = "--expert-model-parallel-size 2"
@@ -52,7 +52,7 @@ class Refusal:
 
     name: str
     flags: str
-    words: tuple[str, ...] = field(default=())
+    words: tuple[str, ...] = ()
     since: str = "0.17"
 
 

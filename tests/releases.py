@@ -5,15 +5,21 @@ A wheel is a few megabytes: put in front on the path it hides the installed one.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 RELEASES = ("0.17.1", "0.18.2", "0.19.2")
+# The newest in every run of the suite, older ones with --full.
+on_every_release = pytest.mark.parametrize(
+    "release",
+    [pytest.param(r, marks=() if r == RELEASES[-1] else pytest.mark.full) for r in RELEASES],
+)
 
 
 def wheel(release: str) -> Path:
@@ -49,10 +55,3 @@ def in_front(path: Path) -> dict[str, str]:
     """Return the environment that hides the installed Megatron behind the one in ``path``."""
     before = os.environ.get("PYTHONPATH")
     return {"PYTHONPATH": f"{path}{os.pathsep}{before}" if before else str(path)}
-
-
-def installed() -> Path:
-    """Return the directory of the installed ``megatron.core``."""
-    spec = importlib.util.find_spec("megatron.core")
-    assert spec is not None and spec.origin is not None
-    return Path(spec.origin).parent

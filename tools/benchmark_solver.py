@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from megatron_maxscore.flow import backend, solve  # noqa: E402
 from megatron_maxscore.ops import soft_topk  # noqa: E402
 from tests.oracles import highs_objective, ortools_flow  # noqa: E402
 from tools.rivals import greedy_then_hungarian, quantile_balancing, sinkhorn  # noqa: E402
+from tools.solver_report import OURS, SOLVERS, Row, picture, table_of  # noqa: E402
 from tools.workloads import (  # noqa: E402
     FAMILIES,
     GENERIC,
@@ -51,34 +52,7 @@ from tools.workloads import (  # noqa: E402
 
 SIZES = ("512x16x2", "4096x16x2", "8192x64x8", "4096x256x8", "16384x128x6", "65536x64x8")
 BAR_SIZE = "8192x64x8"
-OURS = ("numba cold", "numba warm", "torch cold", "torch warm")
-SOLVERS = (
-    "OR-tools",
-    "HiGHS",
-    *OURS,
-    "topk",
-    "sinkhorn",
-    "quantile balancing",
-    "greedy+Hungarian",
-)
 RECORDED = "recorded"
-
-
-@dataclass
-class Row:
-    """One solver on one case; times in ms."""
-
-    size: str
-    family: str
-    solver: str
-    median: float
-    p20: float
-    p80: float
-    feasible: bool
-    share: float  # score / optimum
-    maxvio: float
-    gap: float | None = None
-    equals_ortools: bool | None = None
 
 
 def timed(run: Callable[[], Any], seconds: float, most: int) -> tuple[list[float], Any]:
@@ -270,39 +244,6 @@ def recorded_rows(directory: Path, budget: float) -> list[Row]:
     return rows
 
 
-def cell(row: Row, ortools: float | None) -> str:
-    """Two lines of a table cell."""
-    first = f"{row.median:.2f} ({row.p20:.2f}-{row.p80:.2f})"
-    if not row.feasible:
-        speed = "infeasible"
-    elif ortools is None or row.solver == "OR-tools":
-        speed = ""
-    else:
-        speed = f"x{ortools / row.median:.1f}"
-    wrong = " UNEQUAL" if row.equals_ortools is False else ""
-    return f"{first}\n{speed} {row.share:.4f} {row.maxvio:.2f}{wrong}".replace("\n ", "\n")
-
-
-def table_of(size: str, rows: list[Row]) -> Table:
-    """Return the table of one size: a line per family, a column per solver."""
-    solvers = [name for name in SOLVERS if any(row.solver == name for row in rows)]
-    table = Table(
-        title=f"{size} (tokens x experts x k): median ms (p20-p80); speed-up over OR-tools if "
-        "feasible, score/optimum, maxvio",
-        show_lines=True,
-    )
-    table.add_column("family")
-    for name in solvers:
-        table.add_column(name, justify="right")
-    for family in dict.fromkeys(row.family for row in rows):
-        own = {row.solver: row for row in rows if row.family == family}
-        ortools = own["OR-tools"].median if "OR-tools" in own else None
-        table.add_row(
-            family, *(cell(own[name], ortools) if name in own else "" for name in solvers)
-        )
-    return table
-
-
 def memory_share() -> float:
     """Return the peak memory of a solve beyond the scores, over their size, at 65536x64 k=8."""
     code = """
@@ -439,52 +380,6 @@ def bars(rows: list[Row], demo: Path) -> list[tuple[str, str, bool | None]]:
     else:
         found.append(("demo: time in solve <= 5 % of the step", f"{share:.1%}", share <= 0.05))
     return found
-
-
-def picture(rows: list[Row], path: Path) -> None:
-    """Draw time against tokens, log-log: median over the generic families of each size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(12.5, 5), sharey=True)
-    for axis, families, title in (
-        (axes[0], GENERIC, "generic families"),
-        (axes[1], [f for f in FAMILIES if f not in GENERIC], "other families"),
-    ):
-        for number, solver in enumerate(SOLVERS):
-            points = []
-            for size in dict.fromkeys(row.size for row in rows):
-                times = [
-                    row.median
-                    for row in rows
-                    if row.size == size and row.solver == solver and row.family in families
-                ]
-                if times:
-                    points.append((int(size.split("x")[0]), statistics.median(times), size))
-            # Sizes of many experts are points beside the curve through the others.
-            curve = sorted(point for point in points if int(point[2].split("x")[1]) <= 128)
-            beside = [point for point in points if point not in curve]
-            style = "-" if solver in OURS else "--"
-            for part, line, marker in ((curve, style, "o"), (beside, "", "s")):
-                if part:
-                    x, y, _ = zip(*part, strict=True)
-                    label = solver if part is curve else None
-                    axis.loglog(
-                        x, y, line, marker=marker, markersize=4, label=label, color=f"C{number}"
-                    )
-        axis.set(xlabel="tokens", title=f"{title}: median over them")
-        axis.grid(alpha=0.3, which="both")
-    note = ", ".join(dict.fromkeys(row.size for row in rows))
-    axes[0].set_ylabel("ms")
-    axes[0].legend(fontsize=8)
-    figure.suptitle(
-        f"Time per solve at {note} (tokens x experts x k; squares: 256 experts)", fontsize=10
-    )
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def main() -> int:

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from megatron_maxscore.moe.config import fork_fields  # noqa: E402
 from megatron_maxscore.patch import BEGIN, END, line_hash  # noqa: E402
+from megatron_maxscore.training.arguments import OF_THIS_RUN  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +77,9 @@ def places() -> list[Place]:
                 getattr(args, "moe_router_type", "topk") == "maxscore"
                 or getattr(args, "maxscore_stats_file", None) is not None
             ):
-                from megatron_maxscore.training import begin_in_fork
+                from megatron_maxscore.training import begin
 
-                begin_in_fork(args)
+                begin(args)
             """,
         ),
         Place(
@@ -86,11 +87,11 @@ def places() -> list[Place]:
             "_set_arg('moe_router_topk', force=True)",
             False,
             4,
-            """
+            f"""
             for name in sorted(vars(checkpoint_args)):
                 if name == "moe_router_type" or (
                     name.startswith("maxscore_")
-                    and not name.startswith(("maxscore_stats_", "maxscore_record_"))
+                    and not name.startswith({OF_THIS_RUN!r})
                 ):
                     _set_arg(name, force=True)
             """,

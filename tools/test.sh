@@ -17,5 +17,5 @@ ruff check .
 ruff format --check .
 mypy
 echo "== pytest"
-# Tests that start ranks stay in one worker; the other worker runs the rest beside them.
-exec python -m pytest -n 2 --dist loadgroup --timeout 600 "${select[@]}" "$@"
+# Worksteal: tests differ from milliseconds to a minute.
+exec python -m pytest -n 2 --dist worksteal --timeout 600 "${select[@]}" "$@"

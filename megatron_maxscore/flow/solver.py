@@ -32,6 +32,7 @@ from megatron_maxscore.flow.problem import (
     integer_prices,
     shifts,
 )
+from megatron_maxscore.flow.sample import gather_rows, sample_size
 from megatron_maxscore.flow.solution import FlowSolution
 
 
@@ -157,7 +158,7 @@ class _Solve:
                 above_BE = options.warm_BE - options.warm_BE.min(1, keepdims=True)
                 above_BE = np.ldexp(above_BE, agreed.unit_B[:, None])
             start_BE = integer_prices(above_BE, problem, agreed.largest_B)
-        if self.exchange.size > 1 and (price_sweeps.sample_size(problem) == rows_B).all():
+        if self.exchange.size > 1 and (sample_size(problem) == rows_B).all():
             result = self._gathered(problem, start_BE)
         else:
             result = self._split(problem, scanned.range_N, start_BE)
@@ -222,7 +223,7 @@ class _Solve:
     def _gathered(self, problem: Problem, start_BE: IntArray) -> _Result:
         """Give every rank all rows, which are few, and let it solve the whole."""
         rows_RB = problem.rows_RB
-        scores_NE = price_sweeps.gather_rows(self.exchange, problem.scores_NE, rows_RB)
+        scores_NE = gather_rows(self.exchange, problem.scores_NE, rows_RB)
 
         def solve_whole() -> _Result:
             low_N, high_N, *_ = self.kernels.scan(scores_NE)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from megatron_maxscore._patches import PatchSet
 from megatron_maxscore.moe.recording import parse_numbers
+from megatron_maxscore.releases import graphed_modules
 
 PREFIX = "maxscore_"
 # Options of Megatron's with which the number of tokens of a microbatch is not known in advance.
@@ -229,12 +230,7 @@ def check_transformer_config(config: Any, options: MaxScoreConfig) -> None:
             f"{who} cannot be combined with --transformer-impl inference_optimized; use "
             "transformer_engine or local"
         )
-    # The newest of the flag's names first; parsed arguments keep the older one apart.
-    graph_names = ("cuda_graph_modules", "cuda_graph_scope_deprecated", "cuda_graph_scope")
-    graph_modules = next((found for name in graph_names if (found := get(name))), [])
-    if isinstance(graph_modules, str):
-        graph_modules = graph_modules.split(",")
-    graphed = {str(getattr(m, "name", m)) for m in graph_modules}
+    graphed = graphed_modules(config)
     if get("cuda_graph_impl") not in (None, "none") and (
         not graphed or graphed & {"moe", "moe_router", "moe_preprocess", "full_iteration"}
     ):

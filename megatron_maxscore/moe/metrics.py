@@ -45,7 +45,16 @@ def record(
     solution: FlowSolution,
     seconds: float,
 ) -> None:
-    """Give the tracker a solve's values, if they are due."""
+    """Give the tracker a solve's values, if they are due; communicates nothing.
+
+    Args:
+        router: whose layer number, configuration and groups the tracker is told.
+        scores_TE: (T, E) float what the flow maximised.
+        experts_TK: (T, K) int64.
+        valid_T: (T,) bool, False = padding, which does not count.
+        solution: of the problem that these tokens are part of.
+        seconds: time in the solve.
+    """
     if is_due is None or not is_due():
         return
     values = measured(scores_TE, experts_TK, valid_T, solution)
@@ -67,22 +76,23 @@ def measured(
 
     Args:
         scores_TE: (T, E) what the flow maximised.
-        experts_TK: (T, K) int64, -1 nowhere.
+        experts_TK: (T, K) int64, padding rows too.
         valid_T: (T,) bool, False = padding, which does not count.
         solution: of the problem that these tokens are part of.
 
     Returns:
         0-dim tensors by the names in :data:`NAMES`, without prefix.
     """
-    if valid_T is not None:
-        scores_TE, experts_TK = scores_TE[valid_T], experts_TK[valid_T]
     scores_TE = scores_TE.double()
-    num_tokens, topk = max(experts_TK.shape[0], 1), experts_TK.shape[1]
+    # Masked rather than picked, which would wait for the device.
+    counts_T = torch.ones_like(experts_TK[:, 0], dtype=torch.bool) if valid_T is None else valid_T
+    num_tokens = counts_T.sum().clamp(min=1)
     own_TK = scores_TE.gather(1, experts_TK)
     others_TE = scores_TE.scatter(1, experts_TK, float("-inf"))
     is_first_T = own_TK.amin(1) >= others_TE.amax(1)
-    objective = own_TK.sum()
-    best = scores_TE.topk(topk, dim=1, sorted=False).values.sum()
+    objective = own_TK.sum(1).where(counts_T, 0.0).sum()
+    best_TK = scores_TE.topk(experts_TK.shape[1], dim=1, sorted=False).values
+    best = best_TK.sum(1).where(counts_T, 0.0).sum()
     loads_E = solution.loads.reshape(-1, solution.loads.shape[-1]).sum(0).double()
     loads_E = loads_E / loads_E.mean().clamp(min=1e-30)
     low, high = torch.quantile(loads_E, loads_E.new_tensor([0.05, 0.95]))
@@ -91,7 +101,7 @@ def measured(
         "objective": objective / num_tokens,
         "unconstrained": best / num_tokens,
         "score_ratio": torch.where(best == 0, 1.0, objective / best),
-        "first_choices": is_first_T.double().mean() if is_first_T.numel() else best.new_ones(()),
+        "first_choices": (is_first_T & counts_T).sum() / num_tokens,
         "gap": solution.gap.max(),
         "rounds": torch.tensor(float(solution.rounds)),
         "price_range": (prices.amax(1) - prices.amin(1)).max(),

@@ -58,7 +58,10 @@ def _with_pre_softmax(config: Any) -> Any:
     name = "moe_router_pre_softmax"
     # A property comes before the attribute of the same name.
     seen = property(lambda self: True, lambda self, value: self.__dict__.update({name: value}))
-    view_class = type(type(config).__name__, (type(config),), {name: seen})
+    # Copies and pickles are views again, of the copied config.
+    again = lambda self: (_with_pre_softmax, (config,))  # noqa: E731
+    members = {name: seen, "__reduce__": again, "__reduce_ex__": lambda self, _: again(self)}
+    view_class = type(type(config).__name__, (type(config),), members)
     view = object.__new__(view_class)
     view.__dict__ = config.__dict__
     return view
@@ -218,7 +221,9 @@ class MaxScoreRouter(TopKRouter):
         wide_TE = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
         if self.options.gate == "soft_topk":
             gates_TE = soft_topk(wide_TE, self.topk, self.options.temperature, self.options.variant)
-            gates_TE = gates_TE.to(scores_TE.dtype)
+            if scores_TE.dtype in (torch.bfloat16, torch.float16):
+                # Up to 0.17 gates are scattered into a tensor of the logits' dtype.
+                gates_TE = gates_TE.to(scores_TE.dtype)
         else:
             gates_TE = scores_TE
 

@@ -95,7 +95,7 @@ def _begin() -> Any:
     if args is None:
         install_layer_hook(options_from_environment())
         return _callable_spec
-    from megatron_maxscore.training import begin_in_fork
+    from megatron_maxscore.training import begin
 
     try:
         named = VARIABLE in os.environ or getattr(args, "moe_router_type", "topk") != "maxscore"
@@ -107,7 +107,7 @@ def _begin() -> Any:
         for item in dataclasses.fields(options):
             setattr(args, PREFIX + item.name, getattr(options, item.name))
         install_layer_hook(options)
-        begin_in_fork(args)
+        begin(args)
         if has_callable_specs():
             return _callable_spec
         from megatron.training.arguments import core_transformer_config_from_args

@@ -38,8 +38,8 @@ def install() -> None:
         part.hook(_patches)
 
 
-def begin_in_fork(args: Any) -> None:
-    """Install every hook and check arguments.
+def begin(args: Any) -> None:
+    """Install every hook, if that is still to do, and check arguments.
 
     Called by a patched fork's ``validate_args``, and by the specs for stock scripts.
 
@@ -49,9 +49,6 @@ def begin_in_fork(args: Any) -> None:
     Raises:
         SystemExit: on every rank, after one line on rank 0, if the arguments cannot work.
     """
-    if _patches:
-        # The launcher was faster.
-        return
     install()
     from megatron_maxscore.training.arguments import check_arguments
 

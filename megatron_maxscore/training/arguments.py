@@ -11,7 +11,7 @@ from megatron_maxscore.moe.config import MaxScoreConfig, check_transformer_confi
 from megatron_maxscore.releases import names_bound_early
 
 # What a run writes is not restored from the checkpoint of another.
-_OF_THIS_RUN = ("maxscore_stats_file", "maxscore_record_")
+OF_THIS_RUN = ("maxscore_stats_", "maxscore_record_", "maxscore_export_")
 
 
 def hook(patches: PatchSet) -> None:
@@ -115,7 +115,7 @@ def _with_router_type(original: Any) -> Any:
         saved = result[1] if isinstance(result, tuple) else None
         for name, value in vars(saved).items() if saved is not None else ():
             if name == "moe_router_type" or (
-                name.startswith("maxscore_") and not name.startswith(_OF_THIS_RUN)
+                name.startswith("maxscore_") and not name.startswith(OF_THIS_RUN)
             ):
                 setattr(args, name, value)
         return result

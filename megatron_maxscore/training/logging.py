@@ -49,13 +49,10 @@ def _is_due(steps_ahead: int = 0) -> bool:
     if getattr(args, "moe_router_type", "topk") != "maxscore":
         return False
     iteration = int(getattr(args, "curr_iteration", 0) or 0) + steps_ahead
-    interval = min(
-        getattr(args, "log_interval", None) or 1,
-        getattr(args, "tensorboard_log_interval", None) or 1
-        if getattr(args, "tensorboard_dir", None)
-        else 1 << 30,
-    )
-    return iteration % interval == 0
+    intervals = [args.log_interval]
+    if getattr(args, "tensorboard_dir", None):
+        intervals.append(args.tensorboard_log_interval)
+    return any(interval and iteration % interval == 0 for interval in intervals)
 
 
 def _with_ours(original: Any) -> Any:

@@ -34,14 +34,10 @@ def pytest_configure(config: pytest.Config) -> None:
         cpu.enable()
 
 
-# Before xdist reads the groups.
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that share the pools run in one xdist worker; torchrun jobs run only these."""
-    shared = [item for item in items if "ranks" in getattr(item, "fixturenames", ())]
-    for item in shared:
-        item.add_marker(pytest.mark.xdist_group("ranks"))
+    """Torchrun jobs run only tests of the job's ranks."""
     if cluster.is_launched():
+        shared = [item for item in items if "ranks" in getattr(item, "fixturenames", ())]
         config.hook.pytest_deselected(items=[item for item in items if item not in shared])
         items[:] = shared
 

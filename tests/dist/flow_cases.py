@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_maxscore.errors import LostRankError
-from megatron_maxscore.flow import exchange, prices, solve, solver
+from megatron_maxscore.flow import exchange, sample, solve, solver
 from tests.dist.cases import device
 from tools.workloads import as_integers, workload
 
@@ -21,12 +21,12 @@ from tools.workloads import as_integers, workload
 @contextlib.contextmanager
 def small_samples():
     """Let problems of a few dozen rows take the way of large ones."""
-    before = prices._MIN_SAMPLE, prices._SAMPLE_LOAD
-    prices._MIN_SAMPLE, prices._SAMPLE_LOAD = 5, 1
+    before = sample._MIN_SAMPLE, sample._SAMPLE_LOAD
+    sample._MIN_SAMPLE, sample._SAMPLE_LOAD = 5, 1
     try:
         yield
     finally:
-        prices._MIN_SAMPLE, prices._SAMPLE_LOAD = before
+        sample._MIN_SAMPLE, sample._SAMPLE_LOAD = before
 
 
 def shares(total: int, size: int, how: str, seed: int = 0) -> list[slice]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import sys
 
 import numpy as np
@@ -400,12 +402,9 @@ def arguments(rank, size):
     return messages
 
 
-def exported_bias(rank, size, score_function, topk_scaling=None):
+def exported_bias(rank, size, score_function):
     """Stock's biased routing with the exported bias chooses and weighs as price routing."""
-    settings = dict(
-        ep=size, moe_router_score_function=score_function,
-        moe_router_topk_scaling_factor=topk_scaling,
-    )  # fmt: skip
+    settings = dict(ep=size, moe_router_score_function=score_function)
     options = MaxScoreConfig(gate="score", objective="scores", export_bias=True)
     ours = make_layer(options=options, **settings)
     ours.router.expert_prices.copy_(torch.linspace(-0.2, 0.2, EXPERTS))
@@ -428,12 +427,28 @@ def exported_bias(rank, size, score_function, topk_scaling=None):
     return bool((plain.router(hidden)[1] != found[0][1]).any())
 
 
+def double_gates(rank, size):
+    """With a router in float64 gates are SoftTopk's in float64, not rounded on the way."""
+    from megatron_maxscore.ops import soft_topk
+
+    layer = make_layer(ep=size, moe_router_dtype="fp64")
+    layer.train()
+    hidden = own_input(rank, 16).detach()
+    probs, routing_map = layer.router(hidden)
+    gates = soft_topk(layer.router.gating(hidden).reshape(16, EXPERTS).double(), TOPK)
+    torch.testing.assert_close(probs[routing_map], gates[routing_map], rtol=1e-12, atol=0.0)
+    return str(probs.dtype)
+
+
 def config_is_shared(rank, size):
     """What is changed in the layer's config later counts; only softmax before selection is ours."""
     layer = make_layer(ep=size)
     config = layer.config
     assert not config.moe_router_pre_softmax and layer.router.config.moe_router_pre_softmax
     assert isinstance(layer.router.config, type(config))
+    for again in (copy.deepcopy, lambda view: pickle.loads(pickle.dumps(view))):
+        view = again(layer.router.config)
+        assert view.moe_router_pre_softmax and view.hidden_size == config.hidden_size
     config.moe_z_loss_coeff = 1.0
     layer.train()
     probs, _ = layer.router(own_input(rank, 16))

@@ -11,9 +11,8 @@ import pytest
 from megatron_maxscore.moe import metrics
 from tests import features
 from tests.dist.training_runs import MAXSCORE, MODEL, run, succeed
-from tests.releases import RELEASES, in_front, wheel
+from tests.releases import RELEASES, in_front, on_every_release, wheel
 
-pytestmark = pytest.mark.xdist_group("ranks")
 
 
 def _cases():
@@ -48,10 +47,7 @@ def test_trains(tmp_path, release, item, scope):
         assert line["largest_gap"] <= 1e-9 and line["solves"] > 0
 
 
-@pytest.mark.parametrize(
-    "release",
-    [pytest.param(r, marks=() if r == RELEASES[-1] else pytest.mark.full) for r in RELEASES],
-)
+@on_every_release
 def test_refusals(tmp_path, release):
     graph_flag = "--cuda-graph-modules" if release >= "0.18" else "--cuda-graph-scope"
     te = "--transformer-impl transformer_engine"
@@ -77,6 +73,7 @@ def test_refusals(tmp_path, release):
     for name in let_through:
         said = answers[name] or ""
         assert "maxscore" not in said.lower(), f"{name} is refused: {said}"
+        assert "unrecognized" not in said, said
 
 
 def curves(directory):
@@ -91,9 +88,7 @@ def curves(directory):
     }
 
 
-@pytest.mark.parametrize(
-    "release", [pytest.param(r, marks=() if r == RELEASES[-1] else pytest.mark.full) for r in RELEASES]
-)
+@on_every_release
 def test_metrics_reach_the_writers(tmp_path, release):
     flags = (
         f"{MAXSCORE.replace('scope local', 'scope group')} --train-iters 4 --log-interval 2 "

@@ -150,7 +150,6 @@ def test_scores_near_the_ends_of_float64_on_one_rank(ranks):
     assert all(all(results) for results in ranks(2, cases.extreme_scales))
 
 
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("how", ["is stuck", "dies"])
 def test_a_lost_rank_ends_the_others_with_the_phase(how):
     pool = Pool(3)

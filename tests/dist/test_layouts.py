@@ -6,7 +6,6 @@ import pytest
 
 from tests.dist.training_runs import MAXSCORE, succeed
 
-pytestmark = pytest.mark.xdist_group("ranks")
 STOCK = "--moe-router-load-balancing-type none"
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2"
 PP2_EP2 = "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2"
@@ -18,6 +17,11 @@ LAYOUTS = {
     "PP2 x EP2": (4, PP2_EP2),
     "EP4": (4, "--expert-model-parallel-size 4"),
 }
+# Megatron pads the vocabulary to a multiple of this times TP, and padding has logits.
+COMMON = (
+    "--ckpt-format torch_dist --make-vocab-size-divisible-by 64 --hidden-dropout 0 "
+    "--attention-dropout 0"
+)
 BASE = (2, "--expert-model-parallel-size 2")
 # Those whose problems in scope group are those of EP 2 on two ranks.
 SAME_GROUPS = ("PP2 x EP2",)
@@ -29,13 +33,6 @@ def checkpoint(tmp_path_factory):
     flags = f"{STOCK} {BASE[1]} {COMMON} --train-iters 5 --save {directory}/ckpt --save-interval 5"
     succeed(directory, BASE[0], flags)
     return directory / "ckpt"
-
-
-# Megatron pads the vocabulary to a multiple of this times TP, and padding has logits.
-COMMON = (
-    "--ckpt-format torch_dist --make-vocab-size-divisible-by 64 --hidden-dropout 0 "
-    "--attention-dropout 0"
-)
 
 
 def first_losses(directory, checkpoint, router, layout):
@@ -54,21 +51,21 @@ def difference(losses, base):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(
-    ("scope", "names"), [("sequence", tuple(LAYOUTS)), ("group", SAME_GROUPS)]
-)
-def test_first_losses_agree_between_layouts(tmp_path, checkpoint, scope, names, record_property):
-    ours = f"{MAXSCORE.replace('scope local', f'scope {scope}')}"
-    base = {}
-    for name, router in (("stock", STOCK), ("ours", ours)):
-        base[name] = first_losses(tmp_path / name, checkpoint, router, BASE)
-    for layout in names:
+@pytest.mark.parametrize(("scope", "same"), [("sequence", tuple(LAYOUTS)), ("group", SAME_GROUPS)])
+def test_first_losses_agree_between_layouts(tmp_path, checkpoint, scope, same):
+    """Where the problems are the same ones; elsewhere the difference is printed (``-s``)."""
+    routers = {"stock": STOCK, "ours": MAXSCORE.replace("scope local", f"scope {scope}")}
+    base = {
+        name: first_losses(tmp_path / name, checkpoint, router, BASE)
+        for name, router in routers.items()
+    }
+    for layout in LAYOUTS:
         found = {
             name: difference(
                 first_losses(tmp_path / name, checkpoint, router, LAYOUTS[layout]), base[name]
             )
-            for name, router in (("stock", STOCK), ("ours", ours))
+            for name, router in routers.items()
         }
-        record_property(f"{scope}, {layout}", found)
         print(f"{scope}, {layout}: largest relative difference {found}")
-        assert found["ours"] <= max(3 * found["stock"], 1e-3)
+        if layout in same:
+            assert found["ours"] <= max(3 * found["stock"], 1e-3)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_maxscore.moe import MaxScoreConfig
-from tests.dist import cases
+from tests.dist import cases, feature_cases
 from tests.dist.pool import Pool, RankError
 from tests.oracles import highs_objective
 
@@ -225,7 +225,6 @@ def test_uneven_collectives_of_cpu_mode(ranks, size):
     assert all(ranks(size, cases.uneven_collectives))
 
 
-@pytest.mark.xdist_group("ranks")
 def test_pool_reports_errors_and_hangs():
     pool = Pool(2)
     with pytest.raises(RankError, match=r"rank 0 failed:[\s\S]*as intended"):
@@ -241,9 +240,9 @@ def test_pool_reports_errors_and_hangs():
 @pytest.mark.parametrize("scope", ["local", "group"])
 def test_permute_fusion_changes_nothing(ranks, scope):
     options = MaxScoreConfig(scope=scope)
-    assert all(ranks(4, cases.permute_fusion, tp=2, ep=2, etp=1, options=options))
+    assert all(ranks(4, feature_cases.permute_fusion, tp=2, ep=2, etp=1, options=options))
 
 
 @pytest.mark.parametrize("scope", ["local", "group"])
 def test_upcycled_model_begins_as_the_dense_one(ranks, scope):
-    assert all(ranks(2, cases.upcycling, scope=scope))
+    assert all(ranks(2, feature_cases.upcycling, scope=scope))

@@ -102,3 +102,7 @@ def test_exported_bias_serves_stock(ranks, function):
 
 def test_router_sees_changes_of_the_config(ranks):
     assert ranks(2, cases.config_is_shared) == [True, True]
+
+
+def test_gates_in_double_precision(ranks):
+    assert ranks(2, cases.double_gates) == ["torch.float64"] * 2

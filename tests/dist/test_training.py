@@ -9,17 +9,7 @@ import torch
 
 from megatron_maxscore import flow
 from tests.dist.training_runs import MAXSCORE, TOPK, run, succeed
-from tests.releases import RELEASES, in_front, wheel
-
-# Runs use every core; one at a time.
-pytestmark = pytest.mark.xdist_group("ranks")
-
-# The newest release in every run of the suite, older ones with --full.
-on_every_release = pytest.mark.parametrize(
-    "release",
-    [pytest.param(r, marks=() if r == RELEASES[-1] else pytest.mark.full) for r in RELEASES],
-)
-
+from tests.releases import in_front, on_every_release, wheel
 
 def on(release):
     """Return the environment in which a release hides the installed one."""

@@ -12,9 +12,8 @@ import pytest
 
 from megatron_maxscore import patch
 from tests.dist.training_runs import MAXSCORE, ROOT, TOPK, run, succeed
-from tests.releases import RELEASES, copy_of_wheel, in_front, wheel
+from tests.releases import RELEASES, copy_of_wheel, in_front, on_every_release, wheel
 
-pytestmark = pytest.mark.xdist_group("ranks")
 EP2 = "--expert-model-parallel-size 2 --train-iters 4"
 CPU = "megatron_maxscore.cpu"
 OPTIONS = {"MEGATRON_MAXSCORE": json.dumps({"scope": "group"})}
@@ -83,11 +82,9 @@ def test_contracts_and_dispatcher(older, select):
     assert result.returncode == 0, result.stdout[-4000:]
 
 
-@pytest.mark.parametrize(
-    "older", [pytest.param(r, marks=() if r == RELEASES[-1] else pytest.mark.full) for r in RELEASES]
-)
-def test_topk_is_stock_bit_for_bit(tmp_path, older):
-    stock, tree = in_front(wheel(older)), copy_of_wheel(older, tmp_path / "fork")
+@on_every_release
+def test_topk_is_stock_bit_for_bit(tmp_path, release):
+    stock, tree = in_front(wheel(release)), copy_of_wheel(release, tmp_path / "fork")
     assert list(patch.run("apply", tree))
     flags = f"{TOPK} --expert-model-parallel-size 2 --train-iters 20 --hidden-dropout 0.1"
     plain = succeed(tmp_path / "plain", 2, flags, module=CPU, environment=stock)
@@ -121,17 +118,15 @@ def refused(tmp_path, way, tree, words):
     assert all(word in result.errors[0] for word in words)
 
 
-@pytest.mark.parametrize(
-    "older", [pytest.param(r, marks=() if r == RELEASES[-1] else pytest.mark.full) for r in RELEASES]
-)
-def test_example_without_megatron_training(older):
+@on_every_release
+def test_example_without_megatron_training(release):
     command = (
         f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 "
         "examples/mcore_loop.py --steps 20"
     )
     result = subprocess.run(
         command.split(), cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **in_front(wheel(older))},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **in_front(wheel(release))},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-4000:]
     losses = [float(x) for x in re.findall(r"step \d+: loss ([\d.]+)", result.stdout)]

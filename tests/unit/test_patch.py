@@ -14,7 +14,6 @@ from megatron_maxscore import patch
 from megatron_maxscore.moe.config import config_fields
 from tests.releases import RELEASES, copy_of_wheel
 
-pytestmark = pytest.mark.xdist_group("patch")
 CONFIG = "megatron/core/transformer/transformer_config.py"
 
 
