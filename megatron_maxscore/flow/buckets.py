@@ -57,6 +57,52 @@ def bucket_of(bids: IntArray, base: IntArray, num_buckets: int) -> IntArray:
     return np.asarray(np.where(bids > 0, half + level, half - 1 - level))
 
 
+def full_bucket_of(bids: IntArray) -> IntArray:
+    """Return :func:`bucket_of` each bid of a flat array, among all levels."""
+    # Bids from 0 down become -1 and below, so that the bits of the float have sign and level.
+    levels = (bids - (bids <= 0)).astype(np.float64).view(np.int64)
+    levels >>= 52 - MANTISSA_BITS
+    return _BUCKET_OF_BITS[levels]
+
+
+def _bucket_of_bits() -> IntArray:
+    """Return the bucket by sign, exponent and leading bits of the mantissa of a float64.
+
+    A negative float has negative bits, which count from the end of the table.
+    """
+    zero = 1023 << MANTISSA_BITS
+    level = np.clip(np.arange(1 << (11 + MANTISSA_BITS)) - zero, 0, NUM_LEVELS - 1)
+    return np.concatenate([NUM_LEVELS + level, NUM_LEVELS - 1 - level])
+
+
+_BUCKET_OF_BITS = _bucket_of_bits()
+
+
+def within_windows(count_HS: np.ndarray, window_BE: IntArray, num_buckets: int) -> np.ndarray:
+    """Return counts by each expert's own buckets from counts by all levels.
+
+    Args:
+        count_HS: (ALL_BUCKETS, B * E) of bids above minus the window.
+        window_BE: (B, E) int64; bids above it count as equal to it.
+        num_buckets: H.
+
+    Returns:
+        (B, E, H) int32.
+    """
+    half = num_buckets // 2
+    window_S, base_S = window_BE.ravel(), base_of(window_BE, num_buckets).ravel()
+    level_LS = np.minimum(np.arange(NUM_LEVELS)[:, None], level_of(window_S))
+    # Only the innermost buckets hold bids of size 1, which are those of level 0.
+    step_LS = np.where(level_LS > 0, np.clip(level_LS - base_S, 1, half - 1), 0)
+    bucket_HS = np.concatenate([(half - 1 - step_LS)[::-1], half + step_LS])
+    bucket_HS += np.arange(window_S.size) * num_buckets
+    used = np.flatnonzero(count_HS)
+    bids_H = np.bincount(
+        bucket_HS.ravel()[used], count_HS.ravel()[used], window_S.size * num_buckets
+    )
+    return bids_H.astype(np.int32).reshape(*window_BE.shape, num_buckets)
+
+
 def _edges_of(
     bucket_BE: IntArray, base_BE: IntArray, num_buckets: int
 ) -> tuple[np.ndarray, np.ndarray]:

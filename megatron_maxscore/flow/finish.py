@@ -35,14 +35,14 @@ from megatron_maxscore.flow.prices import PriceState
 from megatron_maxscore.flow.problem import BoolArray, IntArray, Problem
 
 # Contested rows for each unit out of balance, and at least; at most half of all to begin with.
-_ROWS_PER_UNIT = 16
+_ROWS_PER_UNIT = 32
 _MIN_ROWS = 64
 # The same on a plateau, where every row offers many swaps at no cost.
 _PLATEAU_ROWS_PER_UNIT = 2
 _LONGER = 2
 # Where contested rows have to be sent, they are contested within this times the reach that seems
 # enough, so that it can grow. That changes what is sent, and nothing that is decided.
-_SPARE = 4
+_SPARE = 2
 # Longer than any path, so that every allowed arc takes part; shorter than to a forbidden one.
 _WHOLE = 1 << 49
 _MANY = 1 << 40

@@ -21,7 +21,7 @@ from megatron_maxscore.flow.kernels import fill as kernels
 from megatron_maxscore.flow.kernels import rows
 from megatron_maxscore.flow.kernels.augment import augment_problems
 from megatron_maxscore.flow.problem import BoolArray, FloatArray, IntArray, Problem
-from megatron_maxscore.flow.threads import row_spans, run, spans
+from megatron_maxscore.flow.threads import run, spans
 
 NAME = "numba"
 
@@ -51,7 +51,7 @@ def price_pass(
     x_NE: BoolArray,
 ) -> tuple[IntArray, IntArray, Callable[[], np.ndarray]]:
     """See :func:`megatron_maxscore.flow.plain.price_pass`."""
-    pieces = row_spans(problem.start_B)
+    pieces = problem.pieces
     # Threads that work on different problems share the counters.
     own = len(pieces) if pieces[0][1] == problem.num_problems else 1
     loads = np.zeros((own, *prices_BE.shape), np.int64)
@@ -91,14 +91,26 @@ def contested(
     drift_B: IntArray,
 ) -> Contested:
     """See :func:`megatron_maxscore.flow.plain.contested`."""
-    count_N = np.empty(x_NE.shape[0], np.int64)
-    scores = (problem.scores_NE, problem.low_N, problem.factor_B, prices_BE, x_NE, reach_B)
+    rows_N, num_experts = x_NE.shape
+    count_N, arcs_NW = (
+        np.empty(rows_N, np.int64),
+        np.empty((rows_N, -(-num_experts // 64)), np.int64),
+    )
+    scores = (problem.scores_NE, problem.low_N, problem.factor_B, prices_BE, x_NE)
     run(
         [
-            lambda piece=piece: rows.count_contested(  # type: ignore[misc]
-                *scores, stride_B, gap_N, drift_B, problem.origin_B, *piece, count_N
+            lambda piece=piece: rows.find_contested(  # type: ignore[misc]
+                *scores,
+                reach_B,
+                stride_B,
+                gap_N,
+                drift_B,
+                problem.origin_B,
+                *piece,
+                count_N,
+                arcs_NW,
             )
-            for piece in row_spans(problem.start_B)
+            for piece in problem.pieces
         ]
     )
     found = Contested.allocate(count_N, problem)
@@ -106,6 +118,7 @@ def contested(
         [
             lambda a=a, b=b: rows.extract(  # type: ignore[misc]
                 *scores,
+                arcs_NW,
                 found.problem_R,
                 found.row_R,
                 found.first_R,
@@ -199,7 +212,7 @@ def conclude(
                 total_N,
                 slack_N,
             )
-            for piece in row_spans(problem.start_B)
+            for piece in problem.pieces
         ]
     )
     return experts_NK, total_N, slack_N

@@ -8,8 +8,8 @@ Shape letters: B problems, N rows of all problems, E experts, K experts per toke
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,16 +17,25 @@ import torch
 
 from megatron_maxscore.flow import fill_plain
 from megatron_maxscore.flow.buckets import (
+    ALL_BUCKETS,
     NUM_LEVELS,
-    base_of,
-    bucket_of,
+    full_bucket_of,
     gap_level_of,
     price_step,
+    within_windows,
 )
 from megatron_maxscore.flow.contested import Contested
 from megatron_maxscore.flow.exchange import Exchange
 from megatron_maxscore.flow.finish_plain import augment
-from megatron_maxscore.flow.problem import BoolArray, FloatArray, IntArray, Problem
+from megatron_maxscore.flow.problem import (
+    ROUNDER,
+    ROUNDER_BITS,
+    BoolArray,
+    FloatArray,
+    IntArray,
+    Problem,
+)
+from megatron_maxscore.flow.threads import run, spans
 
 __all__ = [
     "NAME",
@@ -88,30 +97,34 @@ def _reduced(problem: Problem, prices_BE: IntArray, rows: Any, owner: Any) -> In
     above = problem.scores_NE[rows].astype(np.float64)
     above -= low_N1
     above *= factor if problem.num_problems == 1 else factor[:, None]
-    np.rint(above, out=above)
     if problem.has_forbidden:
         np.maximum(above, _NEVER, out=above)
-    q_NE: IntArray = above.astype(np.int64)
-    q_NE -= prices_BE[owner]
+    above += ROUNDER
+    q_NE: IntArray = above.view(np.int64)
+    q_NE -= ROUNDER_BITS + prices_BE[owner]
     return q_NE
 
 
-def _active_blocks(
-    problem: Problem, prices_BE: IntArray, active_B: BoolArray
-) -> Iterator[tuple[Any, IntArray, Any]]:
-    """Yield blocks of rows, their (n, E) int64 reduced scores, and the problem or problems."""
+def _active_blocks(problem: Problem, active_B: BoolArray) -> list[tuple[Any, Any]]:
+    """Return blocks of rows of active problems, each with its problem or problems."""
     rows, size = int(problem.start_B[-1]), _block(problem.scores_NE)
     if problem.num_problems == 1:
-        for first in range(0, rows, size):
-            part = slice(first, min(first + size, rows))
-            yield part, _reduced(problem, prices_BE, part, 0), 0
-        return
+        return [(slice(a, min(a + size, rows)), 0) for a in range(0, rows, size)]
     problem_N = problem.problem_N
     wanted = np.flatnonzero(active_B[problem_N])
-    for first in range(0, wanted.size, size):
-        index = wanted[first : first + size]
-        owner = problem_N[index]
-        yield index, _reduced(problem, prices_BE, index, owner), owner
+    parts = [wanted[a : a + size] for a in range(0, wanted.size, size)]
+    return [(index, problem_N[index]) for index in parts]
+
+
+def _for_each(function: Callable[..., Any], blocks: list[Any], rows: int) -> list[Any]:
+    """Call a function for each block, on as many threads as the rows deserve."""
+    parts = run(
+        [
+            lambda a=a, b=b: [function(*block) for block in blocks[a:b]]  # type: ignore[misc]
+            for a, b in spans(len(blocks), rows)
+        ]
+    )
+    return [result for part in parts for result in part]
 
 
 def price_pass(
@@ -150,29 +163,54 @@ def price_pass(
     load_BE = np.zeros((problem.num_problems, num_experts), np.int64)
     gaps_BL = np.zeros((problem.num_problems, NUM_LEVELS + 1), np.int64)
     # Reduced scores are kept for counting bids where that takes little memory.
-    kept: list[tuple[Any, IntArray, Any]] | None = [] if problem.scores_NE.size <= _KEPT else None
-    for index, r_NE, owner in _active_blocks(problem, prices_BE, active_B):
-        if kept is not None:
-            kept.append((index, r_NE, owner))
-        best = torch.from_numpy(r_NE).topk(topk + 1, dim=1).values.numpy()
-        kth_N, next_N = best[:, topk - 1], best[:, topk]
+    keeps = problem.scores_NE.size <= _KEPT
+    lock = threading.Lock()
+
+    def choose(index: Any, owner: Any) -> IntArray | None:
+        r_NE = _reduced(problem, prices_BE, index, owner)
+        # numpy's selection is vectorised; torch.topk takes more than twice as long.
+        split_NE = np.partition(r_NE, num_experts - topk - 1, axis=1)
+        next_N, kth_N = split_NE[:, -topk - 1], split_NE[:, -topk:].min(1)
         chosen_NE = r_NE > next_N[:, None]
         gap_N[index] = kth_N - next_N
-        np.add.at(gaps_BL, (owner, gap_level_of(gap_N[index])), 1)
         threshold_N[index] = np.where(next_N < _LEAST, kth_N - 1, (kth_N + next_N) >> 1)
         tied = np.flatnonzero(kth_N == next_N)
         if tied.size:
             position_N = _positions(index, owner, problem)[tied]
             chosen_NE[tied] = _with_ties(r_NE[tied], position_N, topk)
         x_NE[index] = chosen_NE
-        if problem.num_problems == 1:
-            load_BE[0] += chosen_NE.sum(0)
-        else:
-            np.add.at(load_BE, owner, chosen_NE.astype(np.int64))
+        with lock:
+            np.add.at(gaps_BL, (owner, gap_level_of(gap_N[index])), 1)
+            if problem.num_problems == 1:
+                load_BE[0] += chosen_NE.view(np.uint8).sum(0, dtype=np.uint32)
+            else:
+                np.add.at(load_BE, owner, chosen_NE.astype(np.int64))
+        return r_NE if keeps else None
+
+    blocks, rows = _active_blocks(problem, active_B), int(problem.start_B[-1])
+    kept = _for_each(choose, blocks, rows)
 
     def count_bids() -> np.ndarray:
-        blocks = _active_blocks(problem, prices_BE, active_B) if kept is None else kept
-        return _count_bids(problem, blocks, window_BE, num_buckets, threshold_N)
+        count_HS = np.zeros((ALL_BUCKETS, window_BE.size), np.int64)
+
+        def count(index: Any, owner: Any, r_NE: IntArray | None) -> None:
+            if r_NE is None:
+                r_NE = _reduced(problem, prices_BE, index, owner)
+            r_NE -= threshold_N[index, None]
+            place = np.flatnonzero(r_NE > -window_BE[owner])
+            slot = full_bucket_of(r_NE.ravel()[place])
+            slot *= window_BE.size
+            if problem.num_problems > 1:
+                row, expert = np.divmod(place, num_experts)
+                slot += owner[row] * num_experts + expert
+            else:
+                slot += place % num_experts
+            counts = np.bincount(slot, minlength=count_HS.size).reshape(count_HS.shape)
+            with lock:
+                np.add(count_HS, counts, out=count_HS)
+
+        _for_each(count, [(*block, r) for block, r in zip(blocks, kept, strict=True)], rows)
+        return within_windows(count_HS, window_BE, num_buckets)
 
     return load_BE, gaps_BL, count_bids
 
@@ -181,30 +219,6 @@ def _positions(index: Any, owner: Any, problem: Problem) -> IntArray:
     """Return the index of rows within their problems."""
     rows = np.arange(index.start, index.stop) if isinstance(index, slice) else index
     return np.asarray(rows - problem.origin_B[owner])
-
-
-def _count_bids(
-    problem: Problem,
-    blocks: Iterable[tuple[Any, IntArray, Any]],
-    window_BE: IntArray,
-    num_buckets: int,
-    threshold_N: IntArray,
-) -> np.ndarray:
-    num_experts = problem.num_experts
-    shape = (problem.num_problems, num_experts, num_buckets)
-    window_S, base_S = window_BE.ravel(), base_of(window_BE, num_buckets).ravel()
-    bids_H = np.zeros(math.prod(shape), np.int64)
-    for index, r_NE, owner in blocks:
-        r_NE -= threshold_N[index, None]
-        place = np.flatnonzero(r_NE > -window_BE[owner])
-        bids = r_NE.ravel()[place]
-        slot = place % num_experts
-        if problem.num_problems > 1:
-            slot += owner[place // num_experts] * num_experts
-        bids = bucket_of(np.minimum(bids, window_S[slot]), base_S[slot], num_buckets)
-        slot = slot * num_buckets + bids
-        bids_H += np.bincount(slot, minlength=bids_H.size)
-    return bids_H.reshape(shape).astype(np.int32)
 
 
 def _with_ties(r_NE: IntArray, index_N: IntArray, topk: int) -> BoolArray:

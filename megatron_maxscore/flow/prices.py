@@ -49,7 +49,9 @@ _LOST = 0.1
 # Steps are long only where the overflow is at most this share of all units.
 _NEAR = 0.1
 # By how much longer than plain they are, one after the other; the last value stays.
-_RELAXATION = (1.5, 1.5, 1.8)
+_RELAXATION = (1.5, 1.8, 2.5, 1.5, 3.0, 1.5)
+# From here on a step's own effect is seen only after the next one.
+_VERY_LONG = 2.0
 # A sweep that leaves more than this share of the overflow is not worth another.
 _STALLED = 0.8
 _EVERYTHING = 1 << 49
@@ -57,7 +59,7 @@ _EVERYTHING = 1 << 49
 _WINDOW_OWN = 4
 _WINDOW_MEAN = 4
 # Prices of a sample, and warm ones, are off by less than this.
-_SAMPLE_WINDOW = 1 << (SCORE_BITS - 6)
+_SAMPLE_WINDOW = 1 << (SCORE_BITS - 5)
 # What moving a unit of overflow without a search costs at least, in ranges of a row.
 _FILL_COST = 0.05
 
@@ -144,7 +146,9 @@ def improve(
     first = None
     if can_sample_B.any() and not wants_B.any():
         first = rows.read(prices_BE, window_BE, problem.rows_B > 0)
-        wants_B = can_sample_B & (overflow(first[0], prices_BE, problem) > _LOST * units_B)
+        wants_B = can_sample_B & (
+            overflow(first[0], prices_BE, problem, _is_tight(problem)) > _LOST * units_B
+        )
     if wants_B.any():
         first = None
         sample = take_sample(backend, exchange, problem, np.where(wants_B, size_B, 0))
@@ -239,12 +243,16 @@ class _Rows:
         return self.filled_B
 
 
-def overflow(load_BE: IntArray, prices_BE: IntArray, problem: Problem) -> np.ndarray:
+def overflow(
+    load_BE: IntArray, prices_BE: IntArray, problem: Problem, is_tight_B: BoolArray
+) -> np.ndarray:
     """Return (B,) units above capacity, or missing at a positive price, whichever is more."""
     excess_BE = load_BE - problem.capacity_BE
-    over_B = np.maximum(excess_BE, 0).sum(1)
+    over_B: np.ndarray = np.maximum(excess_BE, 0).sum(1)
+    if is_tight_B.all():
+        return over_B
     idle_B = np.where(prices_BE > 0, np.maximum(-excess_BE, 0), 0).sum(1)
-    return np.asarray(np.where(_is_tight(problem), over_B, np.maximum(over_B, idle_B)))
+    return np.asarray(np.where(is_tight_B, over_B, np.maximum(over_B, idle_B)))
 
 
 def _is_tight(problem: Problem) -> BoolArray:
@@ -261,7 +269,9 @@ def _within_limits(prices_BE: IntArray, is_tight_B: BoolArray) -> IntArray:
     further; optimal prices of problems without forbidden arcs are within E - 1 ranges.
     """
     widest = (prices_BE.shape[1] - 1) << SCORE_BITS
-    low_BE = np.maximum(prices_BE, prices_BE.max(1, keepdims=True) - widest)
+    low_BE: IntArray = np.maximum(prices_BE, prices_BE.max(1, keepdims=True) - widest)
+    if is_tight_B.all():
+        return low_BE
     positive_BE = np.maximum(low_BE, 0)
     positive_BE -= positive_BE.min(1, keepdims=True)
     return np.asarray(np.where(is_tight_B[:, None], low_BE, positive_BE))
@@ -308,7 +318,7 @@ def sweep(
     was_short_B = np.zeros(num_problems, np.bool_)
     stalls_B = np.zeros(num_problems, np.int64)
     active_B = active_B.copy()
-    passes = 0
+    passes, relaxation = 0, 1.0
 
     def clipped(prices: np.ndarray) -> IntArray:
         return _within_limits(np.rint(prices).astype(np.int64), is_tight_B)
@@ -318,18 +328,19 @@ def sweep(
         first = None
         passes += 1
         load_BE = np.where(active_B[:, None], loads, load_BE)
-        now_B = overflow(load_BE, prices_BE, problem)
+        now_B = overflow(load_BE, prices_BE, problem, is_tight_B)
         if accept is not None:
             active_B &= ~accept(prices_BE, load_BE, now_B, active_B)
         is_best_B = now_B <= best_B
         is_near_B = now_B <= near_B
-        # As long as windows limit steps, little progress says nothing.
-        stalls_B += active_B & is_near_B & ~was_short_B & ((now_B > _STALLED * best_B) | ~is_best_B)
-        # Exactly as before: a plateau, which no price can part.
-        stalls_B += active_B & (now_B == best_B)
         # A long step that made things worse is taken back to its plain length.
         take_back_B = active_B & ~is_best_B & was_long_B
         is_plain_B |= take_back_B
+        # Little progress says nothing as long as windows limit steps, nor after a very long one.
+        says_B = active_B & is_near_B & ~was_short_B & (relaxation < _VERY_LONG) & ~take_back_B
+        stalls_B += says_B & ((now_B > _STALLED * best_B) | ~is_best_B)
+        # Exactly as before: a plateau, which no price can part.
+        stalls_B += active_B & (now_B == best_B)
         best_BE = np.where((active_B & is_best_B)[:, None], prices_BE, best_BE)
         best_B = np.where(active_B & is_best_B, now_B, best_B)
         # The last pass is kept for the best prices, should the last ones not be these.
@@ -342,10 +353,10 @@ def sweep(
         relaxation = _RELAXATION[min(passes, len(_RELAXATION)) - 1]
         relaxation_B = np.where(is_plain_B | ~is_near_B, 1.0, relaxation)
         was_long_B = ~take_back_B & (relaxation_B > 1.0)
-        onward_BE = clipped(prices_BE + relaxation_B[:, None] * fresh_BE)
-        back_BE = clipped(last_BE + step_BE)
         go_back_B1, enough_B1 = take_back_B[:, None], enough_B[:, None]
-        next_BE = np.where(enough_B1, best_BE, np.where(go_back_B1, back_BE, onward_BE))
+        onward_BE = prices_BE + relaxation_B[:, None] * fresh_BE
+        moved_BE = np.where(go_back_B1, last_BE + step_BE, onward_BE)
+        next_BE = np.where(enough_B1, best_BE, clipped(moved_BE))
         step_BE = np.where(go_back_B1, step_BE, fresh_BE)
         last_BE = np.where(go_back_B1, last_BE, prices_BE)
         prices_BE = np.where(active_B[:, None], next_BE, prices_BE)

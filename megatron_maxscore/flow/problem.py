@@ -24,6 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_maxscore.flow.threads import row_spans
+
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
@@ -31,6 +33,10 @@ FloatArray = NDArray[np.float64]
 # Bits of the largest row range after scaling. Prices reach (E - 1) times that, so 36 + 10 bits
 # leave room for sums of a few of them in 63 bits, and every integer is exact in float64 as well.
 SCORE_BITS = 36
+# Adding it to a float64 below 2**51 in size rounds that to an integer, half to even, which is then
+# the difference of the bit patterns.
+ROUNDER = 1.5 * 2.0**52
+ROUNDER_BITS = int(np.float64(ROUNDER).view(np.int64))
 # Reduced scores below this belong to forbidden arcs.
 FORBIDDEN = -(1 << 61)
 # No arc, and farther than any path.
@@ -83,17 +89,22 @@ class Problem:
         """(B,) int64 rows of each problem on the ranks before this one."""
         return self.rows_RB[: self.rank].sum(0)
 
-    @property
+    @functools.cached_property
+    def pieces(self) -> list[tuple[int, int, IntArray, IntArray]]:
+        """How rows are split over threads, see :func:`threads.row_spans`."""
+        return row_spans(self.start_B)
+
+    @functools.cached_property
     def origin_B(self) -> IntArray:
         """(B,) int64; a row less this is its index in the whole problem."""
         return self.start_B[:-1] - self.offset_B
 
-    @property
+    @functools.cached_property
     def factor_B(self) -> FloatArray:
         """(B,) float64 powers of two that scale scores to integers."""
         return np.ldexp(1.0, self.shift_B)
 
-    @property
+    @functools.cached_property
     def tight_B(self) -> BoolArray:
         """(B,) bool, whether the capacities sum to exactly what the tokens demand."""
         return np.asarray(self.capacity_BE.sum(1) == self.rows_B * self.topk)

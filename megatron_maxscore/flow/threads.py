@@ -10,11 +10,12 @@ import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_maxscore.flow.problem import IntArray
+if TYPE_CHECKING:
+    from megatron_maxscore.flow.problem import IntArray
 
 # Fewer rows than this are not worth waking a thread for.
 _ROWS_PER_THREAD = 2048

@@ -13,6 +13,7 @@ import numpy as np
 
 from megatron_maxscore.flow.kernels import heaps
 from megatron_maxscore.flow.kernels.compiler import jit
+from megatron_maxscore.flow.kernels.vectors import LANES, aligned, exceeding, next_bit
 from megatron_maxscore.flow.problem import FAR
 
 
@@ -40,12 +41,19 @@ def _all_swaps(first_R, expert_A, value_A, held_A, root_NN):
 
 
 @jit
-def _move(gives, takes, row, first_R, expert_A, value_A, held_A, root_NN, cost_M, node_M5, used_1):
-    """Let a row give the expert of one arc and take that of another; add its new swaps."""
+def _move(
+    gives, takes, row, first_R, expert_A, value_A, held_A, root_NN, cost_M, node_M5, used_1,
+    changed_E,
+):  # fmt: skip
+    """Let a row give the expert of one arc and take that of another; add its new swaps.
+
+    Pairs of the experts that are marked as changed may have lost or gained swaps.
+    """
     a, b = expert_A[gives], expert_A[takes]
     held_A[gives], held_A[takes] = False, True
     for arc in range(first_R[row], first_R[row + 1]):
         expert = expert_A[arc]
+        changed_E[expert] = True
         if held_A[arc]:
             cost = value_A[arc] - value_A[gives]
             root_NN[expert, a] = heaps.add(
@@ -84,41 +92,54 @@ def _count_movers(a, b, most, loss, held_A, root_NN, cost_M, node_M5, taken_M):
 
 
 @jit
-def _distances(cost_NN, potential_N, excess_N, hop_bits, key_N, open_N):
+def _distances(cost_NP, potential_P, excess_N, hop_bits, key_N, free_N):
     """Dijkstra from all overfull nodes, on reduced costs, then on the number of arcs.
 
     Both are in one key, ``cost << hop_bits | arcs``. Returns the key up to which under-filled nodes
     have room for the whole excess, or that of the farthest one that can be reached; FAR if none
-    can. Keys above it are not final.
+    can. Keys above it are not final. ``free_N`` is for keys of nodes that wait to be visited.
     """
     num_nodes = excess_N.shape[0]
     wanted = 0
     for node in range(num_nodes):
         key_N[node] = FAR
-        open_N[node] = True
         if excess_N[node] > 0:
             key_N[node] = 0
             wanted += excess_N[node]
+        free_N[node] = key_N[node]
     last = np.int64(FAR)
     while True:
-        node, best = -1, np.int64(FAR)
+        best = np.int64(FAR)
         for other in range(num_nodes):
-            if open_N[other] and key_N[other] < best:
-                node, best = other, key_N[other]
-        if node < 0 or (wanted <= 0 and best > last):
+            best = min(best, free_N[other])
+        if best >= FAR or (wanted <= 0 and best > last):
             break
-        open_N[node] = False
+        node = 0
+        while free_N[node] != best:
+            node += 1
+        free_N[node] = FAR
         if excess_N[node] < 0 and wanted > 0:
             last = best
             wanted += excess_N[node]
-        offset = -potential_N[node]
+        offset, least = -potential_P[node], best + 1
         for other in range(num_nodes):
-            if cost_NN[node, other] < FAR:
-                reduced = offset + cost_NN[node, other] + potential_N[other]
-                through = best + (reduced << hop_bits) + 1
-                if through < key_N[other]:
-                    key_N[other] = through
+            cost = cost_NP[node, other]
+            reduced = offset + cost + potential_P[other]
+            through = least + (reduced << hop_bits) if cost < FAR else np.int64(FAR)
+            is_less = through < key_N[other]
+            key_N[other] = through if is_less else key_N[other]
+            free_N[other] = through if is_less else free_N[other]
     return last
+
+
+@jit
+def _tight_arcs(cost_P, potential_P, potential, tight_W):
+    """Write as bits which arcs of a node have reduced cost 0."""
+    tight_W[:] = 0
+    for place in range(0, cost_P.shape[0], LANES):
+        # Reduced costs are not negative.
+        costs = exceeding(cost_P, potential_P, place, potential)
+        tight_W[place >> 6] |= (costs ^ ((1 << LANES) - 1)) << (place & 63)
 
 
 @jit
@@ -133,14 +154,19 @@ def augment(
     sink = num_experts if num_nodes > num_experts else -1
     root_NN = np.full((num_experts, num_experts), -1, np.int32)
     cost_M, node_M5, used_1 = _all_swaps(first_R, expert_A, value_A, held_A, root_NN)
-    cost_NN = np.full((num_nodes, num_nodes), FAR, np.int64)
+    # Padded to whole vectors: nothing leads to what is beyond the last node.
+    padded = (num_nodes + LANES - 1) // LANES * LANES
+    cost_NP, potential_P = aligned(num_nodes * padded).reshape(num_nodes, padded), aligned(padded)
+    cost_NP[:], potential_P[:] = FAR, 0
+    tight_NW = np.empty((num_nodes, (padded + 63) // 64), np.int64)
+    seen_N = np.full(num_nodes, -1, np.int64)
     hop_bits = 1
     while 1 << hop_bits <= num_nodes:
         hop_bits += 1
     hop_mask = (1 << hop_bits) - 1
-    key_N = np.empty(num_nodes, np.int64)
+    key_N, free_N = aligned(num_nodes), aligned(num_nodes)
     open_N = np.empty(num_nodes, np.bool_)
-    leads_NN = np.empty((num_nodes, num_nodes), np.bool_)
+    changed_E = np.ones(num_experts, np.bool_)
     path_N = np.empty(num_nodes + 1, np.int64)
     next_N = np.zeros(num_nodes, np.int64)
     taken_M = np.empty(max(1, excess_N.max()), np.int32)
@@ -150,35 +176,31 @@ def augment(
         if phase == max_phases:
             return 2
         for a in range(num_experts):
-            for b in range(num_experts):
-                root = root_NN[a, b]
-                if root >= 0:
-                    root = heaps.cleaned(cost_M, node_M5, held_A, root)
-                    root_NN[a, b] = root
-                cost_NN[a, b] = cost_M[root] if root >= 0 else FAR
+            if changed_E[a]:
+                for b in range(num_experts):
+                    if changed_E[b]:
+                        root = heaps.cleaned(cost_M, node_M5, held_A, root_NN[a, b])
+                        root_NN[a, b] = root
+                        cost_NP[a, b] = cost_M[root] if root >= 0 else FAR
             if sink >= 0:
-                cost_NN[sink, a] = prices_E[a]
-                cost_NN[a, sink] = -prices_E[a] if slack_E[a] > 0 else FAR
-        last = _distances(cost_NN, potential_N, excess_N, hop_bits, key_N, open_N)
+                cost_NP[sink, a] = prices_E[a]
+                cost_NP[a, sink] = -prices_E[a] if slack_E[a] > 0 else FAR
+        changed_E[:] = False
+        last = _distances(cost_NP, potential_P, excess_N, hop_bits, key_N, free_N)
         if last >= FAR:
             return 1
         limit = last >> hop_bits
         highest, lowest = np.int64(-FAR), np.int64(FAR)
         for node in range(num_nodes):
-            moved = potential_N[node] + limit - min(key_N[node] >> hop_bits, limit)
+            moved = potential_P[node] + limit - min(key_N[node] >> hop_bits, limit)
             highest, lowest = max(highest, moved), min(lowest, moved)
         # Arcs that were left out cost more than reach, so prices may differ by that much.
         if highest - lowest > reach:
             return 1
         for node in range(num_nodes):
-            potential_N[node] += limit - min(key_N[node] >> hop_bits, limit)
+            potential_P[node] += limit - min(key_N[node] >> hop_bits, limit)
+            potential_N[node] = potential_P[node]
             open_N[node] = key_N[node] <= last
-        for a in range(num_nodes):
-            hops = (key_N[a] & hop_mask) + 1
-            for b in range(num_nodes):
-                leads_NN[a, b] = (
-                    cost_NN[a, b] == potential_N[a] - potential_N[b] and key_N[b] & hop_mask == hops
-                )
         for source in range(num_nodes):
             while excess_N[source] > 0 and open_N[source]:
                 # Depth first over arcs of reduced cost 0, each a step farther from the sources; a
@@ -191,21 +213,24 @@ def augment(
                     if excess_N[a] < 0:
                         found = True
                         break
-                    b = next_N[a]
-                    step = -1
-                    while b < num_nodes and step < 0:
-                        if open_N[b] and leads_NN[a, b]:
+                    if seen_N[a] != phase:
+                        seen_N[a] = phase
+                        _tight_arcs(cost_NP[a], potential_P, potential_P[a], tight_NW[a])
+                    hops = (key_N[a] & hop_mask) + 1
+                    b, step = next_bit(tight_NW[a], next_N[a]), -1
+                    while b >= 0 and step < 0:
+                        if open_N[b] and key_N[b] & hop_mask == hops:
                             if b == sink:
                                 leads = slack_E[a] > 0
                             else:
                                 leads = a == sink or _count_movers(
-                                    a, b, 1, cost_NN[a, b], held_A, root_NN, cost_M, node_M5,
+                                    a, b, 1, cost_NP[a, b], held_A, root_NN, cost_M, node_M5,
                                     taken_M,
                                 )  # fmt: skip
                             if leads:
                                 step = b
-                        b += 1
-                    next_N[a] = b
+                        next_N[a] = b + 1
+                        b = next_bit(tight_NW[a], b + 1)
                     if step >= 0:
                         length += 1
                         path_N[length], next_N[step], open_N[step] = step, 0, False
@@ -221,7 +246,7 @@ def augment(
                         units = min(units, slack_E[a])
                     elif a != sink:
                         units = _count_movers(
-                            a, b, units, cost_NN[a, b], held_A, root_NN, cost_M, node_M5, taken_M
+                            a, b, units, cost_NP[a, b], held_A, root_NN, cost_M, node_M5, taken_M
                         )
                 for place in range(length):
                     a, b = path_N[place], path_N[place + 1]
@@ -239,7 +264,7 @@ def augment(
                             _move(
                                 node_M5[root, heaps.GIVES], node_M5[root, heaps.TAKES], row,
                                 first_R, expert_A, value_A, held_A, root_NN,
-                                cost_M, node_M5, used_1,
+                                cost_M, node_M5, used_1, changed_E,
                             )  # fmt: skip
                 excess_N[source] -= units
                 excess_N[target] += units

@@ -25,7 +25,7 @@ def fill(
     r_E = np.empty(num_experts, np.int64)
     for row in range(first_row, last_row):
         while missing_N[row - first_row] > 0:
-            reduced_row(scores_NE, low_N[row], factor_B[problem], prices_BE, problem, row, r_E)
+            reduced_row(scores_NE, low_N[row], factor_B[problem], prices_BE[problem], row, r_E)
             best, value = -1, np.int64(_NONE)
             for expert in range(num_experts):
                 has_room = load_E[expert] < capacity_E[expert] and not x_NE[row, expert]
@@ -42,7 +42,7 @@ def fill(
                 while x_NE[other, best]:
                     other += 1
                 reduced_row(
-                    scores_NE, low_N[other], factor_B[problem], prices_BE, problem, other, r_E
+                    scores_NE, low_N[other], factor_B[problem], prices_BE[problem], other, r_E
                 )
                 value = r_E[best]
                 if missing_N[other - first_row] > 0:
@@ -93,7 +93,7 @@ def _drop(
             holds |= x_NE[row, expert] and over_E[expert] > 0
         if not holds:
             continue
-        reduced_row(scores_NE, low_N[row], factor_B[problem], prices_BE, problem, row, r_E)
+        reduced_row(scores_NE, low_N[row], factor_B[problem], prices_BE[problem], row, r_E)
         for expert in range(num_experts):
             if over_E[expert] > 0 and x_NE[row, expert]:
                 place = fill_E[expert]

@@ -9,48 +9,46 @@ R contested rows, A arcs.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from megatron_maxscore.flow.buckets import MANTISSA_BITS, NUM_LEVELS
 from megatron_maxscore.flow.kernels.compiler import jit
-from megatron_maxscore.flow.problem import FORBIDDEN
+from megatron_maxscore.flow.kernels.vectors import (
+    LANES,
+    aligned,
+    bits,
+    count_bits,
+    exceeding,
+    lowest_bit,
+)
+from megatron_maxscore.flow.problem import FORBIDDEN, ROUNDER, ROUNDER_BITS
 
-# Adding it to a float64 below 2**51 in size rounds that to an integer, half to even, which is then
-# the difference of the bit patterns.
-_MAGIC = 1.5 * 2.0**52
-_MAGIC_BITS = int(np.float64(_MAGIC).view(np.int64))
 _HUGE = 1 << 62
 
 
-@intrinsic
-def _bits(typing_context: Any, value: Any) -> Any:
-    """Return the bit pattern of a float64 as int64."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.IntType(64))
-
-    return types.int64(types.float64), generate
+@jit
+def _integer(score, low, factor):
+    """Return a score as an integer; see :mod:`problem`."""
+    return bits((np.float64(score) - low) * factor + ROUNDER) - ROUNDER_BITS
 
 
 @jit
-def reduced_row(scores_NE, low, factor, prices_BE, problem, row, out_E):
+def reduced_row(scores_NE, low, factor, price_E, row, out_E):
     """Write a row's integer scores minus prices."""
     for expert in range(out_E.shape[0]):
-        above = np.float64(scores_NE[row, expert]) - low
-        out_E[expert] = (_bits(above * factor + _MAGIC) - _MAGIC_BITS) - prices_BE[problem, expert]
+        out_E[expert] = _integer(scores_NE[row, expert], low, factor) - price_E[expert]
 
 
 @jit
 def _kth_and_next(r_E, topk, guess, spacing):
-    """Return the k-th and (k+1)-th largest, k < E, by counting what lies above a moving guess."""
+    """Return the k-th and (k+1)-th largest, k < E, by counting what lies above a moving guess.
+
+    The guess moves by ``spacing`` for each entry too many, then by what the last two counts say.
+    """
     above_lo = -_HUGE  # more than k entries lie above this
     below_hi = _HUGE  # fewer than k entries lie above this
     from_min, from_max = False, False
+    last_guess, last_count = guess, np.int64(-1)
     while True:
         count = 0
         low, high = np.int64(_HUGE), np.int64(-_HUGE)  # least above, greatest not above
@@ -62,6 +60,9 @@ def _kth_and_next(r_E, topk, guess, spacing):
             high = max(high, np.int64(-_HUGE) if is_above else value)
         if count == topk:
             return low, high
+        if last_count >= 0 and count != last_count:
+            spacing = abs(guess - last_guess) // abs(count - last_count)
+        last_guess, last_count = guess, count
         if count > topk:
             if from_max:  # fewer than k above `high` before, more than k with it: a tie
                 return low, low
@@ -83,9 +84,20 @@ def _kth_and_next(r_E, topk, guess, spacing):
 
 
 @jit
+def _mean(r_E):
+    """Return the mean of a row's allowed entries."""
+    total, count = np.int64(0), np.int64(0)
+    for expert in range(r_E.shape[0]):
+        is_allowed = r_E[expert] > FORBIDDEN
+        total += r_E[expert] if is_allowed else np.int64(0)
+        count += np.int64(is_allowed)
+    return total // count
+
+
+@jit
 def _level(size):
     """Return the level of a size >= 1; see :mod:`buckets`."""
-    return (_bits(np.float64(size)) >> (52 - MANTISSA_BITS)) - (1023 << MANTISSA_BITS)
+    return (bits(np.float64(size)) >> (52 - MANTISSA_BITS)) - (1023 << MANTISSA_BITS)
 
 
 @jit
@@ -133,13 +145,22 @@ def price_pass(
     """Choose each row's k best experts; count loads, gaps and bids."""
     half = bids_BEH.shape[2] // 2
     num_experts = scores_NE.shape[1]
-    r_E = np.empty(num_experts, np.int64)
-    inside_E = np.empty(num_experts + 1, np.int64)
+    padded = (num_experts + LANES - 1) // LANES * LANES
+    # What is read and written for every row, copied to where vectors are loaded as a whole.
+    r_P, window_P = aligned(padded), aligned(padded)
+    r_P[:], window_P[:] = 2 * FORBIDDEN, 0
+    r_E, price_E, load_E = r_P[:num_experts], aligned(num_experts), aligned(num_experts)
     for problem in range(first_problem, last_problem):
-        previous, spacing = np.int64(0), np.int64(0)
+        window_P[:num_experts] = window_BE[problem]
+        price_E[:], load_E[:] = prices_BE[problem], 0
+        mean, above_mean, spacing = np.int64(0), np.int64(0), np.int64(0)
         for row in range(first_row_B[problem], last_row_B[problem]):
-            reduced_row(scores_NE, low_N[row], factor_B[problem], prices_BE, problem, row, r_E)
-            guess = threshold_N[row] if knows_threshold else previous
+            reduced_row(scores_NE, low_N[row], factor_B[problem], price_E, row, r_E)
+            if knows_threshold:
+                guess = threshold_N[row]
+            else:
+                mean = _mean(r_E)
+                guess = mean + above_mean
             kth, following = _kth_and_next(r_E, topk, guess, spacing)
             gap = kth - following
             gap_N[row] = gap
@@ -150,36 +171,38 @@ def price_pass(
                 threshold = kth - 1
             else:
                 spacing += (gap - spacing) >> 3
+                above_mean += (threshold - mean - above_mean) >> 2
             threshold_N[row] = threshold
-            previous += (threshold - previous) >> 2
             if gap > 0:
                 for expert in range(num_experts):
                     chosen = r_E[expert] > following
                     x_NE[row, expert] = chosen
-                    load_BE[problem, expert] += chosen
+                    load_E[expert] += chosen
             else:
                 missing = topk
                 for expert in range(num_experts):
                     chosen = r_E[expert] > kth
                     x_NE[row, expert] = chosen
-                    load_BE[problem, expert] += chosen
+                    load_E[expert] += chosen
                     missing -= np.int64(chosen)
                 index = (row - origin_B[problem]) * topk
                 expert = (index + index // num_experts) % num_experts
                 while missing > 0:
                     if r_E[expert] == kth:
                         x_NE[row, expert] = True
-                        load_BE[problem, expert] += 1
+                        load_E[expert] += 1
                         missing -= 1
                     expert = expert + 1 if expert + 1 < num_experts else 0
-            count = 0
-            for expert in range(num_experts):
-                inside_E[count] = expert
-                count += np.int64(r_E[expert] + window_BE[problem, expert] > threshold)
-            for position in range(count):
-                expert = inside_E[position]
-                bid = min(r_E[expert] - threshold, window_BE[problem, expert])
-                bids_BEH[problem, expert, _bucket(bid, base_BE[problem, expert], half)] += 1
+            for first in range(0, num_experts, 64):
+                inside = np.int64(0)
+                for place in range(first, min(first + 64, num_experts), LANES):
+                    inside |= exceeding(r_P, window_P, place, threshold) << (place - first)
+                while inside:
+                    expert = first + lowest_bit(inside)
+                    inside &= inside - 1
+                    bid = min(r_E[expert] - threshold, window_P[expert])
+                    bids_BEH[problem, expert, _bucket(bid, base_BE[problem, expert], half)] += 1
+        load_BE[problem] += load_E
 
 
 @jit
@@ -220,31 +243,40 @@ def _edges(bucket, base, half, edge_L):
 
 
 @jit
-def count_contested(
+def find_contested(
     scores_NE, low_N, factor_B, prices_BE, x_NE, reach_B, stride_B, gap_N, drift_B, origin_B,
-    first_problem, last_problem, first_row_B, last_row_B, count_N,
+    first_problem, last_problem, first_row_B, last_row_B, count_N, arcs_NW,
 ):  # fmt: skip
-    """Count the entries of each contested row: those whose loss in a swap is within reach."""
+    """Find the entries of each contested row, those whose loss in a swap is within reach.
+
+    Writes how many, and which as bits of one int64 for every 64 experts.
+    """
     num_experts = scores_NE.shape[1]
-    r_E = np.empty(num_experts, np.int64)
+    padded = (num_experts + LANES - 1) // LANES * LANES
+    r_P, none_P = aligned(padded), aligned(padded)
+    r_P[:], none_P[:] = 2 * FORBIDDEN, 0
+    r_E, price_E = r_P[:num_experts], aligned(num_experts)
     for problem in range(first_problem, last_problem):
+        price_E[:] = prices_BE[problem]
         reach, stride = reach_B[problem], stride_B[problem]
         limit = reach + drift_B[problem]
         for row in range(first_row_B[problem], last_row_B[problem]):
             count_N[row] = 0
             if reach < 0 or gap_N[row] > limit or (row - origin_B[problem]) % stride:
                 continue
-            reduced_row(scores_NE, low_N[row], factor_B[problem], prices_BE, problem, row, r_E)
+            reduced_row(scores_NE, low_N[row], factor_B[problem], price_E, row, r_E)
             least, most = _held_and_other(r_E, x_NE, row)
             if least - most > reach:
                 continue
-            count = 0
-            for expert in range(num_experts):
-                value = r_E[expert]
-                count += np.int64(
-                    value <= most + reach if x_NE[row, expert] else value >= least - reach
-                )
-            count_N[row] = count
+            # What the row has lies above the first limit anyway, what it has not below the second.
+            for word in range(arcs_NW.shape[1]):
+                arcs = np.int64(0)
+                for place in range(64 * word, min(64 * word + 64, num_experts), LANES):
+                    near = exceeding(r_P, none_P, place, least - reach - 1)
+                    far = exceeding(r_P, none_P, place, most + reach)
+                    arcs |= (near & ~far) << (place - 64 * word)
+                arcs_NW[row, word] = arcs
+                count_N[row] += count_bits(arcs)
 
 
 @jit
@@ -260,24 +292,23 @@ def _held_and_other(r_E, x_NE, row):
 
 @jit
 def extract(
-    scores_NE, low_N, factor_B, prices_BE, x_NE, reach_B, problem_R, row_R, first_R,
-    first, last, expert_A, value_A, held_A,
+    scores_NE, low_N, factor_B, prices_BE, x_NE, arcs_NW, problem_R, row_R, first_R, first, last,
+    expert_A, value_A, held_A,
 ):  # fmt: skip
     """Write down the arcs of contested rows."""
-    num_experts = scores_NE.shape[1]
-    r_E = np.empty(num_experts, np.int64)
     for index in range(first, last):
         row, problem = row_R[index], problem_R[index]
-        reach = reach_B[problem]
-        reduced_row(scores_NE, low_N[row], factor_B[problem], prices_BE, problem, row, r_E)
-        least, most = _held_and_other(r_E, x_NE, row)
+        low, factor = low_N[row], factor_B[problem]
         arc = first_R[index]
-        for expert in range(num_experts):
-            value, has = r_E[expert], x_NE[row, expert]
-            if value <= most + reach if has else value >= least - reach:
+        for word in range(arcs_NW.shape[1]):
+            arcs = arcs_NW[row, word]
+            while arcs:
+                expert = 64 * word + lowest_bit(arcs)
+                arcs &= arcs - 1
                 expert_A[arc] = expert
-                value_A[arc] = value
-                held_A[arc] = has
+                value_A[arc] = _integer(scores_NE[row, expert], low, factor)
+                value_A[arc] -= prices_BE[problem, expert]
+                held_A[arc] = x_NE[row, expert]
                 arc += 1
 
 
@@ -288,27 +319,31 @@ def conclude(
 ):  # fmt: skip
     """Order the chosen experts, and evaluate the row's share of objective and gap in float64."""
     num_experts = scores_NE.shape[1]
-    reduced_E = np.empty(num_experts, np.float64)
-    best_K = np.empty(topk, np.float64)
+    reduced_E = aligned(num_experts).view(np.float64)
+    price_E = aligned(num_experts).view(np.float64)
+    best_K, score_K = np.empty(topk, np.float64), np.empty(topk, np.float64)
     chosen_E = np.empty(num_experts + 1, np.int64)
     for problem in range(first_problem, last_problem):
+        price_E[:] = prices_BE[problem]
         for row in range(first_row_B[problem], last_row_B[problem]):
             low = low_N[row]
             count = 0
             for expert in range(num_experts):
                 chosen_E[count] = expert
                 count += np.int64(x_NE[row, expert])
+            for place in range(topk):
+                score_K[place] = scores_NE[row, chosen_E[place]]
             for index in range(topk):
-                expert = chosen_E[index]
-                value = scores_NE[row, expert]
-                place = index
-                while place > 0 and scores_NE[row, experts_NK[row, place - 1]] < value:
-                    experts_NK[row, place] = experts_NK[row, place - 1]
-                    place -= 1
-                experts_NK[row, place] = expert
+                # How many come before it: greater ones, and equal ones of a lower index.
+                score, before = score_K[index], 0
+                for place in range(topk):
+                    before += np.int64(score_K[place] > score)
+                for place in range(index):
+                    before += np.int64(score_K[place] == score)
+                experts_NK[row, before] = chosen_E[index]
             for expert in range(num_experts):
                 value = np.float64(scores_NE[row, expert]) - low
-                reduced_E[expert] = value - prices_BE[problem, expert]
+                reduced_E[expert] = value - price_E[expert]
             total, least = 0.0, np.inf
             for place in range(topk):
                 expert = experts_NK[row, place]
@@ -316,7 +351,9 @@ def conclude(
                 least = min(least, reduced_E[expert])
             better = 0
             for expert in range(num_experts):
-                better += np.int64((reduced_E[expert] > least) & (not x_NE[row, expert]))
+                better += np.int64(reduced_E[expert] > least)
+            for place in range(topk):
+                better -= np.int64(reduced_E[experts_NK[row, place]] > least)
             total_N[row] = total
             slack = 0.0
             if better:
@@ -332,11 +369,11 @@ def conclude(
                             place -= 1
                         best_K[place] = value
                 # Paired in order, so that what both have cancels exactly.
-                chosen = 0.0
+                total_chosen = 0.0
                 for place in range(topk):
-                    chosen += reduced_E[experts_NK[row, place]]
+                    total_chosen += reduced_E[experts_NK[row, place]]
                 best = 0.0
                 for place in range(topk):
                     best += best_K[place]
-                slack = max(0.0, best - chosen)
+                slack = max(0.0, best - total_chosen)
             slack_N[row] = slack
