@@ -39,7 +39,9 @@ _ROWS_PER_UNIT = 32
 _MIN_ROWS = 64
 # The same on a plateau, where every row offers many swaps at no cost.
 _PLATEAU_ROWS_PER_UNIT = 2
-_LONGER = 2
+# The next reach relative to one that did not suffice, and to one that left most units as they were.
+_LONGER, _MUCH_LONGER = 2, 4
+_MOST_LEFT = 0.9
 # Where contested rows have to be sent, they are contested within this times the reach that seems
 # enough, so that it can grow. That changes what is sent, and nothing that is decided.
 _SPARE = 2
@@ -93,6 +95,7 @@ def finish(
         status_B = np.where(reach_B < 0, 0, 1)
         tries_B = reach_B >= 0
         while tries_B.any():
+            units_B = np.maximum(excess_BN, 0).sum(1)
             # Ranks have the same rows now, and move the same units.
             found, excess_BN, slack_BE, moved_BE, spread_B, now_B = exchange.same(
                 functools.partial(
@@ -112,7 +115,9 @@ def finish(
                     f"no assignment exists: forbidden arcs leave {left} assignments without an "
                     "expert that has room; allow more experts or raise the capacities"
                 )
-            longer_B = np.minimum(np.where(reach_B > 0, _LONGER * reach_B, beyond_B), _WHOLE)
+            left_B = np.maximum(excess_BN, 0).sum(1)
+            factor_B = np.where(left_B > _MOST_LEFT * units_B, _MUCH_LONGER, _LONGER)
+            longer_B = np.minimum(np.where(reach_B > 0, factor_B * reach_B, beyond_B), _WHOLE)
             # Problems that wait for rows to be contested again keep theirs.
             reach_B = np.where(tries_B & (status_B == 1), longer_B, reach_B)
             attempts_B += tries_B

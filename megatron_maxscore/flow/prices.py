@@ -318,7 +318,7 @@ def sweep(
     was_short_B = np.zeros(num_problems, np.bool_)
     stalls_B = np.zeros(num_problems, np.int64)
     active_B = active_B.copy()
-    passes, relaxation = 0, 1.0
+    relaxation_B, passes = np.ones(num_problems), 0
 
     def clipped(prices: np.ndarray) -> IntArray:
         return _within_limits(np.rint(prices).astype(np.int64), is_tight_B)
@@ -337,7 +337,7 @@ def sweep(
         take_back_B = active_B & ~is_best_B & was_long_B
         is_plain_B |= take_back_B
         # Little progress says nothing as long as windows limit steps, nor after a very long one.
-        says_B = active_B & is_near_B & ~was_short_B & (relaxation < _VERY_LONG) & ~take_back_B
+        says_B = active_B & is_near_B & ~was_short_B & (relaxation_B < _VERY_LONG) & ~take_back_B
         stalls_B += says_B & ((now_B > _STALLED * best_B) | ~is_best_B)
         # Exactly as before: a plateau, which no price can part.
         stalls_B += active_B & (now_B == best_B)
