@@ -10,10 +10,11 @@ A sweep sets each row's threshold midway between its k-th and (k+1)-th reduced s
 how much every score lies above its threshold. From the counts follows, per expert, the price step
 that would leave C of its bids positive (:mod:`buckets`). When an expert's price moves, a row's
 threshold follows half the way, so a step falls short by about a half where many experts compete:
-steps are taken 1.5 times as long or more (over-relaxation), until one makes things worse.
+steps are taken 1.5 to 3 times as long, shorter and longer ones in turn, until one makes things
+worse.
 
-Where there are many rows, the first sweeps are over a sample of them: that is where a cold start
-comes near, and where a warm one is checked. Sweeps need not reach the optimum:
+Where there are many rows, the first sweeps of a cold start are over a sample of them, and so are
+those of a warm one whose prices turn out to be worth less. Sweeps need not reach the optimum:
 :mod:`~megatron_maxscore.flow.finish` does, from any prices.
 
 Shape letters: B problems, N rows of all problems, E experts.
@@ -59,7 +60,7 @@ _EVERYTHING = 1 << 49
 _WINDOW_OWN = 4
 _WINDOW_MEAN = 4
 # Prices of a sample, and warm ones, are off by less than this.
-_SAMPLE_WINDOW = 1 << (SCORE_BITS - 5)
+_FIRST_WINDOW = 1 << (SCORE_BITS - 5)
 # What moving a unit of overflow without a search costs at least, in ranges of a row.
 _FILL_COST = 0.05
 
@@ -139,7 +140,7 @@ def improve(
         # Some problem is too small for a sample, so nothing is known of how far prices are off.
         num_buckets, window_BE = ALL_BUCKETS, np.full_like(prices_BE, _EVERYTHING)
     else:
-        num_buckets, window_BE = WINDOW_BUCKETS, np.full_like(prices_BE, _SAMPLE_WINDOW)
+        num_buckets, window_BE = WINDOW_BUCKETS, np.full_like(prices_BE, _FIRST_WINDOW)
     rows = _Rows(backend, exchange, problem, num_buckets, tolerance, sum_ranges_B)
     can_sample_B = size_B < problem.rows_B
     wants_B = can_sample_B & (prices_BE == prices_BE[:, :1]).all(1)
