@@ -16,6 +16,10 @@ echo "== ruff, mypy"
 ruff check .
 ruff format --check .
 mypy
+if [ "$#" -eq 0 ]; then
+  echo "== pytest, Triton kernels in the interpreter"
+  TRITON_INTERPRET=1 python -m pytest -n 2 --timeout 600 tests/kernels
+fi
 echo "== pytest"
 # Worksteal: tests differ from milliseconds to a minute.
 exec python -m pytest -n 2 --dist worksteal --timeout 600 "${select[@]}" "$@"

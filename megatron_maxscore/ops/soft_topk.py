@@ -70,6 +70,12 @@ def soft_topk(
 class _BiEntropic(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, k: int, temperature: float) -> Tensor:
+        ctx.temperature = temperature
+        kernels = _kernels(logits)
+        if kernels is not None and k < logits.shape[-1]:
+            result: tuple[Tensor, Tensor] = kernels.forward(logits.contiguous(), k, temperature)
+            ctx.save_for_backward(result[1])
+            return result[0]
         compute = torch.float64 if logits.dtype == torch.float64 else torch.float32
         z_NE = logits.to(compute)
         if k == z_NE.shape[-1]:
@@ -84,18 +90,31 @@ class _BiEntropic(torch.autograd.Function):
             # p (1 - p) without the cancellation in 1 - p.
             v_NE = x_NE.neg_().sigmoid_().mul_(p_NE)
         ctx.save_for_backward(v_NE)
-        ctx.temperature = temperature
         return p_NE.to(logits.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_NE: Tensor) -> tuple[Tensor, None, None]:
         (v_NE,) = ctx.saved_tensors
+        kernels = _kernels(v_NE)
+        if kernels is not None:
+            return kernels.backward(v_NE, grad_NE.contiguous(), ctx.temperature), None, None
         g_NE = grad_NE.to(v_NE.dtype)
         total_N = v_NE.sum(-1, keepdim=True)
         mean_N = (v_NE * g_NE).sum(-1, keepdim=True) / torch.where(total_N > 0, total_N, 1.0)
         result_NE = (g_NE - mean_N).mul_(v_NE).div_(ctx.temperature)
         return result_NE.to(grad_NE.dtype), None, None
+
+
+def _kernels(matrix_NE: Tensor) -> Any:
+    """Return the Triton kernels where they can run, else None: float64 and the CPU go without."""
+    if not matrix_NE.is_cuda or matrix_NE.dtype == torch.float64 or matrix_NE.numel() == 0:
+        return None
+    try:
+        from megatron_maxscore.ops.kernels import soft_topk as kernels
+    except ImportError:  # no Triton
+        return None
+    return kernels
 
 
 def threshold(u_NE: Tensor, top_NK1: Tensor) -> Tensor:

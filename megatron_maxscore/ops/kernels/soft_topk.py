@@ -1,0 +1,200 @@
+"""SoftTopk in Triton; :mod:`megatron_maxscore.ops.soft_topk` defines it and is the reference.
+
+One program reads some rows once, finds their k-th largest and tau in registers, and writes the
+result. Float64 logits stay with the reference, since kernels take the temperature as float32.
+
+Shape letters: N rows, E experts, K = k.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_maxscore.ops.kernels.variants import Variant
+
+# As in the reference.
+_MAX_STEPS = tl.constexpr(40)
+_LOWEST = tl.constexpr(-1e30)
+_TOLERANCE = tl.constexpr(4 * torch.finfo(torch.float32).eps)
+# Entries that a program of four warps works on.
+_TILE = 512
+_WARPS = 4
+
+
+@triton.jit
+def _select(z, inside, k, ROWS: tl.constexpr):
+    """Return the k-th and the next largest of each row, and how many are above, and equal to it."""
+    # Integers in the order of the floats, found bit by bit from the sign on.
+    bits = z.to(tl.int32, bitcast=True)
+    key = tl.where(inside, bits ^ ((bits >> 31) & 0x7FFFFFFF), -0x80000000)
+    at_least_R = tl.sum((key >= 0).to(tl.int32), 1)
+    found_R = tl.where(at_least_R >= k, 0, -0x80000000).to(tl.int32)
+    for place in range(31):
+        higher_R = found_R | (1 << (30 - place))
+        at_least_R = tl.sum((key >= higher_R[:, None]).to(tl.int32), 1)
+        found_R = tl.where(at_least_R >= k, higher_R, found_R)
+    kth_R = (found_R ^ ((found_R >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    above_R = tl.sum((z > kth_R[:, None]).to(tl.int32), 1)
+    ties_R = tl.sum((inside & (z == kth_R[:, None])).to(tl.int32), 1)
+    below = tl.where(inside & (z < kth_R[:, None]), z, float("-inf"))
+    next_R = tl.where(above_R + ties_R > k, kth_R, tl.max(below, 1))
+    return kth_R, next_R, above_R, ties_R
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_experts", "k"])
+def _forward(
+    logits_ptr, p_ptr, v_ptr, num_rows, num_experts, k, temperature,
+    BLOCK_E: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row_R = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col_E = tl.arange(0, BLOCK_E)
+    col = col_E[None, :]
+    inside = (row_R < num_rows)[:, None] & (col < num_experts)
+    at = row_R[:, None] * num_experts + col
+    z = tl.load(logits_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
+    kth_R, next_R, above_R, ties_R = _select(z, inside, k, ROWS)
+    # Only differences matter; those to the k-th are exact where they are small.
+    base_R = tl.where(tl.abs(kth_R) == float("inf"), 0.0, kth_R)
+    u = tl.maximum((z - base_R[:, None]) / temperature, _LOWEST)
+    is_above = z > kth_R[:, None]
+    is_below = inside & (z < kth_R[:, None])
+    # Of entries equal to the k-th some are among the k largest, and it does not matter which.
+    top_ties_R = (k - above_R).to(tl.float32)
+    other_ties_R = (ties_R - (k - above_R)).to(tl.float32)
+    last_R = tl.maximum((kth_R - base_R) / temperature, _LOWEST)
+    next_R = tl.maximum((next_R - base_R) / temperature, _LOWEST)
+    low_R = next_R - tl.log(k.to(tl.float32))
+    high_R = last_R + tl.log((num_experts - k).to(tl.float32))
+    tau_R = (last_R + next_R) * 0.5
+    steps_left = tl.full((), _MAX_STEPS, tl.int32)
+    while steps_left > 0:
+        have = tl.where(is_below, tl.sigmoid(u - tau_R[:, None]), 0.0)
+        lack = tl.where(is_above, tl.sigmoid(tau_R[:, None] - u), 0.0)
+        tie_has_R, tie_lacks_R = tl.sigmoid(last_R - tau_R), tl.sigmoid(tau_R - last_R)
+        have_R = tl.sum(have, 1) + other_ties_R * tie_has_R
+        lack_R = tl.sum(lack, 1) + top_ties_R * tie_lacks_R
+        have2_R = tl.sum(have * have, 1) + other_ties_R * tie_has_R * tie_has_R
+        lack2_R = tl.sum(lack * lack, 1) + top_ties_R * tie_lacks_R * tie_lacks_R
+        slope_R = have2_R / have_R + lack2_R / lack_R - 2.0
+        value_R = tl.log(have_R) - tl.log(lack_R)
+        low_R = tl.where(value_R > 0, tau_R, low_R)
+        high_R = tl.where(value_R < 0, tau_R, high_R)
+        newton_R = tau_R - value_R / slope_R
+        is_between = (newton_R >= low_R) & (newton_R <= high_R)
+        further_R = tl.where(is_between, newton_R, (low_R + high_R) * 0.5)
+        # Where a side underflows, or the row has NaN, the start stands.
+        further_R = tl.where(tl.abs(value_R) < float("inf"), further_R, tau_R)
+        has_moved = tl.abs(further_R - tau_R) > (1.0 + tl.abs(tau_R)) * _TOLERANCE
+        steps_left = tl.max(has_moved.to(tl.int32), 0) * (steps_left - 1)
+        tau_R = further_R
+    x = (z - base_R[:, None]) / temperature - tau_R[:, None]
+    is_bad_R1 = tl.max((z != z).to(tl.int32), 1)[:, None] > 0
+    p = tl.where(is_bad_R1, float("nan"), tl.sigmoid(x))
+    tl.store(p_ptr + at, p.to(p_ptr.dtype.element_ty), mask=inside)
+    # p (1 - p) without the cancellation in 1 - p.
+    tl.store(v_ptr + at, tl.sigmoid(-x) * p, mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_experts"])
+def _backward(
+    v_ptr, grad_ptr, result_ptr, num_rows, num_experts, temperature,
+    BLOCK_E: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row_R = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK_E)[None, :]
+    inside = (row_R < num_rows)[:, None] & (col < num_experts)
+    at = row_R[:, None] * num_experts + col
+    v = tl.load(v_ptr + at, mask=inside, other=0.0)
+    g = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    total_R = tl.sum(v, 1)
+    mean_R = tl.sum(v * g, 1) / tl.where(total_R > 0, total_R, 1.0)
+    result = (g - mean_R[:, None]) * v / temperature
+    tl.store(result_ptr + at, result.to(result_ptr.dtype.element_ty), mask=inside)
+
+
+def forward(logits_NE: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return SoftTopk and its p (1 - p), 1 <= k < E.
+
+    Args:
+        logits_NE: (..., E) bfloat16, float16 or float32, contiguous.
+        k: experts per token.
+        temperature: > 0.
+
+    Returns:
+        (..., E) of the logits' dtype, and (..., E) float32.
+    """
+    p_NE = torch.empty_like(logits_NE)
+    v_NE = torch.empty_like(logits_NE, dtype=torch.float32)
+    rows, num_experts, tile = _tiling(logits_NE)
+    _forward[(triton.cdiv(rows, tile["ROWS"]),)](
+        logits_NE, p_NE, v_NE, rows, num_experts, k, temperature, **tile, num_warps=_WARPS
+    )
+    return p_NE, v_NE
+
+
+def backward(v_NE: Tensor, grad_NE: Tensor, temperature: float) -> Tensor:
+    """Return the gradient by the logits.
+
+    Args:
+        v_NE: (..., E) float32 of :func:`forward`.
+        grad_NE: (..., E) gradient by its result, contiguous.
+        temperature: as there.
+
+    Returns:
+        (..., E) of the gradient's dtype.
+    """
+    result_NE = torch.empty_like(grad_NE)
+    rows, num_experts, tile = _tiling(grad_NE)
+    _backward[(triton.cdiv(rows, tile["ROWS"]),)](
+        v_NE, grad_NE, result_NE, rows, num_experts, temperature, **tile, num_warps=_WARPS
+    )
+    return result_NE
+
+
+def _tiling(matrix_NE: Tensor) -> tuple[int, int, dict[str, int]]:
+    """Return rows, experts, and what a program works on."""
+    num_experts = matrix_NE.shape[-1]
+    return matrix_NE.numel() // num_experts, num_experts, _tile(num_experts)
+
+
+def _tile(num_experts: int) -> dict[str, int]:
+    block = triton.next_power_of_2(num_experts)
+    return {"BLOCK_E": block, "ROWS": max(1, _TILE // block)}
+
+
+def variants() -> list[Variant]:
+    """Return what to compile ahead of time."""
+    found = []
+    for dtype in ("fp32", "bf16"):
+        for num_experts in (8, 64, 256, 512):
+            tile = _tile(num_experts)
+            name = f"{dtype}, {num_experts} experts"
+            counts = {"num_rows": "i32", "num_experts": "i32"}
+            found.append(
+                Variant(
+                    f"soft_topk forward, {name}",
+                    _forward,
+                    {
+                        "logits_ptr": f"*{dtype}", "p_ptr": f"*{dtype}", "v_ptr": "*fp32",
+                        **counts, "k": "i32", "temperature": "fp32",
+                    },
+                    tile,
+                    _WARPS,
+                )
+            )  # fmt: skip
+            found.append(
+                Variant(
+                    f"soft_topk backward, {name}",
+                    _backward,
+                    {
+                        "v_ptr": "*fp32", "grad_ptr": f"*{dtype}", "result_ptr": f"*{dtype}",
+                        **counts, "temperature": "fp32",
+                    },
+                    tile,
+                    _WARPS,
+                )
+            )  # fmt: skip
+    return found

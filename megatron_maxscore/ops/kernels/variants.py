@@ -1,0 +1,25 @@
+"""Kernels as they are launched, for compiling them ahead of time without a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel with the types of its arguments.
+
+    Attributes:
+        name: what it is, for reports.
+        kernel: the Triton function.
+        signature: type of each argument that is not a constant, in Triton's notation.
+        constants: the compile-time constants.
+        num_warps: warps per program.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int

@@ -1,0 +1,11 @@
+"""Kernels run in Triton's interpreter, which has to be chosen before Triton is imported.
+
+So these tests have a run of their own: ``TRITON_INTERPRET=1 python -m pytest tests/kernels``.
+"""
+
+from __future__ import annotations
+
+import os
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    collect_ignore_glob = ["*"]

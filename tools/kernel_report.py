@@ -1,0 +1,108 @@
+"""Compile every Triton kernel ahead of time and print what each needs; no GPU is needed.
+
+    python tools/kernel_report.py [--targets 80 90 100] [--output FILE.md]
+
+Registers per thread, stack and spilled bytes, and shared memory per program are read from the
+compiled code with the cuobjdump that comes with Triton. Ends with 1 if anything spills.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from rich.console import Console
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_maxscore.ops.kernels import soft_topk
+from megatron_maxscore.ops.kernels.variants import Variant
+
+TARGETS = (80, 90, 100)
+_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a compiled kernel needs.
+
+    Attributes:
+        registers: per thread.
+        stack: bytes per thread.
+        spills: bytes per thread stored to and loaded from local memory.
+        shared: bytes per program.
+    """
+
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+
+
+def all_variants() -> list[Variant]:
+    """Return every kernel in every form in which it is launched."""
+    return soft_topk.variants()
+
+
+def usage(variant: Variant, target: int) -> Usage:
+    """Compile a kernel for ``sm_<target>`` and read what it needs."""
+    source = ASTSource(variant.kernel, variant.signature, constexprs=variant.constants)
+    options = {"num_warps": variant.num_warps}
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(_CUOBJDUMP), "--dump-resource-usage", file.name]
+        dumped = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        command = [str(_CUOBJDUMP), "--dump-sass", file.name]
+        code = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    numbers = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", dumped)}
+    # Spilled registers go through local memory, which these kernels use for nothing else.
+    spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
+    return Usage(numbers["REG"], numbers["STACK"], 4 * spills, compiled.metadata.shared)
+
+
+def main() -> int:
+    """Print the table; return 1 if a kernel spills."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--targets", type=int, nargs="+", default=TARGETS)
+    parser.add_argument("--output", type=Path, help="write the table as Markdown too")
+    arguments = parser.parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    columns = [
+        "kernel",
+        "warps",
+        *(f"sm_{t}: registers, stack, spills, shared" for t in arguments.targets),
+    ]
+    table = Table(
+        *columns, title=f"Triton {triton.__version__}, bytes per thread; shared per program"
+    )
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    spilled = []
+    for variant in all_variants():
+        cells = [variant.name, str(variant.num_warps)]
+        for target in arguments.targets:
+            found = usage(variant, target)
+            cells.append(f"{found.registers}, {found.stack}, {found.spills}, {found.shared}")
+            if found.spills:
+                spilled.append(f"{variant.name} on sm_{target}")
+        table.add_row(*cells)
+        lines.append("| " + " | ".join(cells) + " |")
+    console.print(table)
+    if arguments.output:
+        arguments.output.write_text("\n".join(lines) + "\n")
+    console.print(f"spilled: {', '.join(spilled)}" if spilled else "no kernel spills")
+    return 1 if spilled else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
