@@ -78,3 +78,18 @@ def check_assignment(
         total += sum(values)
     assert all(load <= cap for load, cap in zip(loads, capacity_E.tolist(), strict=True))
     return total
+
+
+def bucket_of(bid: int, window: int, num_buckets: int) -> int:
+    """Return the bucket of a bid within a window: quarter octaves up to the window's, by loops."""
+
+    def level(size: int) -> int:
+        octave = size.bit_length() - 1
+        return 4 * octave + int(4 * (size - 2**octave) // 2**octave)
+
+    half = num_buckets // 2
+    base = max(level(window + 1) - (half - 1), 0)
+    bid = min(bid, window)
+    size = bid if bid > 0 else 1 - bid
+    step = max(1, min(level(size) - base, half - 1)) if size > 1 else 0
+    return half + step if bid > 0 else half - 1 - step

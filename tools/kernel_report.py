@@ -2,8 +2,8 @@
 
     python tools/kernel_report.py [--targets 80 90 100] [--output FILE.md]
 
-Registers per thread, stack and spilled bytes, and shared memory per program are read from the
-compiled code with the cuobjdump that comes with Triton. Ends with 1 if anything spills.
+Registers and stack per thread, instructions that spill, and shared memory per program are read from
+the compiled code with the cuobjdump that comes with Triton. Ends with 1 if anything spills.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Usage:
     Attributes:
         registers: per thread.
         stack: bytes per thread.
-        spills: bytes per thread stored to and loaded from local memory.
+        spills: instructions that access local memory.
         shared: bytes per program.
     """
 
@@ -68,7 +68,7 @@ def usage(variant: Variant, target: int) -> Usage:
     numbers = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", dumped)}
     # Spilled registers go through local memory, which these kernels use for nothing else.
     spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
-    return Usage(numbers["REG"], numbers["STACK"], 4 * spills, compiled.metadata.shared)
+    return Usage(numbers["REG"], numbers["STACK"], spills, compiled.metadata.shared)
 
 
 def main() -> int:

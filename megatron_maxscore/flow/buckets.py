@@ -47,18 +47,8 @@ def base_of(window_BE: IntArray, num_buckets: int) -> IntArray:
     return np.asarray(np.maximum(level_of(window_BE + 1) - (num_buckets // 2 - 1), 0))
 
 
-def bucket_of(bids: IntArray, base: IntArray, num_buckets: int) -> IntArray:
-    """Return the bucket of each int64 bid, at most 2**49 in size; lowest bids first."""
-    half = num_buckets // 2
-    # Positive bids b by b, others by 1 - b >= 1.
-    size = np.where(bids > 0, bids, 1 - bids)
-    level = level_of(size) - base
-    level = np.where(size > 1, np.clip(level, 1, half - 1), 0)
-    return np.asarray(np.where(bids > 0, half + level, half - 1 - level))
-
-
-def full_bucket_of(bids: IntArray) -> IntArray:
-    """Return :func:`bucket_of` each bid of a flat array, among all levels."""
+def bucket_of(bids: IntArray) -> IntArray:
+    """Return the bucket, among all levels and lowest first, of int64 bids of at most 2**49 in size."""
     # Bids from 0 down become -1 and below, so that the bits of the float have sign and level.
     levels = (bids - (bids <= 0)).astype(np.float64).view(np.int64)
     levels >>= 52 - MANTISSA_BITS
@@ -132,7 +122,7 @@ def price_step(bids_BEH: np.ndarray, capacity_BE: np.ndarray, window_BE: IntArra
 
         >>> bids, window = np.zeros((1, 1, ALL_BUCKETS), np.int32), np.array([[1 << 49]])
         >>> for bid in (3, 5, 9):
-        ...     bids[0, 0, bucket_of(np.array(bid), np.array(0), ALL_BUCKETS)] += 1
+        ...     bids[0, 0, bucket_of(np.array([bid]))] += 1
         >>> price_step(bids, np.array([[2]]), window)
         array([[3]])
     """

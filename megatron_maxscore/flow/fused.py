@@ -91,11 +91,9 @@ def contested(
     drift_B: IntArray,
 ) -> Contested:
     """See :func:`megatron_maxscore.flow.plain.contested`."""
-    rows_N, num_experts = x_NE.shape
-    count_N, arcs_NW = (
-        np.empty(rows_N, np.int64),
-        np.empty((rows_N, -(-num_experts // 64)), np.int64),
-    )
+    num_words = -(-problem.num_experts // 64)
+    count_N = np.empty(x_NE.shape[0], np.int64)
+    arcs_NW = np.empty((x_NE.shape[0], num_words), np.int64)
     scores = (problem.scores_NE, problem.low_N, problem.factor_B, prices_BE, x_NE)
     run(
         [

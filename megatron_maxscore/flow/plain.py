@@ -19,7 +19,7 @@ from megatron_maxscore.flow import fill_plain
 from megatron_maxscore.flow.buckets import (
     ALL_BUCKETS,
     NUM_LEVELS,
-    full_bucket_of,
+    bucket_of,
     gap_level_of,
     price_step,
     within_windows,
@@ -198,7 +198,7 @@ def price_pass(
                 r_NE = _reduced(problem, prices_BE, index, owner)
             r_NE -= threshold_N[index, None]
             place = np.flatnonzero(r_NE > -window_BE[owner])
-            slot = full_bucket_of(r_NE.ravel()[place])
+            slot = bucket_of(r_NE.ravel()[place])
             slot *= window_BE.size
             if problem.num_problems > 1:
                 row, expert = np.divmod(place, num_experts)

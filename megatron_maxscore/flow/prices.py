@@ -147,9 +147,8 @@ def improve(
     first = None
     if can_sample_B.any() and not wants_B.any():
         first = rows.read(prices_BE, window_BE, problem.rows_B > 0)
-        wants_B = can_sample_B & (
-            overflow(first[0], prices_BE, problem, _is_tight(problem)) > _LOST * units_B
-        )
+        overflow_B = overflow(first[0], prices_BE, problem, _is_tight(problem))
+        wants_B = can_sample_B & (overflow_B > _LOST * units_B)
     if wants_B.any():
         first = None
         sample = take_sample(backend, exchange, problem, np.where(wants_B, size_B, 0))

@@ -7,6 +7,7 @@ import inspect
 import pytest
 from megatron.core.transformer.moe import moe_utils
 
+from tests.dist import config_cases
 from tests.dist import router_cases as cases
 
 # docs/routing.md has this table: score function, softmax before selection, gate, flow objective,
@@ -82,15 +83,15 @@ def test_router_replay(ranks):
 
 
 def test_specs(ranks):
-    stock, layer, block = ranks(2, cases.specs)[0]
+    stock, layer, block = ranks(2, config_cases.specs)[0]
     # A layer spec has a MoE layer everywhere; the block spec follows moe_layer_freq [1, 0].
     assert stock == 0 and layer == 3 and block == 2
 
 
 def test_arguments(ranks):
-    for messages in ranks(2, cases.arguments):
-        assert messages.keys() == cases.REFUSED.keys()
-        for flags, words in cases.REFUSED.items():
+    for messages in ranks(2, config_cases.arguments):
+        assert messages.keys() == config_cases.REFUSED.keys()
+        for flags, words in config_cases.REFUSED.items():
             for word in words:
                 assert word in messages[flags], (flags, messages[flags])
 
@@ -101,7 +102,7 @@ def test_exported_bias_serves_stock(ranks, function):
 
 
 def test_router_sees_changes_of_the_config(ranks):
-    assert ranks(2, cases.config_is_shared) == [True, True]
+    assert ranks(2, config_cases.config_is_shared) == [True, True]
 
 
 def test_gates_in_double_precision(ranks):

@@ -337,7 +337,7 @@ def test_price_pass_equals_a_loop(seed):
             assert (bids[0, :, half:].sum(-1) == positive).all()
             # Each expert counts bids within its own window, larger ones as equal to it.
             assert (bids[0].sum(-1) == (q - threshold[:, None] > -window).sum(0)).all()
-            for expert, most in enumerate(buckets.bucket_of(window[0], 0, buckets.ALL_BUCKETS)):
+            for expert, most in enumerate(buckets.bucket_of(window[0])):
                 assert not bids[0, expert, most + 1 :].any()
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_maxscore.flow.kernels import heaps
 from megatron_maxscore.flow.kernels.compiler import jit
-from megatron_maxscore.flow.kernels.vectors import LANES, aligned, exceeding, next_bit
+from megatron_maxscore.flow.kernels.vectors import LANES, aligned, exceeding, next_bit, padded
 from megatron_maxscore.flow.problem import FAR
 
 
@@ -155,10 +155,10 @@ def augment(
     root_NN = np.full((num_experts, num_experts), -1, np.int32)
     cost_M, node_M5, used_1 = _all_swaps(first_R, expert_A, value_A, held_A, root_NN)
     # Padded to whole vectors: nothing leads to what is beyond the last node.
-    padded = (num_nodes + LANES - 1) // LANES * LANES
-    cost_NP, potential_P = aligned(num_nodes * padded).reshape(num_nodes, padded), aligned(padded)
+    width = padded(num_nodes)
+    cost_NP, potential_P = aligned(num_nodes * width).reshape(num_nodes, width), aligned(width)
     cost_NP[:], potential_P[:] = FAR, 0
-    tight_NW = np.empty((num_nodes, (padded + 63) // 64), np.int64)
+    tight_NW = np.empty((num_nodes, (width + 63) // 64), np.int64)
     seen_N = np.full(num_nodes, -1, np.int64)
     hop_bits = 1
     while 1 << hop_bits <= num_nodes:

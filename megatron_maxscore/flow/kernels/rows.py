@@ -20,6 +20,7 @@ from megatron_maxscore.flow.kernels.vectors import (
     count_bits,
     exceeding,
     lowest_bit,
+    padded,
 )
 from megatron_maxscore.flow.problem import FORBIDDEN, ROUNDER, ROUNDER_BITS
 
@@ -145,9 +146,9 @@ def price_pass(
     """Choose each row's k best experts; count loads, gaps and bids."""
     half = bids_BEH.shape[2] // 2
     num_experts = scores_NE.shape[1]
-    padded = (num_experts + LANES - 1) // LANES * LANES
+    width = padded(num_experts)
     # What is read and written for every row, copied to where vectors are loaded as a whole.
-    r_P, window_P = aligned(padded), aligned(padded)
+    r_P, window_P = aligned(width), aligned(width)
     r_P[:], window_P[:] = 2 * FORBIDDEN, 0
     r_E, price_E, load_E = r_P[:num_experts], aligned(num_experts), aligned(num_experts)
     for problem in range(first_problem, last_problem):
@@ -252,8 +253,8 @@ def find_contested(
     Writes how many, and which as bits of one int64 for every 64 experts.
     """
     num_experts = scores_NE.shape[1]
-    padded = (num_experts + LANES - 1) // LANES * LANES
-    r_P, none_P = aligned(padded), aligned(padded)
+    width = padded(num_experts)
+    r_P, none_P = aligned(width), aligned(width)
     r_P[:], none_P[:] = 2 * FORBIDDEN, 0
     r_E, price_E = r_P[:num_experts], aligned(num_experts)
     for problem in range(first_problem, last_problem):

@@ -74,6 +74,12 @@ def count_bits(typing_context: Any, value: Any) -> Any:
 
 
 @jit
+def padded(count):
+    """Return the least multiple of LANES that is no smaller."""
+    return (count + LANES - 1) // LANES * LANES
+
+
+@jit
 def aligned(count):
     """Return (count,) int64, not initialised, from the beginning of a cache line on."""
     room = np.empty(count + 7, np.int64)
