@@ -48,7 +48,7 @@ def base_of(window_BE: IntArray, num_buckets: int) -> IntArray:
 
 
 def bucket_of(bids: IntArray) -> IntArray:
-    """Return the bucket, among all levels and lowest first, of int64 bids of at most 2**49 in size."""
+    """Return the bucket, among all levels, of int64 bids of at most 2**49 in size; lowest first."""
     # Bids from 0 down become -1 and below, so that the bits of the float have sign and level.
     levels = (bids - (bids <= 0)).astype(np.float64).view(np.int64)
     levels >>= 52 - MANTISSA_BITS
