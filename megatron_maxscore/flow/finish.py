@@ -47,9 +47,6 @@ _MOST_LEFT = 0.9
 _SPARE = 2
 # Longer than any path, so that every allowed arc takes part; shorter than to a forbidden one.
 _WHOLE = 1 << 49
-_MANY = 1 << 40
-# Attempts, with ever longer reach, where the number of phases is bounded.
-_BOUNDED_ATTEMPTS = 3
 
 
 def finish(
@@ -57,7 +54,6 @@ def finish(
     exchange: Exchange,
     problem: Problem,
     state: PriceState,
-    max_phases: int | None = None,
 ) -> tuple[IntArray, IntArray]:
     """Move units until nothing is out of balance.
 
@@ -67,23 +63,19 @@ def finish(
         problem: the problems.
         state: prices and the assignment at them; ``x_NE`` is changed in place. Problems that are
             filled stay as they are.
-        max_phases: make three attempts of so many phases at most; None = optimum.
 
     Returns:
-        (B, E) int64 prices, optimal unless ``max_phases`` ended it, and (B, E) int64 loads of all
-        ranks.
+        (B, E) int64 prices, which are optimal, and (B, E) int64 loads of all ranks.
 
     Raises:
         ValueError: forbidden arcs leave units that no expert can take; says how many.
     """
     has_sink_B = ~problem.tight_B
     prices_BE = state.prices_BE
-    excess_BN, slack_BE = _imbalance(problem, prices_BE, state.load_BE)
+    excess_BN, slack_BE = imbalance(problem, prices_BE, state.load_BE)
     excess_BN[state.filled_B] = 0
     reach_B, stride_B, beyond_B = _first_reach(problem, state.gaps_BL, excess_BN)
     drift_B = np.zeros_like(reach_B)
-    most_attempts = _MANY if max_phases is None else _BOUNDED_ATTEMPTS
-    attempts_B = np.zeros_like(reach_B)
     while (reach_B >= 0).any():
         room_B = reach_B.copy()
         if exchange.size > 1:
@@ -101,7 +93,6 @@ def finish(
                 functools.partial(
                     _augment, backend, found, prices_BE, excess_BN, slack_BE, has_sink_B,
                     np.where(tries_B, reach_B, -1), (reach_B == room_B).all(),
-                    _MANY if max_phases is None else max_phases,
                 )
             )  # fmt: skip
             status_B = np.where(tries_B, now_B, status_B)
@@ -109,7 +100,7 @@ def finish(
             drift_B = drift_B + spread_B
             room_B = room_B - spread_B
             stuck_B = tries_B & (reach_B >= _WHOLE) & (status_B == 1)
-            if stuck_B.any() and max_phases is None:
+            if stuck_B.any():
                 left = int(np.maximum(excess_BN, 0).sum(1)[stuck_B][0])
                 raise ValueError(
                     f"no assignment exists: forbidden arcs leave {left} assignments without an "
@@ -120,12 +111,11 @@ def finish(
             longer_B = np.minimum(np.where(reach_B > 0, factor_B * reach_B, beyond_B), _WHOLE)
             # Problems that wait for rows to be contested again keep theirs.
             reach_B = np.where(tries_B & (status_B == 1), longer_B, reach_B)
-            attempts_B += tries_B
-            tries_B &= (status_B == 1) & (reach_B <= room_B) & (attempts_B < most_attempts)
+            tries_B &= (status_B == 1) & (reach_B <= room_B)
         if own_A is not None:
             own.held_A[:] = found.held_A[own_A]
         own.apply(state.x_NE)
-        reach_B = np.where((status_B == 0) | (attempts_B >= most_attempts), -1, reach_B)
+        reach_B = np.where(status_B == 0, -1, reach_B)
         stride_B = np.ones_like(reach_B)
     load_BE = excess_BN[:, :-1] - slack_BE + problem.capacity_BE
     return prices_BE, np.where(state.filled_B[:, None], state.load_BE, load_BE)
@@ -140,14 +130,13 @@ def _augment(
     has_sink_B: BoolArray,
     reach_B: IntArray,
     is_whole: bool,
-    max_phases: int,
 ) -> tuple[Contested, IntArray, IntArray, IntArray, IntArray, IntArray]:
     """Move units among contested rows; returns what changes, and the status of each problem."""
     num_experts = prices_BE.shape[1]
     excess_BN, slack_BE = excess_BN.copy(), slack_BE.copy()
     near, arc_A = (found, slice(None)) if is_whole else found.within(reach_B)
     potential_BN, status_B = backend.augment(
-        near, prices_BE, excess_BN, slack_BE, has_sink_B, reach_B, max_phases
+        near, prices_BE, excess_BN, slack_BE, has_sink_B, reach_B
     )
     level_B = np.where(has_sink_B, potential_BN[:, num_experts], 0)
     moved_BE = potential_BN[:, :num_experts] - level_B[:, None]
@@ -158,7 +147,7 @@ def _augment(
     return found, excess_BN, slack_BE, moved_BE, spread_B, status_B
 
 
-def _imbalance(
+def imbalance(
     problem: Problem, prices_BE: IntArray, load_BE: IntArray
 ) -> tuple[IntArray, IntArray]:
     """Return (B, E + 1) units above capacity, the sink last, and (B, E) units that it has placed.

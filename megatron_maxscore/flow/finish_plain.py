@@ -25,7 +25,6 @@ def augment(
     slack_BE: IntArray,
     has_sink_B: BoolArray,
     reach_B: IntArray,
-    max_phases: int,
 ) -> tuple[IntArray, IntArray]:
     """Move units along shortest paths until nothing is out of balance, within reach.
 
@@ -36,11 +35,10 @@ def augment(
         slack_BE: (B, E) int64 unused units that the sink has placed; changed in place.
         has_sink_B: (B,) bool, whether capacities leave slack.
         reach_B: (B,) int64 with which rows were collected, negative for problems to leave alone.
-        max_phases: at most so many phases.
 
     Returns:
         (B, E + 1) int64 by how much prices rise, and (B,) int64: 0 done, 1 the contested rows do
-        not reach far enough, 2 ``max_phases`` is up.
+        not reach far enough.
     """
     potential_BN = np.zeros_like(excess_BN)
     status_B = np.zeros(prices_BE.shape[0], np.int64)
@@ -48,7 +46,7 @@ def augment(
         state = _Augmentation(
             found, b, prices_BE[b], excess_BN[b], slack_BE[b], bool(has_sink_B[b])
         )
-        status_B[b] = state.run(int(reach_B[b]), max_phases)
+        status_B[b] = state.run(int(reach_B[b]))
         potential_BN[b, : state.potential_N.size] = state.potential_N
         state.write_back()
     return potential_BN, status_B
@@ -97,12 +95,8 @@ class _Augmentation:
     def write_back(self) -> None:
         self._held_A[:] = self.held_ER[self._expert_A, self._row_A]
 
-    def run(self, reach: int, max_phases: int) -> int:
-        for phase in range(max_phases + 1):
-            if self.excess_N.max() <= 0:
-                return 0
-            if phase == max_phases:
-                return 2
+    def run(self, reach: int) -> int:
+        while self.excess_N.max() > 0:
             last = self._distances()
             if last >= FAR:
                 return 1
@@ -116,7 +110,7 @@ class _Augmentation:
             for expert in np.flatnonzero(self.dirty_N).tolist():
                 self._refresh(expert)
             self.dirty_N[:] = False
-        return 2
+        return 0
 
     def _refresh(self, a: int) -> None:
         """Recompute the costs of all arcs that leave expert a."""

@@ -18,9 +18,11 @@ from megatron_maxscore.flow.buckets import EDGE_L, NUM_LEVELS, base_of
 from megatron_maxscore.flow.contested import Contested
 from megatron_maxscore.flow.exchange import Exchange
 from megatron_maxscore.flow.kernels import fill as kernels
-from megatron_maxscore.flow.kernels import rows
+from megatron_maxscore.flow.kernels import rounds, rows
 from megatron_maxscore.flow.kernels.augment import augment_problems
 from megatron_maxscore.flow.problem import BoolArray, FloatArray, IntArray, Problem
+from megatron_maxscore.flow.rounds import Near
+from megatron_maxscore.flow.rounds_plain import HOPS, NEAR, NO_ARC
 from megatron_maxscore.flow.threads import run, spans
 
 NAME = "numba"
@@ -41,7 +43,7 @@ def scan(scores_NE: Any) -> tuple[FloatArray, FloatArray, bool, bool]:
 
 def price_pass(
     problem: Problem,
-    prices_BE: IntArray,
+    prices_BCE: IntArray,
     window_BE: IntArray,
     num_buckets: int,
     active_B: BoolArray,
@@ -54,16 +56,16 @@ def price_pass(
     pieces = problem.pieces
     # Threads that work on different problems share the counters.
     own = len(pieces) if pieces[0][1] == problem.num_problems else 1
-    loads = np.zeros((own, *prices_BE.shape), np.int64)
+    loads = np.zeros((own, *window_BE.shape), np.int64)
     gaps = np.zeros((own, problem.num_problems, NUM_LEVELS + 1), np.int64)
-    bids = np.zeros((own, *prices_BE.shape, num_buckets), np.int32)
+    bids = np.zeros((own, *window_BE.shape, num_buckets), np.int32)
     base_BE = base_of(window_BE, num_buckets)
 
     def task(index: int, first: int, last: int, first_row_B: IntArray, last_row_B: IntArray) -> Any:
         slot = index if own > 1 else 0
         stop_B = np.where(active_B, last_row_B, first_row_B)
         return lambda: rows.price_pass(
-            problem.scores_NE, problem.low_N, problem.factor_B, prices_BE, problem.topk, window_BE,
+            problem.scores_NE, problem.low_N, problem.factor_B, prices_BCE, problem.topk, window_BE,
             base_BE, knows_threshold, first, last, first_row_B, stop_B, problem.origin_B,
             threshold_N, gap_N, x_NE, loads[slot], gaps[slot], bids[slot],
         )  # fmt: skip
@@ -139,7 +141,6 @@ def augment(
     slack_BE: IntArray,
     has_sink_B: BoolArray,
     reach_B: IntArray,
-    max_phases: int,
 ) -> tuple[IntArray, IntArray]:
     """See :func:`megatron_maxscore.flow.finish_plain.augment`."""
     potential_BN = np.zeros_like(excess_BN)
@@ -159,7 +160,6 @@ def augment(
                 slack_BE,
                 has_sink_B,
                 reach_B,
-                max_phases,
                 potential_BN,
                 status_B,
             )
@@ -167,6 +167,73 @@ def augment(
         ]
     )
     return potential_BN, status_B
+
+
+def nearest(
+    problem: Problem,
+    prices_BCE: IntArray,
+    x_NE: BoolArray,
+    gap_N: IntArray,
+    reach_B: IntArray,
+    stride_B: IntArray,
+    shift_B: IntArray,
+) -> Near:
+    """See :func:`megatron_maxscore.flow.plain.nearest`."""
+    count = x_NE.shape[0]
+    is_near_N = np.zeros(count, np.bool_)
+    expert_N4, value_N4 = np.empty((count, NEAR), np.int32), np.empty((count, NEAR), np.int32)
+    run(
+        [
+            lambda piece=piece: rounds.nearest(  # type: ignore[misc]
+                problem.scores_NE,
+                problem.low_N,
+                problem.factor_B,
+                prices_BCE,
+                x_NE,
+                gap_N,
+                reach_B,
+                stride_B,
+                shift_B,
+                problem.origin_B,
+                *piece,
+                is_near_N,
+                expert_N4,
+                value_N4,
+            )
+            for piece in problem.pieces
+        ]
+    )
+    return Near.of_rows(problem, is_near_N, expert_N4, value_N4)
+
+
+move_near = rounds.move_near
+
+
+def cheapest(
+    problem: Problem,
+    b: int,
+    prices_BCE: IntArray,
+    x_NE: BoolArray,
+    num_classes: int,
+    shift: int,
+    bits: int,
+) -> IntArray:
+    """See :func:`megatron_maxscore.flow.plain.cheapest`."""
+    num_experts = problem.num_experts
+    key_CEE = np.full((num_classes, num_experts, num_experts), NO_ARC, np.int64)
+    rounds.cheapest(
+        problem.scores_NE, problem.low_N, problem.factor_B[b], prices_BCE[b], x_NE,
+        problem.start_B[b], problem.start_B[b + 1], problem.origin_B[b], shift, bits, key_CEE,
+    )  # fmt: skip
+    return key_CEE
+
+
+def step(key_CEE: IntArray, potential_E: IntArray, excess_E: IntArray, bits: int) -> IntArray:
+    """See :func:`megatron_maxscore.flow.plain.step`."""
+    moves_P3 = np.empty((key_CEE.shape[0] * excess_E.size * HOPS, 3), np.int64)
+    none_E = np.zeros_like(excess_E)
+    _, moved = rounds.step(key_CEE, none_E, potential_E, excess_E, none_E, False, bits, moves_P3)
+    return moves_P3[:moved]
 
 
 def fill(

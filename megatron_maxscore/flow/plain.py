@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_maxscore.flow import fill_plain
+from megatron_maxscore.flow import fill_plain, rounds_plain
 from megatron_maxscore.flow.buckets import (
     ALL_BUCKETS,
     NUM_LEVELS,
@@ -35,17 +35,23 @@ from megatron_maxscore.flow.problem import (
     IntArray,
     Problem,
 )
+from megatron_maxscore.flow.rounds import Near
+from megatron_maxscore.flow.rounds_plain import NO_ARC
 from megatron_maxscore.flow.threads import run, spans
 
 __all__ = [
     "NAME",
     "augment",
+    "cheapest",
     "conclude",
     "contested",
     "fill",
+    "move_near",
+    "nearest",
     "price_pass",
     "price_step",
     "scan",
+    "step",
 ]
 
 NAME = "torch"
@@ -90,8 +96,11 @@ def scan(scores_NE: Any) -> tuple[FloatArray, FloatArray, bool, bool]:
     return low_N, high_N, bad, forbidden
 
 
-def _reduced(problem: Problem, prices_BE: IntArray, rows: Any, owner: Any) -> IntArray:
-    """Return (n, E) int64 reduced scores of rows, given by a slice or indices, of some problems."""
+def _reduced(problem: Problem, prices: IntArray, rows: Any, owner: Any) -> IntArray:
+    """Return (n, E) int64 reduced scores of rows, given by a slice or indices, of some problems.
+
+    Prices are (B, E), or (B, C, E) for classes of rows.
+    """
     low_N1 = problem.low_N[rows, None]
     factor = np.ldexp(1.0, problem.shift_B[owner])
     above = problem.scores_NE[rows].astype(np.float64)
@@ -101,8 +110,18 @@ def _reduced(problem: Problem, prices_BE: IntArray, rows: Any, owner: Any) -> In
         np.maximum(above, _NEVER, out=above)
     above += ROUNDER
     q_NE: IntArray = above.view(np.int64)
-    q_NE -= ROUNDER_BITS + prices_BE[owner]
+    if prices.ndim == 3:
+        class_N = _positions(rows, owner, problem) % prices.shape[1]
+        price = prices[owner, class_N if prices.shape[1] > 1 else 0]
+    else:
+        price = prices[owner]
+    q_NE -= ROUNDER_BITS + price
     return q_NE
+
+
+def _owner(problem: Problem, b: int, rows: IntArray) -> Any:
+    """Return the problem of each row of problem b, or 0 where there is but one."""
+    return 0 if problem.num_problems == 1 else np.full(rows.size, b)
 
 
 def _active_blocks(problem: Problem, active_B: BoolArray) -> list[tuple[Any, Any]]:
@@ -129,7 +148,7 @@ def _for_each(function: Callable[..., Any], blocks: list[Any], rows: int) -> lis
 
 def price_pass(
     problem: Problem,
-    prices_BE: IntArray,
+    prices_BCE: IntArray,
     window_BE: IntArray,
     num_buckets: int,
     active_B: BoolArray,
@@ -145,7 +164,8 @@ def price_pass(
 
     Args:
         problem: the problems.
-        prices_BE: (B, E) int64.
+        prices_BCE: (B, C, E) int64, those of each class of rows; C is a power of two, a row's
+            class is its index in the problem modulo C.
         window_BE: (B, E) int64; bids at or below minus this are not counted, those above it count
             as equal to it.
         num_buckets: H, see :mod:`buckets`.
@@ -167,7 +187,7 @@ def price_pass(
     lock = threading.Lock()
 
     def choose(index: Any, owner: Any) -> IntArray | None:
-        r_NE = _reduced(problem, prices_BE, index, owner)
+        r_NE = _reduced(problem, prices_BCE, index, owner)
         # numpy's selection is vectorised; torch.topk takes more than twice as long.
         split_NE = np.partition(r_NE, num_experts - topk - 1, axis=1)
         next_N, kth_N = split_NE[:, -topk - 1], split_NE[:, -topk:].min(1)
@@ -195,7 +215,7 @@ def price_pass(
 
         def count(index: Any, owner: Any, r_NE: IntArray | None) -> None:
             if r_NE is None:
-                r_NE = _reduced(problem, prices_BE, index, owner)
+                r_NE = _reduced(problem, prices_BCE, index, owner)
             r_NE -= threshold_N[index, None]
             place = np.flatnonzero(r_NE > -window_BE[owner])
             slot = bucket_of(r_NE.ravel()[place])
@@ -287,6 +307,74 @@ def contested(
     ):
         np.concatenate(column, out=target, casting="same_kind")
     return found
+
+
+def nearest(
+    problem: Problem,
+    prices_BCE: IntArray,
+    x_NE: BoolArray,
+    gap_N: IntArray,
+    reach_B: IntArray,
+    stride_B: IntArray,
+    shift_B: IntArray,
+) -> Near:
+    """Find contested rows, and of each the two lowest experts it has and two highest it has not.
+
+    Args:
+        problem: the problems.
+        prices_BCE: (B, C, E) int64, see :func:`price_pass`.
+        x_NE: (N, E) bool, top-k at the prices.
+        gap_N: (N,) int64 cost of each row's cheapest swap.
+        reach_B: (B,) int64 what that may cost; problems with a negative reach are left out.
+        stride_B: (B,) int64; only rows whose index in the problem divides by it are looked at.
+        shift_B: (B,) int64; values are in units of ``2**shift``.
+    """
+    problem_N = problem.problem_N
+    index_N = np.arange(gap_N.size) - problem.origin_B[problem_N]
+    is_near_N = (gap_N <= reach_B[problem_N]) & (index_N % stride_B[problem_N] == 0)
+    expert_N4 = np.empty((gap_N.size, rounds_plain.NEAR), np.int32)
+    value_N4 = np.empty((gap_N.size, rounds_plain.NEAR), np.int32)
+    for b in np.flatnonzero(reach_B >= 0).tolist():
+        rows = problem.start_B[b] + np.flatnonzero(
+            is_near_N[problem.start_B[b] : problem.start_B[b + 1]]
+        )
+        for part in np.split(rows, range(_block(x_NE), rows.size, _block(x_NE))):
+            r_ME = _reduced(problem, prices_BCE, part, _owner(problem, b, part))
+            expert_N4[part], value_N4[part] = rounds_plain.nearest(
+                r_ME, x_NE[part], index_N[part], int(reach_B[b]), int(shift_B[b])
+            )
+    return Near.of_rows(problem, is_near_N, expert_N4, value_N4)
+
+
+move_near = rounds_plain.move_near
+
+
+def cheapest(
+    problem: Problem,
+    b: int,
+    prices_BCE: IntArray,
+    x_NE: BoolArray,
+    num_classes: int,
+    shift: int,
+    bits: int,
+) -> IntArray:
+    """Return (C, E, E) int64, for each class the cheapest row of problem b that has a and not b.
+
+    See :func:`rounds_plain.cheapest`.
+    """
+    key_CEE = np.full((num_classes, problem.num_experts, problem.num_experts), NO_ARC, np.int64)
+    first, last = int(problem.start_B[b]), int(problem.start_B[b + 1])
+    for part in np.split(np.arange(first, last), range(_block(x_NE), last - first, _block(x_NE))):
+        r_NE = _reduced(problem, prices_BCE, part, _owner(problem, b, part))
+        index_N = part - problem.origin_B[b]
+        rounds_plain.cheapest(r_NE, x_NE[part], index_N, shift, bits, key_CEE)
+    return key_CEE
+
+
+def step(key_CEE: IntArray, potential_E: IntArray, excess_E: IntArray, bits: int) -> IntArray:
+    """Move units along shortest paths, without a sink; see :func:`rounds_plain.step`."""
+    none_E = np.zeros_like(excess_E)
+    return rounds_plain.step(key_CEE, none_E, potential_E, excess_E, none_E, False, bits)
 
 
 def fill(

@@ -28,16 +28,19 @@ from typing import Any
 
 import numpy as np
 
-from megatron_maxscore.flow.buckets import ALL_BUCKETS, NUM_LEVELS, WINDOW_BUCKETS
+from megatron_maxscore.flow.buckets import ALL_BUCKETS, NUM_LEVELS, WINDOW_BUCKETS, gap_within
 from megatron_maxscore.flow.exchange import Exchange
 from megatron_maxscore.flow.problem import SCORE_BITS, BoolArray, FloatArray, IntArray, Problem
 from megatron_maxscore.flow.sample import sample_size, take_sample
+from megatron_maxscore.flow.spread import TABLE_BITS, spread_table
 
 MAX_PASSES = 8
 _SAMPLE_PASSES = 10
 # Overflow at which the finish is cheaper than another sweep: units per expert, or a share of all
 # units, which is smaller beyond some units, since the cost of the finish is in units.
 _UNITS_PER_EXPERT = 0.75
+# In bounded mode rounds of moves cost the same for few units.
+_UNITS_PER_EXPERT_BOUNDED = 0.25
 _SHARE_OF_UNITS = 1 / 800
 _SHARE_BEYOND = 1 / 1600
 _UNITS_BEYOND = 64
@@ -61,8 +64,14 @@ _WINDOW_OWN = 4
 _WINDOW_MEAN = 4
 # Prices of a sample, and warm ones, are off by less than this.
 _FIRST_WINDOW = 1 << (SCORE_BITS - 5)
+# Share of the units up to which slack is too little for sweeps to see.
+_LITTLE_SLACK = 0.01
 # What moving a unit of overflow without a search costs at least, in ranges of a row.
 _FILL_COST = 0.05
+# Bounded mode: prices are spread where two sweeps have left more than this share of the overflow
+# before them, and of all units.
+_STUCK = 0.75
+_TOO_MUCH = 0.03
 
 
 # (B, E) int64 loads, and a function that returns the (B, E, H) counts of bids.
@@ -97,6 +106,8 @@ class PriceState:
         gap_N: (N,) int64 k-th less (k+1)-th reduced score.
         x_NE: (N, E) bool.
         threshold_N: (N,) int64 mean of the k-th and (k+1)-th reduced score.
+        spread_BCE: (B, C, E) int64 what each class of rows adds to the prices, C = 1 for nothing;
+            see :mod:`spread`.
         filled_B: (B,) bool, whether x is already feasible and within the tolerance.
         passes: how often the scores were read.
     """
@@ -107,6 +118,7 @@ class PriceState:
     gap_N: IntArray
     x_NE: BoolArray
     threshold_N: IntArray
+    spread_BCE: IntArray
     filled_B: BoolArray
     passes: int
 
@@ -119,6 +131,7 @@ def improve(
     max_passes: int = MAX_PASSES,
     tolerance: float = 0.0,
     sum_ranges_B: FloatArray | None = None,
+    may_spread: bool = False,
 ) -> PriceState:
     """Return prices with little overflow.
 
@@ -130,18 +143,21 @@ def improve(
         max_passes: most passes over the scores.
         tolerance: relative gap at which a filled assignment will do; all arcs must be allowed.
         sum_ranges_B: (B,) float64 sum of all rows' ranges as integers; needed with a tolerance.
+        may_spread: whether prices may be spread over classes of rows where sweeps stall.
     """
     size_B = sample_size(problem)
     units_B = problem.rows_B * problem.topk
     aim_B = np.minimum(_SHARE_OF_UNITS * units_B, _UNITS_BEYOND + _SHARE_BEYOND * units_B)
     aim_B = np.minimum(aim_B, _MOST_UNITS / problem.num_experts)
-    aim_B = np.maximum(aim_B, _UNITS_PER_EXPERT * problem.num_experts)
+    per_expert = _UNITS_PER_EXPERT_BOUNDED if may_spread else _UNITS_PER_EXPERT
+    aim_B = np.maximum(aim_B, per_expert * problem.num_experts)
     if (size_B == problem.rows_B).any():
         # Some problem is too small for a sample, so nothing is known of how far prices are off.
         num_buckets, window_BE = ALL_BUCKETS, np.full_like(prices_BE, _EVERYTHING)
     else:
         num_buckets, window_BE = WINDOW_BUCKETS, np.full_like(prices_BE, _FIRST_WINDOW)
     rows = _Rows(backend, exchange, problem, num_buckets, tolerance, sum_ranges_B)
+    rows.may_spread = may_spread
     can_sample_B = size_B < problem.rows_B
     wants_B = can_sample_B & (prices_BE == prices_BE[:, :1]).all(1)
     first = None
@@ -153,18 +169,22 @@ def improve(
         first = None
         sample = take_sample(backend, exchange, problem, np.where(wants_B, size_B, 0))
         sampled = _Rows(backend, Exchange(), sample, ALL_BUCKETS)
+        sampled.may_spread = may_spread
         everything_BE = np.full_like(prices_BE, _EVERYTHING)
-        found = exchange.same(
-            lambda: sampled.sweep(
-                prices_BE, everything_BE, _SAMPLE_PASSES, _SAMPLE_AIM * sample.rows_B * sample.topk
-            )
-        )
-        # A sample's share of a little slack can round to none, its prices are then below 0 too.
-        prices_BE = _within_limits(found.prices_BE, problem.tight_B)
-    found = rows.sweep(prices_BE, window_BE, max_passes, aim_B, first)
+        aim_of_sample_B = _SAMPLE_AIM * sample.rows_B * sample.topk
+
+        def sweep_sample() -> tuple[IntArray, IntArray]:
+            found = sampled.sweep(prices_BE, everything_BE, _SAMPLE_PASSES, aim_of_sample_B)
+            return found.prices_BE, sampled.spread_BCE
+
+        prices_BE, rows.spread_BCE = exchange.same(sweep_sample)
+    found = rows.sweep(prices_BE, window_BE, max_passes + (first is not None), aim_B, first)
+    # With a little slack the lowest may be anywhere; what is common to all changes no choice.
+    level_B = np.where(problem.tight_B, 0, found.prices_BE.min(1))
+    prices_BE = found.prices_BE - level_B[:, None]
     return PriceState(
-        found.prices_BE, found.load_BE, rows.gaps_BL, rows.gap_N, rows.x_NE, rows.threshold_N,
-        rows.filled_B, found.passes,
+        prices_BE, found.load_BE, rows.gaps_BL, rows.gap_N, rows.x_NE, rows.threshold_N,
+        rows.spread_BCE, rows.filled_B, found.passes,
     )  # fmt: skip
 
 
@@ -188,6 +208,8 @@ class _Rows:
         self.x_NE = np.empty(problem.scores_NE.shape, np.bool_)
         self.filled_B = np.zeros(problem.num_problems, np.bool_)
         self.tolerance, self.sum_ranges_B = tolerance, sum_ranges_B
+        self.may_spread = False
+        self.spread_BCE = np.zeros((problem.num_problems, 1, problem.num_experts), np.int64)
         self._knows_threshold = False
 
     def sweep(
@@ -209,12 +231,13 @@ class _Rows:
             aim_B,
             first,
             accept=None if self.sum_ranges_B is None else self.accept,
+            spread=self.spread if self.may_spread else None,
         )
 
     def read(self, prices_BE: IntArray, window_BE: IntArray, active_B: BoolArray) -> Reading:
         loads_BE, gaps_BL, count_bids = self.backend.price_pass(
-            self.problem, prices_BE, window_BE, self.num_buckets, active_B, self.threshold_N,
-            self._knows_threshold, self.gap_N, self.x_NE,
+            self.problem, prices_BE[:, None] + self.spread_BCE, window_BE, self.num_buckets,
+            active_B, self.threshold_N, self._knows_threshold, self.gap_N, self.x_NE,
         )  # fmt: skip
         self._knows_threshold = True
         if self.exchange.size > 1:
@@ -225,6 +248,16 @@ class _Rows:
             count_bids = lambda: bids_BEH  # noqa: E731
         self.gaps_BL = np.where(active_B[:, None], gaps_BL, self.gaps_BL)
         return loads_BE, count_bids
+
+    def spread(self, stuck_B: BoolArray) -> BoolArray:
+        """Spread the prices of problems that are stuck; returns (B,) bool, which it was new to."""
+        width_B = np.zeros(stuck_B.size, np.int64)
+        for b in np.flatnonzero(stuck_B & ~self.spread_BCE.any((1, 2))).tolist():
+            width_B[b] = gap_within(self.gaps_BL[b], int(self.problem.rows_B[b]) // 2)
+        if width_B.any():
+            table_CE = spread_table(self.problem.num_experts)
+            self.spread_BCE = self.spread_BCE + (table_CE * width_B[:, None, None] >> TABLE_BITS)
+        return width_B > 0
 
     def accept(
         self, prices_BE: IntArray, load_BE: IntArray, overflow_B: IntArray, active_B: BoolArray
@@ -256,9 +289,14 @@ def overflow(
 
 
 def _is_tight(problem: Problem) -> BoolArray:
-    # A sample's capacities are not integers.
-    total_B = problem.capacity_BE.sum(1)
-    return np.asarray(np.abs(total_B - problem.rows_B * problem.topk) < 0.5)
+    """Return (B,) bool, whether sweeps take the capacities as tight.
+
+    So little slack that it does not matter to them must not keep prices from falling below 0: the
+    experts that are not wanted would stay where they are, and all others had to rise. A sample's
+    capacities are not integers.
+    """
+    total_B, units_B = problem.capacity_BE.sum(1), problem.rows_B * problem.topk
+    return np.asarray(np.abs(total_B - units_B) < 0.5 + _LITTLE_SLACK * units_B)
 
 
 def _within_limits(prices_BE: IntArray, is_tight_B: BoolArray) -> IntArray:
@@ -288,6 +326,7 @@ def sweep(
     aim_B: np.ndarray,
     first: Reading | None = None,
     accept: Callable[[IntArray, IntArray, IntArray, BoolArray], BoolArray] | None = None,
+    spread: Callable[[BoolArray], BoolArray] | None = None,
 ) -> Descent:
     """Sweep until the overflow is at most ``aim_B``, no longer falls, or passes are up.
 
@@ -304,19 +343,22 @@ def sweep(
         max_passes: calls of ``read`` at most.
         aim_B: (B,) units of overflow at which to stop.
         first: what ``read`` has returned for these prices, if it was called already.
+        spread: where given, told which problems are stuck; returns which it has helped with other
+            prices for each class of rows.
         accept: where given, told of prices, loads, overflow and active problems after each pass;
             returns (B,) bool, which problems are done.
     """
     num_problems = problem.num_problems
     is_tight_B = _is_tight(problem)
-    near_B = _NEAR * problem.rows_B * problem.topk
+    units_B = problem.rows_B * problem.topk
+    near_B = _NEAR * units_B
     load_BE = np.zeros(prices_BE.shape, np.int64)
     best_BE = last_BE = prices_BE
     best_B = np.full(num_problems, np.inf)
     step_BE = np.zeros_like(prices_BE)
     is_plain_B, was_long_B = np.zeros(num_problems, np.bool_), np.zeros(num_problems, np.bool_)
     was_short_B = np.zeros(num_problems, np.bool_)
-    stalls_B = np.zeros(num_problems, np.int64)
+    stalls_B, stuck_B = np.zeros(num_problems, np.int64), np.zeros(num_problems, np.int64)
     active_B = active_B.copy()
     relaxation_B, passes = np.ones(num_problems), 0
 
@@ -341,8 +383,13 @@ def sweep(
         stalls_B += says_B & ((now_B > _STALLED * best_B) | ~is_best_B)
         # Exactly as before: a plateau, which no price can part.
         stalls_B += active_B & (now_B == best_B)
+        stuck_B += active_B & (now_B > _TOO_MUCH * units_B) & (now_B > _STUCK * best_B)
         best_BE = np.where((active_B & is_best_B)[:, None], prices_BE, best_BE)
         best_B = np.where(active_B & is_best_B, now_B, best_B)
+        if spread is not None:
+            is_new_B = spread(active_B & (stuck_B >= 2))
+            stalls_B = np.where(is_new_B, 0, stalls_B)
+            best_B = np.where(is_new_B, np.inf, best_B)
         # The last pass is kept for the best prices, should the last ones not be these.
         enough_B = (best_B <= aim_B) | (stalls_B >= 2) | (passes >= max_passes - 1)
         ends_B = active_B & enough_B & (is_best_B | (prices_BE == best_BE).all(1))

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_maxscore.flow import inputs
+from megatron_maxscore.flow import inputs, rounds
 from megatron_maxscore.flow import prices as price_sweeps
 from megatron_maxscore.flow.agreement import ANY_UNIT, Own, agree
 from megatron_maxscore.flow.backend import backend
@@ -71,8 +71,8 @@ def solve(
         fill_padding: True: padding rows get k experts too, as rows of equal scores in the same
             flow. False: they get no expert and take no capacity.
         tolerance: relative gap at which the solver may stop; 0 = exact optimum.
-        mode: "exact", or "bounded": a fixed number of passes and moves, feasible with a certified
-            gap. Bounded mode needs every arc allowed.
+        mode: "exact", or "bounded": at most so many passes, then rounds of moves until it is
+            feasible, with a certified gap. Bounded mode needs every arc allowed.
         max_rounds: aim at no more collectives, by fewer price passes; an exact solve may still need
             more for its finish. One rank needs none.
 
@@ -288,10 +288,8 @@ def _evaluate(
     return _Result(exact_BE, experts_NK, _loads(experts_NK, problem)[None], np.stack(sums))
 
 
-# Bounded mode: passes over the scores, besides those over a sample, and phases of each attempt of
-# the finish.
-_BOUNDED_PASSES = 6
-_BOUNDED_PHASES = 32
+# Bounded mode: passes over the scores after those over a sample, or the first with warm prices.
+_SAMPLED_PASSES = 6
 # Rounds besides those of price passes: a sample, contested rows once, the result.
 _OTHER_ROUNDS = 4
 # The gap that rounding scores to integers may leave, relative to the ranges of the rows.
@@ -313,21 +311,28 @@ def _assign(
     if problem.topk == num_experts:
         return np.zeros_like(start_BE), np.ones((rows, num_experts), np.bool_)
     is_exact, tolerance = options.mode == "exact", options.tolerance
-    max_passes = price_sweeps.MAX_PASSES if is_exact else _BOUNDED_PASSES
+    max_passes = price_sweeps.MAX_PASSES
+    if not is_exact and (sample_size(problem) < problem.rows_B).all():
+        max_passes = _SAMPLED_PASSES
     if options.max_rounds is not None and exchange.size > 1:
         max_passes = max(2, min(max_passes, options.max_rounds - exchange.rounds - _OTHER_ROUNDS))
     sum_ranges_B = None
     if is_exact and tolerance > 0.0 and not problem.has_forbidden:
         sum_ranges_B = _sum_ranges(exchange, problem, range_N)
     state = price_sweeps.improve(
-        kernels, exchange, problem, start_BE, max_passes, tolerance, sum_ranges_B
+        kernels,
+        exchange,
+        problem,
+        start_BE,
+        max_passes,
+        tolerance,
+        sum_ranges_B,
+        may_spread=not is_exact,
     )
-    prices_BE, load_BE = finish(
-        kernels, exchange, problem, state, None if is_exact else _BOUNDED_PHASES
-    )
-    if not is_exact:
-        for b in np.flatnonzero((load_BE > problem.capacity_BE).any(1)).tolist():
-            kernels.fill(problem, b, prices_BE, state.threshold_N, load_BE, state.x_NE, exchange)
+    if is_exact:
+        prices_BE, _ = finish(kernels, exchange, problem, state)
+    else:
+        prices_BE, _ = rounds.finish(kernels, exchange, problem, state)
     return prices_BE, state.x_NE
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import subprocess
@@ -152,10 +153,14 @@ def test_tolerance_saves_passes(passes):
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "forbidden arcs"])
-def test_bounded_mode_is_feasible_and_certified(family, passes):
+@pytest.mark.parametrize("slack", [0, 5])
+def test_bounded_mode_is_feasible_and_certified(family, slack, passes):
     work = workload(family, *SAMPLED)
+    capacity = work.capacity.clone()
+    capacity[:slack] += 1
+    work = dataclasses.replace(work, capacity=capacity)
     exact = solve(work.scores, work.topk, capacity=work.capacity)
-    for prices in (None, 1e6 * torch.randn(SAMPLED[1])):
+    for prices in (None, exact.prices, 1e6 * torch.randn(SAMPLED[1])):
         passes.clear()
         solution = solve_with_both(
             work.scores, work.topk, capacity=work.capacity, prices=prices, mode="bounded"
@@ -163,10 +168,18 @@ def test_bounded_mode_is_feasible_and_certified(family, passes):
         # For each implementation: sweeps over the scores, and over a sample.
         assert len(passes) <= 2 * (7 + 11)
         total = check(work, solution)
-        slack = 1e-9 * abs(exact.objective.item()) + 1e-9
-        assert total <= exact.objective.item() + slack
-        assert exact.objective.item() <= solution.bound.item() + slack
-        assert solution.gap.item() <= 0.05
+        some = 1e-9 * abs(exact.objective.item()) + 1e-9
+        assert total <= exact.objective.item() + some
+        assert exact.objective.item() <= solution.bound.item() + some
+        assert solution.gap.item() <= (1e-2 if "repeated" in family or "hot, " in family else 1e-4)
+
+
+def test_bounded_mode_ends_in_balance_where_equal_rows_stall_sweeps():
+    # Groups of equal rows change sides together, so sweeps alone leave a tenth of the units over.
+    work = workload("40 repeated tokens", 4096, 64, 4)
+    solution = solve_with_both(work.scores, 4, capacity=work.capacity, mode="bounded")
+    check(work, solution)
+    assert solution.gap.item() <= 1e-2
 
 
 def test_bounded_mode_refuses_forbidden_arcs():

@@ -143,12 +143,10 @@ def _tight_arcs(cost_P, potential_P, potential, tight_W):
 
 
 @jit
-def augment(
-    first_R, expert_A, value_A, held_A, prices_E, excess_N, slack_E, reach, max_phases, potential_N
-):
+def augment(first_R, expert_A, value_A, held_A, prices_E, excess_N, slack_E, reach, potential_N):
     """Move units along shortest paths until nothing is out of balance, within ``reach``.
 
-    Returns 0 if done, 1 if the contested rows do not reach far enough, 2 if ``max_phases`` is up.
+    Returns 0 if done, 1 if the contested rows do not reach far enough.
     """
     num_experts, num_nodes = prices_E.shape[0], excess_N.shape[0]
     sink = num_experts if num_nodes > num_experts else -1
@@ -170,11 +168,9 @@ def augment(
     path_N = np.empty(num_nodes + 1, np.int64)
     next_N = np.zeros(num_nodes, np.int64)
     taken_M = np.empty(max(1, excess_N.max()), np.int32)
-    for phase in range(max_phases + 1):
-        if excess_N.max() <= 0:
-            return 0
-        if phase == max_phases:
-            return 2
+    phase = -1
+    while excess_N.max() > 0:
+        phase += 1
         for a in range(num_experts):
             if changed_E[a]:
                 for b in range(num_experts):
@@ -270,13 +266,13 @@ def augment(
                 excess_N[target] += units
                 for place in range(length + 1):
                     open_N[path_N[place]] = True
-    return 2
+    return 0
 
 
 @jit
 def augment_problems(
     first_problem, last_problem, first_B, first_R, expert_A, value_A, held_A, prices_BE, excess_BN,
-    slack_BE, has_sink_B, reach_B, max_phases, potential_BN, status_B,
+    slack_BE, has_sink_B, reach_B, potential_BN, status_B,
 ):  # fmt: skip
     """Run :func:`augment` on each problem that has a reach; the others keep their status."""
     num_experts = prices_BE.shape[1]
@@ -289,5 +285,5 @@ def augment_problems(
         status_B[problem] = augment(
             first_R[a : b + 1] - arc_a, expert_A[arc_a:arc_b], value_A[arc_a:arc_b],
             held_A[arc_a:arc_b], prices_BE[problem], excess_BN[problem, :nodes], slack_BE[problem],
-            reach_B[problem], max_phases, potential_BN[problem, :nodes],
+            reach_B[problem], potential_BN[problem, :nodes],
         )  # fmt: skip
