@@ -44,8 +44,8 @@ class MaxScoreConfig:
     )
     mode: Literal["exact", "bounded"] = _option(
         "exact",
-        "exact: the optimum, with a certificate. bounded: a fixed number of passes, then rounds of moves; "
-        "feasible, with a certified gap.",
+        "exact: the optimum, with a certificate. bounded: a fixed number of passes, then rounds of "
+        "moves; feasible, with a certified gap.",
     )
     capacity_factor: float = _option(
         1.0,
