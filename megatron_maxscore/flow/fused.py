@@ -22,7 +22,7 @@ from megatron_maxscore.flow.kernels import rounds, rows
 from megatron_maxscore.flow.kernels.augment import augment_problems
 from megatron_maxscore.flow.problem import BoolArray, FloatArray, IntArray, Problem
 from megatron_maxscore.flow.rounds import Near
-from megatron_maxscore.flow.rounds_plain import HOPS, NEAR, NO_ARC
+from megatron_maxscore.flow.rounds_plain import NEAR, NO_ARC
 from megatron_maxscore.flow.threads import run, spans
 
 NAME = "numba"
@@ -230,9 +230,9 @@ def cheapest(
 
 def step(key_CEE: IntArray, potential_E: IntArray, excess_E: IntArray, bits: int) -> IntArray:
     """See :func:`megatron_maxscore.flow.plain.step`."""
-    moves_P3 = np.empty((key_CEE.shape[0] * excess_E.size * HOPS, 3), np.int64)
+    moves_P3 = np.empty((key_CEE.shape[0] * excess_E.size, 3), np.int64)
     none_E = np.zeros_like(excess_E)
-    _, moved = rounds.step(key_CEE, none_E, potential_E, excess_E, none_E, False, bits, moves_P3)
+    _, moved = rounds.step(key_CEE, none_E, potential_E, excess_E, none_E, bits, moves_P3)
     return moves_P3[:moved]
 
 

@@ -374,7 +374,7 @@ def cheapest(
 def step(key_CEE: IntArray, potential_E: IntArray, excess_E: IntArray, bits: int) -> IntArray:
     """Move units along shortest paths, without a sink; see :func:`rounds_plain.step`."""
     none_E = np.zeros_like(excess_E)
-    return rounds_plain.step(key_CEE, none_E, potential_E, excess_E, none_E, False, bits)
+    return rounds_plain.step(key_CEE, none_E, potential_E, excess_E, none_E, bits)
 
 
 def fill(

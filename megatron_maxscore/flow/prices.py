@@ -53,11 +53,11 @@ _LOST = 0.1
 # Steps are long only where the overflow is at most this share of all units.
 _NEAR = 0.1
 # By how much longer than plain they are, one after the other; the last value stays.
-_RELAXATION = (1.5, 1.8, 2.5, 1.5, 3.0, 1.5)
+_RELAXATION = (1.5, 1.75, 2.5, 1.5, 3.0, 1.5)
 # From here on a step's own effect is seen only after the next one.
 _VERY_LONG = 2.0
 # A sweep that leaves more than this share of the overflow is not worth another.
-_STALLED = 0.8
+_STALLED = (4, 5)
 _EVERYTHING = 1 << 49
 # How far prices are counted on to be off after a step, in steps of the expert, and of all.
 _WINDOW_OWN = 4
@@ -70,7 +70,7 @@ _LITTLE_SLACK = 0.01
 _FILL_COST = 0.05
 # Bounded mode: prices are spread where two sweeps have left more than this share of the overflow
 # before them, and of all units.
-_STUCK = 0.75
+_STUCK = (3, 4)
 _TOO_MUCH = 0.03
 
 
@@ -380,10 +380,10 @@ def sweep(
         is_plain_B |= take_back_B
         # Little progress says nothing as long as windows limit steps, nor after a very long one.
         says_B = active_B & is_near_B & ~was_short_B & (relaxation_B < _VERY_LONG) & ~take_back_B
-        stalls_B += says_B & ((now_B > _STALLED * best_B) | ~is_best_B)
+        stalls_B += says_B & (_exceeds(now_B, _STALLED, best_B) | ~is_best_B)
         # Exactly as before: a plateau, which no price can part.
         stalls_B += active_B & (now_B == best_B)
-        stuck_B += active_B & (now_B > _TOO_MUCH * units_B) & (now_B > _STUCK * best_B)
+        stuck_B += active_B & (now_B > _TOO_MUCH * units_B) & _exceeds(now_B, _STUCK, best_B)
         best_BE = np.where((active_B & is_best_B)[:, None], prices_BE, best_BE)
         best_B = np.where(active_B & is_best_B, now_B, best_B)
         if spread is not None:
@@ -412,10 +412,18 @@ def sweep(
     return Descent(prices_BE, load_BE, window_BE, passes)
 
 
+def _exceeds(now_B: np.ndarray, ratio: tuple[int, int], before_B: np.ndarray) -> BoolArray:
+    """Return whether a number of units is more than a ratio of what it was, exactly."""
+    above, below = ratio
+    return np.asarray(below * now_B > above * before_B)
+
+
 def _next_window(step_BE: IntArray, window_BE: IntArray) -> IntArray:
     """Return how far prices may be off after a step: each expert's own one, and all experts'."""
     size_BE = np.abs(step_BE)
-    next_BE = _WINDOW_OWN * size_BE + _WINDOW_MEAN * size_BE.mean(1, dtype=np.int64)[:, None] + 4
+    next_BE = (
+        _WINDOW_OWN * size_BE + _WINDOW_MEAN * (size_BE.sum(1) // size_BE.shape[1])[:, None] + 4
+    )
     # The step ended at the edge of the window: it was too small.
     next_BE = np.where(2 * size_BE >= window_BE, 8 * window_BE, next_BE)
     return np.minimum(next_BE, _EVERYTHING)

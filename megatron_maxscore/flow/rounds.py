@@ -6,17 +6,18 @@ that what has moved stays right. What makes it short is that one round does much
 nothing in it depends on the order in which it is computed:
 
 1. Rows are dealt into classes, which have arcs of their own: with C classes an arc carries C units.
-   The more units are left, the more classes.
-2. In each class, shortest paths of at most six arcs from all overfull experts at once.
-3. Of paths that share an expert or a row the shortest stands; of those that stand, each source
-   gives no more than its excess, and each target takes no more than its room.
+2. In each class, shortest paths of at most six arcs from all overfull experts at once: a forest.
+3. Of paths that leave their source by the same arc, which are those that share an expert, the
+   shortest stands; each source gives no more than its excess, and each target takes no more than
+   its room.
 4. All of them move, and potentials rise by the longest.
 
-First among contested rows, each with the two lowest experts it has and the two highest it has not.
-Should units be left when no path is, or after the last round, further ones look at all rows and all
-experts, in one class in the end, where a path of two arcs always exists: were all rows that have an
-overfull expert a to have some b that has room, another row lacks b, hence has an expert c that one
-of the rows with a lacks. So the assignment is feasible in the end.
+First among contested rows, each with the two lowest experts it has and the two highest it has not,
+of which it offers the cheapest swap. Should units be left when no path is, or after the last round,
+further ones look at all rows and all experts, in one class in the end, where a path of two arcs
+always exists: were all rows that have an overfull expert a to have some b that has room, another
+row lacks b, hence has an expert c that one of the rows with a lacks. So the assignment is feasible
+in the end.
 
 Costs are kept in about 20 bits (:func:`cost_bits`), which decides nothing but which of nearly equal
 paths is taken; the certificate is evaluated on the scores.
@@ -36,13 +37,14 @@ from megatron_maxscore.flow.exchange import Exchange
 from megatron_maxscore.flow.finish import imbalance
 from megatron_maxscore.flow.prices import PriceState
 from megatron_maxscore.flow.problem import SCORE_BITS, BoolArray, IntArray, Problem
-from megatron_maxscore.flow.rounds_plain import HELD, num_classes_for
+from megatron_maxscore.flow.rounds_plain import HELD
 
 # Rounds among contested rows at most.
 MAX_ROUNDS = 64
-# Classes at most, and of how many rows each at least: fewer have no cheap swaps to offer.
-_MOST_CLASSES = 16
-_ROWS_PER_CLASS = 1024
+# Classes at most, and how many units of each expert are in each at least: fewer have no cheap swaps
+# to offer.
+_MOST_CLASSES = 4
+_UNITS_PER_CLASS = 256
 # Contested rows for each unit out of balance, and for each expert.
 _ROWS_PER_UNIT = 32
 _ROWS_PER_EXPERT = 4
@@ -114,9 +116,10 @@ def cost_bits(num_experts: int) -> int:
     return 28 - num_experts.bit_length()
 
 
-def most_classes(problem: Problem, b: int) -> int:
-    """Return into how many classes the rows of a problem may be dealt, a power of two."""
-    wanted = min(_MOST_CLASSES, int(problem.rows_B[b]) // _ROWS_PER_CLASS)
+def num_classes(problem: Problem, b: int) -> int:
+    """Return into how many classes the rows of a problem are dealt, a power of two."""
+    units = int(problem.rows_B[b]) * problem.topk // problem.num_experts
+    wanted = min(_MOST_CLASSES, units // _UNITS_PER_CLASS)
     return 1 << max(0, wanted.bit_length() - 1)
 
 
@@ -130,7 +133,7 @@ def _reach(
     for b in np.flatnonzero(units_B).tolist():
         units, rows = int(units_B[b]), int(problem.rows_B[b])
         rank = _ROWS_PER_UNIT * units + _ROWS_PER_EXPERT * problem.num_experts
-        reach = gap_within(gaps_BL[b], min(rows - 1, rank))
+        reach = gap_within(gaps_BL[b], min(rows // 2, rank))
         if reach == 0:
             enough = _PLATEAU_ROWS_PER_UNIT * units + 4 * problem.num_experts
             stride_B[b] = max(1, int(gaps_BL[b, 0]) // enough)
@@ -166,10 +169,11 @@ def _among_contested(
         moved_BN, placed_BE = excess_BN.copy(), slack_BE.copy()
         for b in np.flatnonzero(reach_B >= 0).tolist():
             rows = slice(near.first_B[b], near.first_B[b + 1])
+            nodes = problem.num_experts + int(has_sink_B[b])
             backend.move_near(
                 near.index_M[rows], near.expert_M4[rows], near.value_M4[rows], held_M4[rows],
-                price_BE[b], potential_BN[b], moved_BN[b], placed_BE[b], bool(has_sink_B[b]),
-                bits, int(limit_B[b]), most_classes(problem, b), MAX_ROUNDS,
+                price_BE[b], potential_BN[b, :nodes], moved_BN[b, :nodes], placed_BE[b], bits,
+                int(limit_B[b]), num_classes(problem, b), MAX_ROUNDS,
             )  # fmt: skip
         return held_M4, potential_BN, moved_BN, placed_BE
 
@@ -252,10 +256,7 @@ def _among_all(
     bits = cost_bits(num_experts)
     shift = SCORE_BITS + 1 - bits
     excess_BE = load_BE - problem.capacity_BE
-    units_B = np.maximum(excess_BE, 0).sum(1)
-    classes_B = [
-        num_classes_for(int(units_B[b]), num_experts, most_classes(problem, b)) for b in wanted
-    ]
+    classes_B = [num_classes(problem, b) for b in wanted]
     prices_BCE = prices_BE[:, None] + state.spread_BCE
     while True:
         tables = [

@@ -35,12 +35,9 @@ def part_of(hash_N: Any, parts: int) -> Any:
     return (hash_N * parts) >> 32
 
 
-def num_classes_for(units: int, num_experts: int, most: int) -> int:
-    """Return how many units to move along each arc at a time, a power of two."""
-    classes = 1
-    while classes < most and classes * num_experts <= 4 * units:
-        classes *= 2
-    return classes
+def far_beyond(bits: int) -> int:
+    """Return a distance longer than that of any path, for costs of so many bits."""
+    return (1 << (bits + 3)) - 1
 
 
 def nearest(
@@ -92,10 +89,11 @@ def step(
     potential_N: IntArray,
     excess_N: IntArray,
     slack_E: IntArray,
-    has_sink: bool,
     bits: int,
 ) -> IntArray:
     """Move units along shortest paths; nothing but the sink's arcs is moved without rows.
+
+    N is E + 1 where the sink takes part, else E.
 
     Args:
         key_CEE: (C, E, E) int64, ``cost << 32 | row`` of the cheapest row that has a and not b.
@@ -103,91 +101,70 @@ def step(
         potential_N: (N,) int64, changed in place.
         excess_N: (N,) int64, changed in place.
         slack_E: (E,) int64 units that the sink has placed, changed in place.
-        has_sink: whether the sink takes part.
         bits: of costs.
 
     Returns:
         (G, 3) int64: row, the expert it gives, the expert it takes.
     """
-    num_classes, num_experts = key_CEE.shape[:2]
-    sink, nodes = num_experts, num_experts + int(has_sink)
-    most_cost, far = (1 << bits) - 1, (1 << (bits + 3)) - 1
-    cost_CNN = np.full((num_classes, nodes, nodes), _FAR, np.int64)
-    cost_CNN[:, :num_experts, :num_experts] = np.where(key_CEE == NO_ARC, _FAR, key_CEE >> 32)
-    if has_sink:
-        rent_E = price_E + potential_N[:sink] - potential_N[sink]
-        cost_CNN[:, sink, :sink] = np.maximum(rent_E, 0)
-        cost_CNN[:, :sink, sink] = np.where(slack_E > 0, np.maximum(-rent_E, 0), _FAR)
-    cost_CNN[cost_CNN > most_cost] = _FAR
-    distance_CN = np.where(excess_N[:nodes] > 0, 0, far)[None].repeat(num_classes, 0)
-    from_HCN = np.full((HOPS, num_classes, nodes), -1, np.int64)
-    for hop in range(HOPS):
-        through_CNN = np.where(distance_CN < far, distance_CN, _FAR)[:, :, None] + cost_CNN
-        origin_CN = through_CNN.argmin(1)
-        best_CN = np.take_along_axis(through_CNN, origin_CN[:, None], 1)[:, 0]
-        is_less_CN = best_CN < distance_CN
-        from_HCN[hop] = np.where(is_less_CN, origin_CN, -1)
-        distance_CN = np.where(is_less_CN, best_CN, distance_CN)
-    # The paths to nodes that have room, from their ends; candidates in order of their length.
-    class_P, target_P = np.nonzero((distance_CN < far) & (excess_N[:nodes] < 0))
-    order = distance_CN[class_P, target_P].argsort(kind="stable")
-    class_P, target_P = class_P[order], target_P[order]
-    rank_P = np.arange(order.size)
-    node_P = target_P
-    parts = []
-    for hop in range(HOPS - 1, -1, -1):
-        origin_P = from_HCN[hop, class_P, node_P]
-        moves = np.flatnonzero(origin_P >= 0)
-        a, b, c = origin_P[moves], node_P[moves], class_P[moves]
-        is_row = (a != sink) & (b != sink)
-        row = np.full(moves.size, -1)
-        row[is_row] = key_CEE[c[is_row], a[is_row], b[is_row]] & 0xFFFFFFFF
-        parts.append(np.stack([moves, a, b, c, row]))
-        node_P = np.where(origin_P >= 0, origin_P, node_P)
-    source_P = node_P
-    path_A, a_A, b_A, c_A, row_A = np.concatenate(parts, 1)
-    # A path stands back if a shorter one of its class shares a node, or a row, with it.
-    first_CN = np.full(distance_CN.shape, order.size)
-    np.minimum.at(first_CN, (c_A, b_A), path_A)
-    rows_U, place_A = np.unique(row_A, return_inverse=True)
-    first_U = np.full(rows_U.size, order.size)
-    np.minimum.at(first_U, place_A, path_A)
-    is_first_A = (first_CN[c_A, b_A] == path_A) & ((row_A < 0) | (first_U[place_A] == path_A))
-    stands_P = np.ones(order.size, np.bool_)
-    stands_P[path_A[~is_first_A]] = False
-    # No more than sources have, targets take, and units that the sink has placed.
-    through_P = np.full(order.size, -1)
-    is_into_sink_A = b_A == sink
-    through_P[path_A[is_into_sink_A]] = a_A[is_into_sink_A]
-    standing = rank_P[stands_P]
-    wins = _nth(source_P[standing]) < excess_N[source_P[standing]]
-    wins &= _nth(target_P[standing]) < -excess_N[target_P[standing]]
-    through = through_P[standing]
-    wins &= (through < 0) | (_nth(through) < slack_E[through])
-    winners = standing[wins]
-    if winners.size == 0:
-        return np.empty((0, 3), np.int64)
-    np.subtract.at(excess_N, source_P[winners], 1)
-    np.add.at(excess_N, target_P[winners], 1)
-    is_winner_P = np.zeros(order.size, np.bool_)
-    is_winner_P[winners] = True
-    wins_A = is_winner_P[path_A]
-    np.add.at(slack_E, b_A[wins_A & (a_A == sink)], 1)
-    np.subtract.at(slack_E, a_A[wins_A & is_into_sink_A], 1)
-    nearest_N = distance_CN.min(0)
-    limit = nearest_N[target_P[winners]].max()
-    potential_N[:nodes] += limit - np.minimum(nearest_N, limit)
-    of_rows_A = wins_A & (row_A >= 0)
-    return np.stack([row_A[of_rows_A], a_A[of_rows_A], b_A[of_rows_A]], 1)
-
-
-def _nth(values: np.ndarray) -> np.ndarray:
-    """Return how many equal values come before each."""
-    order = values.argsort(kind="stable")
-    ordered = values[order]
-    nth = np.empty(values.size, np.int64)
-    nth[order] = np.arange(values.size) - np.searchsorted(ordered, ordered)
-    return nth
+    num_classes, sink, nodes = key_CEE.shape[0], key_CEE.shape[1], potential_N.size
+    most_cost, far = (1 << bits) - 1, far_beyond(bits)
+    nearest_N, is_target_N = np.full(nodes, far), np.zeros(nodes, np.bool_)
+    sources = excess_N > 0
+    targets = np.flatnonzero(excess_N < 0)
+    moves = []
+    for c in range(num_classes):
+        cost_NN = np.full((nodes, nodes), _FAR, np.int64)
+        cost_NN[:sink, :sink] = key_CEE[c] >> 32
+        if nodes > sink:
+            rent_E = price_E + potential_N[:sink] - potential_N[sink]
+            cost_NN[sink, :sink] = np.maximum(rent_E, 0)
+            cost_NN[:sink, sink] = np.where(slack_E > 0, np.maximum(-rent_E, 0), _FAR)
+        cost_NN[cost_NN > most_cost] = _FAR
+        distance_N, pred_N = np.where(sources, 0, far), np.full(nodes, -1)
+        for _ in range(HOPS):
+            through_NN = np.where(distance_N < far, distance_N, _FAR)[:, None] + cost_NN
+            best_N = through_NN.min(0)
+            pred_N = np.where(best_N < distance_N, through_NN.argmin(0), pred_N)
+            distance_N = np.minimum(best_N, distance_N)
+        nearest_N = np.minimum(nearest_N, distance_N)
+        reached = targets[distance_N[targets] < far]
+        taken: set[int] = set()
+        rows: set[int] = set()
+        given_N, start_N = np.zeros(nodes, np.int64), excess_N.copy()
+        for target in reached[distance_N[reached].argsort(kind="stable")].tolist():
+            path = [target]
+            # Predecessors may have come nearer since, so there can be more than six arcs.
+            while pred_N[path[-1]] >= 0:
+                path.append(int(pred_N[path[-1]]))
+            # Paths share a node if and only if they leave their source by the same arc.
+            if path[-2] in taken:
+                continue
+            taken.add(path[-2])
+            source = path[-1]
+            arcs = list(zip(path[1:], path, strict=False))
+            swaps = [
+                (int(key_CEE[c, a, b]) & 0xFFFFFFFF, a, b) for a, b in arcs if sink not in (a, b)
+            ]
+            own = [row for row, _, _ in swaps]
+            stands = rows.isdisjoint(own)
+            rows.update(own)
+            wins = given_N[source] < start_N[source] and start_N[target] < 0
+            wins = wins and all(slack_E[a] > 0 for a, b in arcs if b == sink)
+            given_N[source] += 1
+            if not (stands and wins):
+                continue
+            excess_N[source] -= 1
+            excess_N[target] += 1
+            is_target_N[target] = True
+            moves += swaps
+            for a, b in arcs:
+                if a == sink:
+                    slack_E[b] += 1
+                elif b == sink:
+                    slack_E[a] -= 1
+    limit = nearest_N[is_target_N].max(initial=0)
+    potential_N += limit - np.minimum(nearest_N, limit)
+    return np.array(moves, np.int64).reshape(-1, 3)
 
 
 def move_near(
@@ -199,7 +176,6 @@ def move_near(
     potential_N: IntArray,
     excess_N: IntArray,
     slack_E: IntArray,
-    has_sink: bool,
     bits: int,
     limit: int,
     most_classes: int,
@@ -216,7 +192,6 @@ def move_near(
         potential_N: (N,) int64, changed in place.
         excess_N: (N,) int64, changed in place.
         slack_E: (E,) int64, changed in place.
-        has_sink: whether capacities leave slack.
         bits: of costs.
         limit: by how much potentials may differ.
         most_classes: of rows.
@@ -226,33 +201,38 @@ def move_near(
         How many rounds there were.
     """
     num_experts = price_E.size
-    nodes, most = num_experts + int(has_sink), most_classes
     expert_M4, value_M4 = expert_M4.astype(np.int64), value_M4.astype(np.int64)
-    is_there_M4 = expert_M4 >= 0
+    is_there_M4, every_M = expert_M4 >= 0, np.arange(index_M.size)
+    classes = most_classes
     for done in range(max_rounds):
-        units = int(np.maximum(excess_N[:nodes], 0).sum())
-        if units == 0 or np.ptp(potential_N[:nodes]) > limit:
+        if excess_N.max() <= 0 or np.ptp(potential_N) > limit:
             return done
-        classes = num_classes_for(units, num_experts, most)
         key_CEE = np.full((classes, num_experts, num_experts), NO_ARC, np.int64)
+        # The cheapest swap of each row, so that no two arcs are the same row's.
         reduced_M4 = value_M4 - potential_N[expert_M4]
-        cost_M44 = np.maximum(reduced_M4[:, :, None] - reduced_M4[:, None], 0)
-        gives_M4, takes_M4 = is_there_M4 & held_M4, is_there_M4 & ~held_M4
-        is_swap_M44 = gives_M4[:, :, None] & takes_M4[:, None] & (cost_M44 >> bits == 0)
-        m, i, j = np.nonzero(is_swap_M44)
-        keys = cost_M44[m, i, j] << 32 | index_M[m]
-        place = (part_of(hashed(index_M), classes)[m], expert_M4[m, i], expert_M4[m, j])
-        np.minimum.at(key_CEE, place, keys)
-        before = int(np.maximum(excess_N[:nodes], 0).sum())
-        moves = step(key_CEE, price_E, potential_N, excess_N, slack_E, has_sink, bits)
-        if int(np.maximum(excess_N[:nodes], 0).sum()) == before:
+        held_value_M4 = np.where(is_there_M4 & held_M4, reduced_M4, _HUGE)
+        other_value_M4 = np.where(is_there_M4 & ~held_M4, reduced_M4, -_HUGE)
+        gives_M, takes_M = held_value_M4.argmin(1), other_value_M4.argmax(1)
+        least_M, most_M = held_value_M4[every_M, gives_M], other_value_M4[every_M, takes_M]
+        m = np.flatnonzero((least_M < _HUGE) & (most_M > -_HUGE))
+        cost_M = np.maximum(least_M[m] - most_M[m], 0)
+        m, cost_M = m[cost_M >> bits == 0], cost_M[cost_M >> bits == 0]
+        place = (
+            part_of(hashed(index_M[m]), classes),
+            expert_M4[m, gives_M[m]],
+            expert_M4[m, takes_M[m]],
+        )
+        np.minimum.at(key_CEE, place, cost_M << 32 | index_M[m])
+        before = excess_N.copy()
+        moves = step(key_CEE, price_E, potential_N, excess_N, slack_E, bits)
+        if (excess_N == before).all():
             if classes == 1:
                 return done
-            most = 1
+            classes = 1
         for row, gives, takes in moves.tolist():
-            m = int(np.searchsorted(index_M, row))
-            held_M4[m, expert_M4[m] == gives] = False
-            held_M4[m, expert_M4[m] == takes] = True
+            at = int(np.searchsorted(index_M, row))
+            held_M4[at, expert_M4[at] == gives] = False
+            held_M4[at, expert_M4[at] == takes] = True
     return max_rounds
 
 

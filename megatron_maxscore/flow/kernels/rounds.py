@@ -17,7 +17,7 @@ _HUGE = 1 << 62
 
 hashed = jit(rounds_plain.hashed)
 part_of = jit(rounds_plain.part_of)
-num_classes_for = jit(rounds_plain.num_classes_for)
+far_beyond = jit(rounds_plain.far_beyond)
 
 
 @jit
@@ -66,152 +66,112 @@ def nearest(
 
 
 @jit
-def step(
-    key_CEE, price_E, potential_N, excess_N, slack_E, has_sink, bits, moves_P3
-):  # fmt: skip
-    """Move units along shortest paths; returns how many, and writes what rows do.
-
-    Args:
-        key_CEE: (C, E, E) int64 cost << 32 | row of the cheapest row that has a and not b.
-        price_E: (E,) int64 prices in the unit of costs, before ``potential_N``.
-        potential_N: (N,) int64, changed in place.
-        excess_N: (N,) int64, changed in place.
-        slack_E: (E,) int64, changed in place.
-        has_sink: whether the sink takes part.
-        bits: of costs.
-        moves_P3: (?, 3) int64, out: row, expert it gives, expert it takes.
-
-    Returns:
-        Units moved and moves of rows.
-    """
-    num_classes, num_experts = key_CEE.shape[0], key_CEE.shape[1]
-    sink, nodes = num_experts, num_experts + np.int64(has_sink)
-    most_cost, far = (1 << bits) - 1, (1 << (bits + 3)) - 1
-    count = num_classes * nodes
-    distance_CN = np.empty((num_classes, nodes), np.int64)
-    next_N, before_N = np.empty(nodes, np.int64), np.empty(nodes, np.int64)
-    from_CHN = np.full((num_classes, HOPS, nodes), -1, np.int64)
-    nearest_N = np.full(nodes, far, np.int64)
-    for c in range(num_classes):
-        for node in range(nodes):
-            before_N[node] = 0 if excess_N[node] > 0 else far
-        for hop in range(HOPS):
+def _tree(key_EE, price_E, potential_N, excess_N, slack_E, bits, distance_N, before_N, pred_N):
+    """Write distances from the overfull nodes over at most ``HOPS`` arcs, and predecessors."""
+    num_experts, nodes = key_EE.shape[0], distance_N.shape[0]
+    sink = num_experts
+    most_cost, far = (1 << bits) - 1, far_beyond(bits)
+    for node in range(nodes):
+        distance_N[node] = 0 if excess_N[node] > 0 else far
+        pred_N[node] = -1
+    for _ in range(HOPS):
+        before_N[:] = distance_N
+        for a in range(nodes):
+            if before_N[a] >= far:
+                continue
             for b in range(nodes):
-                best, origin = before_N[b], -1
-                for a in range(nodes):
-                    if before_N[a] >= far:
-                        continue
-                    if a < num_experts and b < num_experts:
-                        key = key_CEE[c, a, b]
-                        if key == NO_ARC:
-                            continue
-                        cost = key >> 32
-                    elif a == sink:
-                        if b == sink:
-                            continue
-                        cost = price_E[b] + potential_N[b] - potential_N[sink]
-                    else:
-                        if slack_E[a] <= 0:
-                            continue
-                        cost = potential_N[sink] - price_E[a] - potential_N[a]
-                    cost = max(cost, 0)
-                    if cost > most_cost:
-                        continue
-                    if before_N[a] + cost < best:
-                        best, origin = before_N[a] + cost, a
-                next_N[b], from_CHN[c, hop, b] = best, origin
-            before_N[:] = next_N
-        distance_CN[c] = before_N
-        for node in range(nodes):
-            nearest_N[node] = min(nearest_N[node], before_N[node])
-    # The path to each node that has room, from its end.
-    path_PL = np.full((count, HOPS + 1), -1, np.int64)
-    row_PL = np.full((count, HOPS), -1, np.int64)
-    into_sink_P = np.full(count, -1, np.int64)
-    source_P = np.empty(count, np.int64)
-    key_P = np.full(count, NO_ARC, np.int64)
-    for p in range(count):
-        c, target = p // nodes, p % nodes
-        if excess_N[target] >= 0 or distance_CN[c, target] >= far:
-            continue
-        key_P[p] = distance_CN[c, target] * count + p
-        node, length = target, 0
-        path_PL[p, 0] = target
-        for hop in range(HOPS - 1, -1, -1):
-            origin = from_CHN[c, hop, node]
-            if origin >= 0:
-                if node == sink:
-                    into_sink_P[p] = origin
-                elif origin != sink:
-                    row_PL[p, length] = key_CEE[c, origin, node] & 0xFFFFFFFF
-                node = origin
-                length += 1
-                path_PL[p, length] = node
-        source_P[p] = node
-    order_P = np.argsort(key_P, kind="mergesort")
-    # A path stands back if a shorter one of its class shares a node, or a row, with it.
-    rows_U = np.unique(row_PL)
-    first_CN = np.full((num_classes, nodes), count, np.int64)
-    first_U = np.full(rows_U.shape[0], count, np.int64)
-    stands_P = np.ones(count, np.bool_)
-    for check in range(2):
-        for i in range(count):
-            p = order_P[i]
-            if key_P[p] == NO_ARC:
-                break
-            for place in range(HOPS):
-                if path_PL[p, place + 1] < 0:
-                    break
-                c, node = p // nodes, path_PL[p, place]
-                if check:
-                    stands_P[p] &= first_CN[c, node] == i
+                if a < num_experts and b < num_experts:
+                    cost = key_EE[a, b] >> 32
+                elif a == b or (b == sink and slack_E[a] <= 0):
+                    continue
+                elif a == sink:
+                    cost = price_E[b] + potential_N[b] - potential_N[sink]
                 else:
-                    first_CN[c, node] = min(first_CN[c, node], i)
-                if row_PL[p, place] >= 0:
-                    u = np.searchsorted(rows_U, row_PL[p, place])
-                    if check:
-                        stands_P[p] &= first_U[u] == i
-                    else:
-                        first_U[u] = min(first_U[u], i)
-    moved, total, limit = 0, 0, 0
-    gives_N, takes_N = np.zeros(nodes, np.int64), np.zeros(nodes, np.int64)
-    slacks_N = np.zeros(nodes, np.int64)
-    wins_P = np.zeros(count, np.bool_)
-    for i in range(count):
-        p = order_P[i]
-        if key_P[p] == NO_ARC:
-            break
-        if not stands_P[p]:
-            continue
-        source, target, through = source_P[p], p % nodes, into_sink_P[p]
-        wins = gives_N[source] < excess_N[source] and takes_N[target] < -excess_N[target]
-        if through >= 0:
-            wins = wins and slacks_N[through] < slack_E[through]
-            slacks_N[through] += 1
-        gives_N[source] += 1
-        takes_N[target] += 1
-        wins_P[p] = wins
-    for i in range(count):
-        p = order_P[i]
-        if key_P[p] == NO_ARC:
-            break
-        if not wins_P[p]:
-            continue
-        total += 1
-        excess_N[source_P[p]] -= 1
-        excess_N[p % nodes] += 1
-        limit = max(limit, nearest_N[p % nodes])
-        for place in range(HOPS):
-            a, b = path_PL[p, place + 1], path_PL[p, place]
-            if a < 0:
+                    cost = potential_N[sink] - price_E[a] - potential_N[a]
+                cost = max(cost, 0)
+                if cost <= most_cost and before_N[a] + cost < distance_N[b]:
+                    distance_N[b], pred_N[b] = before_N[a] + cost, a
+
+
+@jit
+def step(key_CEE, price_E, potential_N, excess_N, slack_E, bits, moves_P3):
+    """Move units along shortest paths; returns how many, and how many moves of rows it wrote.
+
+    See :func:`megatron_maxscore.flow.rounds_plain.step`; ``moves_P3`` takes the moves.
+    """
+    num_classes, num_experts, nodes = key_CEE.shape[0], key_CEE.shape[1], potential_N.shape[0]
+    sink, far = num_experts, far_beyond(bits)
+    distance_N, before_N = np.empty(nodes, np.int64), np.empty(nodes, np.int64)
+    pred_N = np.empty(nodes, np.int64)
+    nearest_N, is_target_N = np.full(nodes, far, np.int64), np.zeros(nodes, np.bool_)
+    # Sources stay those of the start for all classes.
+    source_excess_N = excess_N.copy()
+    row_N = np.empty(nodes, np.int64)
+    total, moved = 0, 0
+    for c in range(num_classes):
+        key_EE = key_CEE[c]
+        _tree(
+            key_EE, price_E, potential_N, source_excess_N, slack_E, bits, distance_N, before_N,
+            pred_N,
+        )  # fmt: skip
+        key_N = np.full(nodes, NO_ARC, np.int64)
+        for node in range(nodes):
+            nearest_N[node] = min(nearest_N[node], distance_N[node])
+            if source_excess_N[node] < 0 and distance_N[node] < far:
+                key_N[node] = distance_N[node] * nodes + node
+        order_N = np.argsort(key_N, kind="mergesort")
+        taken_N, rows = np.zeros(nodes, np.bool_), 0
+        given_N = np.zeros(nodes, np.int64)
+        start_N = excess_N.copy()
+        for target in order_N:
+            if key_N[target] == NO_ARC:
                 break
-            if a == sink:
-                slack_E[b] += 1
-            elif b == sink:
-                slack_E[a] -= 1
-            else:
-                moves_P3[moved, 0], moves_P3[moved, 1], moves_P3[moved, 2] = row_PL[p, place], a, b
-                moved += 1
+            branch, node = target, target
+            while pred_N[node] >= 0:
+                branch, node = node, pred_N[node]
+            if taken_N[branch]:
+                continue
+            # Paths share a node if and only if they leave their source by the same arc.
+            taken_N[branch] = True
+            source = node
+            stands, first_row, through = True, rows, -1
+            node = target
+            while node != source:
+                a = pred_N[node]
+                if node == sink:
+                    through = a
+                elif a != sink:
+                    row_N[rows] = key_EE[a, node] & 0xFFFFFFFF
+                    for other in range(first_row):
+                        stands &= row_N[other] != row_N[rows]
+                    rows += 1
+                node = a
+            wins = given_N[source] < start_N[source] and start_N[target] < 0
+            if through >= 0:
+                wins = wins and slack_E[through] > 0
+            given_N[source] += 1
+            if not (stands and wins):
+                continue
+            total += 1
+            excess_N[source] -= 1
+            excess_N[target] += 1
+            is_target_N[target] = True
+            node = target
+            while node != source:
+                a = pred_N[node]
+                if a == sink:
+                    slack_E[node] += 1
+                elif node == sink:
+                    slack_E[a] -= 1
+                else:
+                    moves_P3[moved, 0] = key_EE[a, node] & 0xFFFFFFFF
+                    moves_P3[moved, 1], moves_P3[moved, 2] = a, node
+                    moved += 1
+                node = a
+    limit = np.int64(0)
+    for node in range(nodes):
+        if is_target_N[node]:
+            limit = max(limit, nearest_N[node])
     for node in range(nodes):
         potential_N[node] += limit - min(nearest_N[node], limit)
     return total, moved
@@ -219,43 +179,38 @@ def step(
 
 @jit
 def move_near(
-    index_M, expert_M4, value_M4, held_M4, price_E, potential_N, excess_N, slack_E, has_sink,
-    bits, limit, most_classes, max_rounds,
+    index_M, expert_M4, value_M4, held_M4, price_E, potential_N, excess_N, slack_E, bits, limit,
+    most_classes, max_rounds,
 ):  # fmt: skip
     """Move units among contested rows, round by round; returns how many rounds."""
-    num_experts = price_E.shape[0]
-    nodes = num_experts + np.int64(has_sink)
-    moves_P3 = np.empty((most_classes * nodes * HOPS, 3), np.int64)
-    most = most_classes
+    num_experts, nodes = price_E.shape[0], potential_N.shape[0]
+    moves_P3 = np.empty((most_classes * nodes, 3), np.int64)
+    classes = most_classes
     for done in range(max_rounds):
-        units = 0
-        for node in range(nodes):
-            units += max(excess_N[node], 0)
-        if units == 0 or potential_N[:nodes].max() - potential_N[:nodes].min() > limit:
+        if excess_N.max() <= 0 or potential_N.max() - potential_N.min() > limit:
             return done
-        classes = num_classes_for(units, num_experts, most)
         key_CEE = np.full((classes, num_experts, num_experts), NO_ARC, np.int64)
         for m in range(index_M.shape[0]):
-            c = part_of(hashed(index_M[m]), classes)
-            for i in range(NEAR):
-                a = expert_M4[m, i]
-                if a < 0 or not held_M4[m, i]:
-                    continue
-                for j in range(NEAR):
-                    b = expert_M4[m, j]
-                    if b < 0 or held_M4[m, j]:
-                        continue
-                    cost = value_M4[m, i] - potential_N[a] - value_M4[m, j] + potential_N[b]
-                    cost = max(cost, 0)
-                    if cost >> bits == 0:
-                        key_CEE[c, a, b] = min(key_CEE[c, a, b], cost << 32 | index_M[m])
-        total, moved = step(
-            key_CEE, price_E, potential_N, excess_N, slack_E, has_sink, bits, moves_P3
-        )
+            # Its cheapest swap, so that no two arcs are the same row's.
+            least, most = np.int64(_HUGE), np.int64(-_HUGE)
+            a, b = -1, -1
+            for place in range(NEAR):
+                expert = expert_M4[m, place]
+                if expert >= 0:
+                    value = value_M4[m, place] - potential_N[expert]
+                    if held_M4[m, place] and value < least:
+                        a, least = expert, value
+                    if not held_M4[m, place] and value > most:
+                        b, most = expert, value
+            cost = max(least - most, 0)
+            if a >= 0 and b >= 0 and cost >> bits == 0:
+                c = part_of(hashed(index_M[m]), classes)
+                key_CEE[c, a, b] = min(key_CEE[c, a, b], cost << 32 | index_M[m])
+        total, moved = step(key_CEE, price_E, potential_N, excess_N, slack_E, bits, moves_P3)
         if total == 0:
             if classes == 1:
                 return done
-            most = 1
+            classes = 1
         for i in range(moved):
             m = np.searchsorted(index_M, moves_P3[i, 0])
             for place in range(NEAR):
