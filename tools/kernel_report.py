@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_maxscore.flow.device import variants as flow
 from megatron_maxscore.ops.kernels import soft_topk
 from megatron_maxscore.ops.kernels.variants import Variant
 
@@ -50,13 +51,13 @@ class Usage:
 
 def all_variants() -> list[Variant]:
     """Return every kernel in every form in which it is launched."""
-    return soft_topk.variants()
+    return [*soft_topk.variants(), *flow.variants()]
 
 
 def usage(variant: Variant, target: int) -> Usage:
     """Compile a kernel for ``sm_<target>`` and read what it needs."""
     source = ASTSource(variant.kernel, variant.signature, constexprs=variant.constants)
-    options = {"num_warps": variant.num_warps}
+    options = {"num_warps": variant.num_warps, **variant.options}
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -35,7 +35,7 @@ from megatron_maxscore.flow.sample import sample_size, take_sample
 from megatron_maxscore.flow.spread import TABLE_BITS, spread_table
 
 MAX_PASSES = 8
-_SAMPLE_PASSES = 10
+SAMPLE_PASSES = 10
 # Overflow at which the finish is cheaper than another sweep: units per expert, or a share of all
 # units, which is smaller beyond some units, since the cost of the finish is in units.
 _UNITS_PER_EXPERT = 0.75
@@ -47,11 +47,11 @@ _UNITS_BEYOND = 64
 # The finish is the work of one thread, E^2 for every other unit: at most this over E units.
 _MOST_UNITS = 1 << 16
 # Overflow of the sample at which its prices are as good as a sample can tell.
-_SAMPLE_AIM = 0.015
+SAMPLE_AIM = 0.015
 # Overflow from which warm prices are worth less than those of a sample.
-_LOST = 0.1
+LOST = 0.1
 # Steps are long only where the overflow is at most this share of all units.
-_NEAR = 0.1
+NEAR = 0.1
 # By how much longer than plain they are, one after the other; the last value stays.
 _RELAXATION = (1.5, 1.75, 2.5, 1.5, 3.0, 1.5)
 # From here on a step's own effect is seen only after the next one.
@@ -64,14 +64,14 @@ _WINDOW_OWN = 4
 _WINDOW_MEAN = 4
 # Prices of a sample, and warm ones, are off by less than this.
 _FIRST_WINDOW = 1 << (SCORE_BITS - 5)
-# Share of the units up to which slack is too little for sweeps to see.
-_LITTLE_SLACK = 0.01
+# One over the share of the units up to which slack is too little for sweeps to see.
+_LITTLE_SLACK = 100
 # What moving a unit of overflow without a search costs at least, in ranges of a row.
 _FILL_COST = 0.05
 # Bounded mode: prices are spread where two sweeps have left more than this share of the overflow
 # before them, and of all units.
 _STUCK = (3, 4)
-_TOO_MUCH = 0.03
+TOO_MUCH = 0.03
 
 
 # (B, E) int64 loads, and a function that returns the (B, E, H) counts of bids.
@@ -147,10 +147,9 @@ def improve(
     """
     size_B = sample_size(problem)
     units_B = problem.rows_B * problem.topk
-    aim_B = np.minimum(_SHARE_OF_UNITS * units_B, _UNITS_BEYOND + _SHARE_BEYOND * units_B)
-    aim_B = np.minimum(aim_B, _MOST_UNITS / problem.num_experts)
-    per_expert = _UNITS_PER_EXPERT_BOUNDED if may_spread else _UNITS_PER_EXPERT
-    aim_B = np.maximum(aim_B, per_expert * problem.num_experts)
+    aim_B = np.array(
+        [aim_of(units, problem.num_experts, is_bounded=may_spread) for units in units_B.tolist()]
+    )
     if (size_B == problem.rows_B).any():
         # Some problem is too small for a sample, so nothing is known of how far prices are off.
         num_buckets, window_BE = ALL_BUCKETS, np.full_like(prices_BE, _EVERYTHING)
@@ -164,17 +163,17 @@ def improve(
     if can_sample_B.any() and not wants_B.any():
         first = rows.read(prices_BE, window_BE, problem.rows_B > 0)
         overflow_B = overflow(first[0], prices_BE, problem, _is_tight(problem))
-        wants_B = can_sample_B & (overflow_B > _LOST * units_B)
+        wants_B = can_sample_B & (overflow_B > LOST * units_B)
     if wants_B.any():
         first = None
         sample = take_sample(backend, exchange, problem, np.where(wants_B, size_B, 0))
         sampled = _Rows(backend, Exchange(), sample, ALL_BUCKETS)
         sampled.may_spread = may_spread
         everything_BE = np.full_like(prices_BE, _EVERYTHING)
-        aim_of_sample_B = _SAMPLE_AIM * sample.rows_B * sample.topk
+        aim_of_sample_B = SAMPLE_AIM * sample.rows_B * sample.topk
 
         def sweep_sample() -> tuple[IntArray, IntArray]:
-            found = sampled.sweep(prices_BE, everything_BE, _SAMPLE_PASSES, aim_of_sample_B)
+            found = sampled.sweep(prices_BE, everything_BE, SAMPLE_PASSES, aim_of_sample_B)
             return found.prices_BE, sampled.spread_BCE
 
         prices_BE, rows.spread_BCE = exchange.same(sweep_sample)
@@ -186,6 +185,13 @@ def improve(
         prices_BE, found.load_BE, rows.gaps_BL, rows.gap_N, rows.x_NE, rows.threshold_N,
         rows.spread_BCE, rows.filled_B, found.passes,
     )  # fmt: skip
+
+
+def aim_of(units: int, num_experts: int, is_bounded: bool) -> float:
+    """Return the overflow of so many units at which sweeps end."""
+    aim = min(_SHARE_OF_UNITS * units, _UNITS_BEYOND + _SHARE_BEYOND * units)
+    per_expert = _UNITS_PER_EXPERT_BOUNDED if is_bounded else _UNITS_PER_EXPERT
+    return max(min(aim, _MOST_UNITS / num_experts), per_expert * num_experts)
 
 
 class _Rows:
@@ -296,7 +302,7 @@ def _is_tight(problem: Problem) -> BoolArray:
     capacities are not integers.
     """
     total_B, units_B = problem.capacity_BE.sum(1), problem.rows_B * problem.topk
-    return np.asarray(np.abs(total_B - units_B) < 0.5 + _LITTLE_SLACK * units_B)
+    return np.asarray(_LITTLE_SLACK * np.abs(total_B - units_B) < _LITTLE_SLACK / 2 + units_B)
 
 
 def _within_limits(prices_BE: IntArray, is_tight_B: BoolArray) -> IntArray:
@@ -351,7 +357,7 @@ def sweep(
     num_problems = problem.num_problems
     is_tight_B = _is_tight(problem)
     units_B = problem.rows_B * problem.topk
-    near_B = _NEAR * units_B
+    near_B = NEAR * units_B
     load_BE = np.zeros(prices_BE.shape, np.int64)
     best_BE = last_BE = prices_BE
     best_B = np.full(num_problems, np.inf)
@@ -383,7 +389,7 @@ def sweep(
         stalls_B += says_B & (_exceeds(now_B, _STALLED, best_B) | ~is_best_B)
         # Exactly as before: a plateau, which no price can part.
         stalls_B += active_B & (now_B == best_B)
-        stuck_B += active_B & (now_B > _TOO_MUCH * units_B) & _exceeds(now_B, _STUCK, best_B)
+        stuck_B += active_B & (now_B > TOO_MUCH * units_B) & _exceeds(now_B, _STUCK, best_B)
         best_BE = np.where((active_B & is_best_B)[:, None], prices_BE, best_BE)
         best_B = np.where(active_B & is_best_B, now_B, best_B)
         if spread is not None:

@@ -39,6 +39,8 @@ from megatron_maxscore.flow.prices import PriceState
 from megatron_maxscore.flow.problem import SCORE_BITS, BoolArray, IntArray, Problem
 from megatron_maxscore.flow.rounds_plain import HELD
 
+# Passes over the scores after those over a sample, or after the first with warm prices.
+SAMPLED_PASSES = 6
 # Rounds among contested rows at most.
 MAX_ROUNDS = 64
 # Classes at most, and how many units of each expert are in each at least: fewer have no cheap swaps
@@ -118,8 +120,12 @@ def cost_bits(num_experts: int) -> int:
 
 def num_classes(problem: Problem, b: int) -> int:
     """Return into how many classes the rows of a problem are dealt, a power of two."""
-    units = int(problem.rows_B[b]) * problem.topk // problem.num_experts
-    wanted = min(_MOST_CLASSES, units // _UNITS_PER_CLASS)
+    return num_classes_of(int(problem.rows_B[b]) * problem.topk, problem.num_experts)
+
+
+def num_classes_of(units: int, num_experts: int) -> int:
+    """Return the same for a problem of so many assignments."""
+    wanted = min(_MOST_CLASSES, units // num_experts // _UNITS_PER_CLASS)
     return 1 << max(0, wanted.bit_length() - 1)
 
 

@@ -112,13 +112,17 @@ def step(
     sources = excess_N > 0
     targets = np.flatnonzero(excess_N < 0)
     moves = []
+    # What all classes start from.
+    start_N, start_slack_E = excess_N.copy(), slack_E.copy()
+    given_N, taken_by_N = np.zeros(nodes, np.int64), np.zeros(nodes, np.int64)
+    placed_E = np.zeros(sink, np.int64)
     for c in range(num_classes):
         cost_NN = np.full((nodes, nodes), _FAR, np.int64)
         cost_NN[:sink, :sink] = key_CEE[c] >> 32
         if nodes > sink:
             rent_E = price_E + potential_N[:sink] - potential_N[sink]
             cost_NN[sink, :sink] = np.maximum(rent_E, 0)
-            cost_NN[:sink, sink] = np.where(slack_E > 0, np.maximum(-rent_E, 0), _FAR)
+            cost_NN[:sink, sink] = np.where(start_slack_E > 0, np.maximum(-rent_E, 0), _FAR)
         cost_NN[cost_NN > most_cost] = _FAR
         distance_N, pred_N = np.where(sources, 0, far), np.full(nodes, -1)
         for _ in range(HOPS):
@@ -130,7 +134,6 @@ def step(
         reached = targets[distance_N[targets] < far]
         taken: set[int] = set()
         rows: set[int] = set()
-        given_N, start_N = np.zeros(nodes, np.int64), excess_N.copy()
         for target in reached[distance_N[reached].argsort(kind="stable")].tolist():
             path = [target]
             # Predecessors may have come nearer since, so there can be more than six arcs.
@@ -148,9 +151,13 @@ def step(
             own = [row for row, _, _ in swaps]
             stands = rows.isdisjoint(own)
             rows.update(own)
-            wins = given_N[source] < start_N[source] and start_N[target] < 0
-            wins = wins and all(slack_E[a] > 0 for a, b in arcs if b == sink)
+            # Paths that stand count against these limits whether they then move or not.
+            wins = given_N[source] < start_N[source] and taken_by_N[target] < -start_N[target]
             given_N[source] += 1
+            taken_by_N[target] += 1
+            for a in [a for a, b in arcs if b == sink]:
+                wins = wins and placed_E[a] < start_slack_E[a]
+                placed_E[a] += 1
             if not (stands and wins):
                 continue
             excess_N[source] -= 1

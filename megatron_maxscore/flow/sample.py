@@ -17,9 +17,14 @@ _SAMPLE_LOAD = 64
 _MIN_SAMPLE = 512
 
 
+def wanted_sample(num_experts: int, topk: int) -> int:
+    """Return how many rows make a sample, where there are four times as many."""
+    return max(_MIN_SAMPLE, -(-_SAMPLE_LOAD * num_experts // topk))
+
+
 def sample_size(problem: Problem) -> IntArray:
     """Return (B,) int64 how many rows make a sample; all of them where there are few."""
-    wanted = max(_MIN_SAMPLE, -(-_SAMPLE_LOAD * problem.num_experts // problem.topk))
+    wanted = wanted_sample(problem.num_experts, problem.topk)
     return np.asarray(np.where(problem.rows_B >= 4 * wanted, wanted, problem.rows_B))
 
 
@@ -50,13 +55,15 @@ def take_sample(backend: Any, exchange: Exchange, problem: Problem, size_B: IntA
     scores_NE = gather_rows(exchange, problem.scores_NE[np.concatenate(own)], count_RB)
     low_N = exchange.same(lambda: backend.scan(scores_NE)[0])
     share_B = size_B / np.maximum(problem.rows_B, 1)
+    # To so few bits that sums of them are exact in any order.
+    capacity_BE = np.rint(problem.capacity_BE * share_B[:, None] * 1024.0) / 1024.0
     return Problem(
         scores_NE,
         np.concatenate([[0], size_B.cumsum()]),
         size_B[None],
         0,
         problem.topk,
-        problem.capacity_BE * share_B[:, None],
+        capacity_BE,
         low_N,
         problem.shift_B,
         problem.has_forbidden,

@@ -288,8 +288,6 @@ def _evaluate(
     return _Result(exact_BE, experts_NK, _loads(experts_NK, problem)[None], np.stack(sums))
 
 
-# Bounded mode: passes over the scores after those over a sample, or the first with warm prices.
-_SAMPLED_PASSES = 6
 # Rounds besides those of price passes: a sample, contested rows once, the result.
 _OTHER_ROUNDS = 4
 # The gap that rounding scores to integers may leave, relative to the ranges of the rows.
@@ -313,7 +311,7 @@ def _assign(
     is_exact, tolerance = options.mode == "exact", options.tolerance
     max_passes = price_sweeps.MAX_PASSES
     if not is_exact and (sample_size(problem) < problem.rows_B).all():
-        max_passes = _SAMPLED_PASSES
+        max_passes = rounds.SAMPLED_PASSES
     if options.max_rounds is not None and exchange.size > 1:
         max_passes = max(2, min(max_passes, options.max_rounds - exchange.rounds - _OTHER_ROUNDS))
     sum_ranges_B = None

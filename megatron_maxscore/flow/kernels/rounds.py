@@ -104,25 +104,25 @@ def step(key_CEE, price_E, potential_N, excess_N, slack_E, bits, moves_P3):
     distance_N, before_N = np.empty(nodes, np.int64), np.empty(nodes, np.int64)
     pred_N = np.empty(nodes, np.int64)
     nearest_N, is_target_N = np.full(nodes, far, np.int64), np.zeros(nodes, np.bool_)
-    # Sources stay those of the start for all classes.
-    source_excess_N = excess_N.copy()
+    # What all classes start from.
+    start_N, start_slack_E = excess_N.copy(), slack_E.copy()
+    given_N, taken_by_N = np.zeros(nodes, np.int64), np.zeros(nodes, np.int64)
+    placed_E = np.zeros(num_experts, np.int64)
     row_N = np.empty(nodes, np.int64)
     total, moved = 0, 0
     for c in range(num_classes):
         key_EE = key_CEE[c]
         _tree(
-            key_EE, price_E, potential_N, source_excess_N, slack_E, bits, distance_N, before_N,
+            key_EE, price_E, potential_N, start_N, start_slack_E, bits, distance_N, before_N,
             pred_N,
         )  # fmt: skip
         key_N = np.full(nodes, NO_ARC, np.int64)
         for node in range(nodes):
             nearest_N[node] = min(nearest_N[node], distance_N[node])
-            if source_excess_N[node] < 0 and distance_N[node] < far:
+            if start_N[node] < 0 and distance_N[node] < far:
                 key_N[node] = distance_N[node] * nodes + node
         order_N = np.argsort(key_N, kind="mergesort")
         taken_N, rows = np.zeros(nodes, np.bool_), 0
-        given_N = np.zeros(nodes, np.int64)
-        start_N = excess_N.copy()
         for target in order_N:
             if key_N[target] == NO_ARC:
                 break
@@ -146,10 +146,13 @@ def step(key_CEE, price_E, potential_N, excess_N, slack_E, bits, moves_P3):
                         stands &= row_N[other] != row_N[rows]
                     rows += 1
                 node = a
-            wins = given_N[source] < start_N[source] and start_N[target] < 0
-            if through >= 0:
-                wins = wins and slack_E[through] > 0
+            # Paths that stand count against these limits whether they then move or not.
+            wins = given_N[source] < start_N[source] and taken_by_N[target] < -start_N[target]
             given_N[source] += 1
+            taken_by_N[target] += 1
+            if through >= 0:
+                wins = wins and placed_E[through] < start_slack_E[through]
+                placed_E[through] += 1
             if not (stands and wins):
                 continue
             total += 1

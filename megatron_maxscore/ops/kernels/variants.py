@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -16,6 +16,7 @@ class Variant:
         signature: type of each argument that is not a constant, in Triton's notation.
         constants: the compile-time constants.
         num_warps: warps per program.
+        options: further options of the compiler.
     """
 
     name: str
@@ -23,3 +24,4 @@ class Variant:
     signature: dict[str, str]
     constants: dict[str, Any]
     num_warps: int
+    options: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,251 @@
+"""Bounded mode on the device: the launches, and the buffers between them.
+
+Every launch and every size follows from the shape of the scores, so nothing is copied to the host
+and a CUDA graph can hold a solve. Decides as :mod:`prices` and :mod:`rounds` do, so the experts are
+theirs, bit for bit.
+
+Shape letters: T tokens, E experts, K experts per token, G programs.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+
+from megatron_maxscore.flow import prices as price_sweeps
+from megatron_maxscore.flow import rounds
+from megatron_maxscore.flow.buckets import ALL_BUCKETS, WINDOW_BUCKETS
+from megatron_maxscore.flow.device import layout, moves, results, sweeps
+from megatron_maxscore.flow.sample import wanted_sample
+from megatron_maxscore.flow.solution import FlowSolution
+from megatron_maxscore.flow.spread import spread_table
+
+# Entries of the score matrix that a program takes at a time, and programs at most.
+_TILE = 512
+_MOST_PROGRAMS = 512
+# Experts of a chunk when price steps are read off the counts.
+_STEP_CHUNK = 4
+# Entries of the cost matrix that the rounds hold in registers; fewer where that is but a part.
+_COSTS, _PART_OF_COSTS = 16384, 8192
+_CONTESTED_TILE = 512
+# Multiplications must not be fused into additions: decisions would differ from the CPU's. Without a
+# number of registers the assembler now and then spills a few for the sake of more programs.
+_EXACT: dict[str, Any] = {"enable_fp_fusion": False}
+PARALLEL: dict[str, Any] = {**_EXACT, "num_warps": 4, "maxnreg": 168}
+SERIAL: dict[str, Any] = {**_EXACT, "num_warps": 8, "maxnreg": 255}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a solve's launches follow from."""
+
+    tokens: int
+    experts: int
+    topk: int
+    may_be_loose: bool
+
+    @property
+    def units(self) -> int:
+        """Assignments."""
+        return self.tokens * self.topk
+
+    @property
+    def sample(self) -> int:
+        """Rows of a sample, 0 where there are too few rows for one."""
+        wanted = wanted_sample(self.experts, self.topk)
+        return wanted if self.tokens >= 4 * wanted else 0
+
+    @property
+    def passes(self) -> int:
+        """Launches of passes over the scores."""
+        return 1 + rounds.SAMPLED_PASSES if self.sample else price_sweeps.MAX_PASSES
+
+    @property
+    def buckets(self) -> int:
+        """Buckets of bids for each expert."""
+        return WINDOW_BUCKETS if self.sample else ALL_BUCKETS
+
+    @property
+    def block_e(self) -> int:
+        """Experts, padded."""
+        return triton.next_power_of_2(self.experts)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a tile."""
+        return max(1, _TILE // self.block_e)
+
+    @property
+    def programs(self) -> int:
+        """Programs of a pass."""
+        return min(_MOST_PROGRAMS, -(-self.tokens // self.rows))
+
+    def thresholds(self, units: int, aim: float) -> dict[str, int]:
+        """Return units of overflow that sweeps compare with, in 1/1024."""
+        return {
+            "aim": math.floor(aim * 1024),
+            "near": math.floor(price_sweeps.NEAR * units * 1024),
+            "too_much": math.floor(price_sweeps.TOO_MUCH * units * 1024),
+        }
+
+    def tile(self) -> dict[str, int]:
+        """Return the constants of kernels that work on tiles of rows."""
+        return {"NUM_EXPERTS": self.experts, "BLOCK_E": self.block_e, "ROWS": self.rows}
+
+    def choice(self) -> dict[str, int]:
+        """Return the constants of kernels that choose experts."""
+        bits = self.block_e.bit_length() - 1
+        return {**self.tile(), "TOPK": self.topk, "TIE_BITS": bits}
+
+    def steps(self, buckets: int) -> dict[str, int]:
+        """Return the constants of price steps."""
+        chunk = min(_STEP_CHUNK, self.block_e)
+        return {"BLOCK_H": triton.next_power_of_2(buckets), "CHUNK": chunk}
+
+    def moves(self) -> dict[str, int]:
+        """Return the constants of the rounds."""
+        nodes = triton.next_power_of_2(self.experts + self.may_be_loose)
+        classes = rounds.num_classes_of(self.units, self.experts)
+        costs = _COSTS if classes * nodes**2 <= 2 * _COSTS else _PART_OF_COSTS
+        return {
+            **self.tile(),
+            "TOPK": self.topk,
+            "BLOCK_N": nodes,
+            "NODE_BITS": nodes.bit_length() - 1,
+            "CLASSES": classes,
+            "CHUNK": max(1, min(nodes, costs // (classes * nodes))),
+            "TILE": _CONTESTED_TILE,
+        }
+
+
+@functools.lru_cache(maxsize=64)
+def _spread(num_experts: int, device: torch.device) -> Tensor:
+    """Return the table of :mod:`spread` on a device; made once, before a graph is captured."""
+    return torch.from_numpy(spread_table(num_experts).astype(np.int32)).to(device)
+
+
+def can_solve(scores: Tensor, topk: int, group_size: int) -> bool:
+    """Return whether a bounded solve of these scores runs in these kernels."""
+    return (
+        scores.dim() == 2
+        and scores.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and group_size == 1
+        and scores.shape[0] > 0
+        and topk < scores.shape[1]
+    )
+
+
+def solve_bounded(
+    scores_TE: Tensor, topk: int, capacity_E: Tensor, prices_E: Tensor, is_tight: bool | None
+) -> tuple[FlowSolution, Tensor]:
+    """Solve one rank's problem in bounded mode without a copy to the host.
+
+    Args:
+        scores_TE: (T, E) float32, bfloat16 or float16, contiguous; what is not finite counts as 0.
+        topk: K < E.
+        capacity_E: (E,) int64 on the same device, enough for all assignments.
+        prices_E: (E,) float32 on the same device.
+        is_tight: whether the capacities sum to exactly T * K; None if that is not known.
+
+    Returns:
+        The solution, and () int64, in how many rows scores were not finite.
+    """
+    tokens, experts = scores_TE.shape
+    shape = Shape(tokens, experts, topk, not is_tight)
+    launcher = _Launcher(shape, scores_TE.device)
+    launcher.run(scores_TE, torch.clamp(capacity_E, max=tokens), prices_E)
+    return launcher.solution(), launcher.state[layout.BAD.value]
+
+
+class _Launcher:
+    """Buffers of one solve, and the kernels in order."""
+
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        self.shape, self.device = shape, device
+        tokens, experts, programs = shape.tokens, shape.experts, shape.programs
+        most_buckets = ALL_BUCKETS if shape.sample else shape.buckets
+        constants = shape.moves()
+        int32 = functools.partial(torch.empty, dtype=torch.int32, device=device)
+        int64 = functools.partial(torch.empty, dtype=torch.int64, device=device)
+        float64 = functools.partial(torch.empty, dtype=torch.float64, device=device)
+        self.state = int64(layout.state_size(experts))
+        self.counts = int32(experts + layout.GAPS.value + experts * shape.buckets)
+        self.sample_counts = int32(experts + layout.GAPS.value + experts * most_buckets)
+        self.partial = float64(3 * programs)
+        self.near, self.slot = int32(10 * tokens), int32(tokens)
+        self.x_TE = torch.empty((tokens, experts), dtype=torch.int8, device=device)
+        self.claims = torch.full((tokens,), 2**31 - 1, dtype=torch.int32, device=device)
+        self.keys = int64(constants["CLASSES"] * experts * experts)
+        self.scratch = int32(2 * constants["BLOCK_N"])
+        self.experts_TK = int64((tokens, shape.topk))
+        self.prices_E = torch.empty(experts, dtype=torch.float32, device=device)
+        self.loads_RE, self.values = int64((1, experts)), float64(3)
+
+    def run(self, scores_TE: Tensor, capacity_E: Tensor, warm_E: Tensor) -> None:
+        """Launch all kernels."""
+        shape, grid = self.shape, (self.shape.programs,)
+        spread_CE = _spread(shape.experts, self.device)
+        state, counts, partial = self.state, self.counts, self.partial
+        block_g = triton.next_power_of_2(shape.programs)
+        size = layout.state_size(shape.experts)
+        sweeps.scan[grid](
+            scores_TE, partial, state, counts, shape.tokens, shape.programs,
+            **shape.tile(), BUCKETS=shape.buckets, NUM_STATE=triton.next_power_of_2(size),
+            **PARALLEL,
+        )  # fmt: skip
+        aim = price_sweeps.aim_of(shape.units, shape.experts, is_bounded=True)
+        of_all = shape.thresholds(shape.units, aim)
+        for index in range(shape.passes):
+            sweeps.price_pass[grid](
+                scores_TE, warm_E, capacity_E, spread_CE, partial, state, counts, shape.tokens,
+                **of_all, lost=int(price_sweeps.LOST * shape.units), max_passes=shape.passes,
+                num_programs=shape.programs, **shape.choice(), BUCKETS=shape.buckets,
+                **shape.steps(shape.buckets), BLOCK_G=block_g, IS_FIRST=index == 0,
+                CAN_SAMPLE=bool(shape.sample), **PARALLEL,
+            )  # fmt: skip
+            if index == 0 and shape.sample:
+                self._sample(scores_TE, capacity_E, spread_CE)
+        moves.nearest[grid](
+            scores_TE, spread_CE, state, self.near, self.slot, self.x_TE, shape.tokens,
+            shape.programs, **shape.choice(), **PARALLEL,
+        )  # fmt: skip
+        moves.move[(1,)](
+            scores_TE, capacity_E, spread_CE, state, self.near, self.slot, self.x_TE, self.claims,
+            self.keys, self.scratch, shape.tokens, **shape.moves(), **SERIAL,
+        )  # fmt: skip
+        results.conclude[grid](
+            scores_TE, capacity_E, state, self.x_TE, partial, self.experts_TK, self.prices_E,
+            self.loads_RE, self.values, shape.tokens, shape.programs, **shape.tile(),
+            TOPK=shape.topk, BLOCK_G=block_g, **PARALLEL,
+        )  # fmt: skip
+
+    def _sample(self, scores_TE: Tensor, capacity_E: Tensor, spread_CE: Tensor) -> None:
+        shape = self.shape
+        units = shape.sample * shape.topk
+        sweeps.sample_sweeps[(1,)](
+            scores_TE, capacity_E, spread_CE, self.state, self.sample_counts, shape.tokens,
+            shape.sample, **shape.thresholds(units, price_sweeps.SAMPLE_AIM * units),
+            max_passes=price_sweeps.SAMPLE_PASSES, passes_after=rounds.SAMPLED_PASSES,
+            **shape.choice(), **shape.steps(ALL_BUCKETS), **SERIAL,
+        )  # fmt: skip
+
+    def solution(self) -> FlowSolution:
+        """Return what the kernels have written."""
+        objective, bound, gap = self.values.unbind()
+        return FlowSolution(
+            experts=self.experts_TK,
+            prices=self.prices_E,
+            objective=objective,
+            bound=bound,
+            gap=gap,
+            converged=gap <= 1e-9,
+            loads=self.loads_RE,
+            rounds=0,
+        )
