@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+# The gap that rounding scores to integers may leave, relative to the ranges of the rows.
+ROUNDING = 1e-9
+
 
 @dataclass(frozen=True)
 class FlowSolution:
@@ -27,6 +30,8 @@ class FlowSolution:
         converged: 0-dim bool, whether the tolerance was met; feasible either way.
         loads: (R, E) int64, every rank's count per expert exactly as dispatched.
         rounds: collectives used.
+        bad: 0-dim int64, rows whose scores were not finite and counted as 0; only bounded mode on
+            a device goes on with such, elsewhere they raise.
     """
 
     experts: Tensor
@@ -37,3 +42,4 @@ class FlowSolution:
     converged: Tensor
     loads: Tensor
     rounds: int
+    bad: Tensor

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_maxscore.flow import inputs, rounds
+from megatron_maxscore.flow import device, inputs, rounds
 from megatron_maxscore.flow import prices as price_sweeps
 from megatron_maxscore.flow.agreement import ANY_UNIT, Own, agree
 from megatron_maxscore.flow.backend import backend
@@ -33,7 +33,7 @@ from megatron_maxscore.flow.problem import (
     shifts,
 )
 from megatron_maxscore.flow.sample import gather_rows, sample_size
-from megatron_maxscore.flow.solution import FlowSolution
+from megatron_maxscore.flow.solution import ROUNDING, FlowSolution
 
 
 def solve(
@@ -58,8 +58,9 @@ def solve(
 
     Args:
         scores: (T, E) float, or (B, S, E) for B separate problems; E <= 1024. -inf forbids the arc.
-            bfloat16 and float16 are exact in float32. Any device; the solver itself runs on the
-            CPU.
+            bfloat16 and float16 are exact in float32. Any device; the solver runs on the CPU but
+            for bounded mode with CUDA scores of one rank (:mod:`device`), which copies nothing to
+            the host, and counts scores that are not finite as 0 instead of raising.
         topk: k distinct experts per token, 1 <= k <= E.
         capacity: int, or (E,) int64; per problem.
         capacity_factor: used without ``capacity``: C = ceil(T * k * factor / E) for all experts.
@@ -90,6 +91,16 @@ def solve(
         detached = scores.detach()
         try:
             inputs.check(detached, topk, capacity_factor, tolerance, mode, max_rounds)
+            if mode == "bounded" and device.can_solve(
+                detached, topk, exchange.size, valid, fill_padding
+            ):
+                return device.solve_bounded(
+                    detached if valid is None else detached.masked_fill(~valid[:, None], 0.0),
+                    topk,
+                    device.capacity_of(detached, topk, capacity, capacity_factor),
+                    prices,
+                    tolerance,
+                )
             rows = Rows.of(detached, valid, fill_padding)
             options = Options(
                 topk,
@@ -187,9 +198,10 @@ class _Solve:
             objective=give(objective_B),
             bound=give(bound_B),
             gap=give(gap_B),
-            converged=give(gap_B <= max(self.options.tolerance, _ROUNDING)),
+            converged=give(gap_B <= max(self.options.tolerance, ROUNDING)),
             loads=give(result.load_RBE.swapaxes(0, 1)),
             rounds=self.exchange.rounds,
+            bad=torch.zeros((), dtype=torch.int64, device=device),
         )
 
     def _split(
@@ -290,8 +302,6 @@ def _evaluate(
 
 # Rounds besides those of price passes: a sample, contested rows once, the result.
 _OTHER_ROUNDS = 4
-# The gap that rounding scores to integers may leave, relative to the ranges of the rows.
-_ROUNDING = 1e-9
 
 
 def _assign(

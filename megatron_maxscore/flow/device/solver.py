@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import triton
+import triton  # type: ignore[import-untyped]
 from torch import Tensor
 
 from megatron_maxscore.flow import prices as price_sweeps
 from megatron_maxscore.flow import rounds
 from megatron_maxscore.flow.buckets import ALL_BUCKETS, WINDOW_BUCKETS
-from megatron_maxscore.flow.device import layout, moves, results, sweeps
+from megatron_maxscore.flow.device.kernels import layout, moves, results, sweeps
 from megatron_maxscore.flow.sample import wanted_sample
-from megatron_maxscore.flow.solution import FlowSolution
+from megatron_maxscore.flow.solution import ROUNDING, FlowSolution
 from megatron_maxscore.flow.spread import spread_table
 
 # Entries of the score matrix that a program takes at a time, and programs at most.
@@ -33,7 +33,7 @@ _MOST_PROGRAMS = 512
 # Experts of a chunk when price steps are read off the counts.
 _STEP_CHUNK = 4
 # Entries of the cost matrix that the rounds hold in registers; fewer where that is but a part.
-_COSTS, _PART_OF_COSTS = 16384, 8192
+_COSTS, _PART_OF_COSTS = 16384, 4096
 _CONTESTED_TILE = 512
 # Multiplications must not be fused into additions: decisions would differ from the CPU's. Without a
 # number of registers the assembler now and then spills a few for the sake of more programs.
@@ -75,7 +75,7 @@ class Shape:
     @property
     def block_e(self) -> int:
         """Experts, padded."""
-        return triton.next_power_of_2(self.experts)
+        return int(triton.next_power_of_2(self.experts))
 
     @property
     def rows(self) -> int:
@@ -131,20 +131,14 @@ def _spread(num_experts: int, device: torch.device) -> Tensor:
     return torch.from_numpy(spread_table(num_experts).astype(np.int32)).to(device)
 
 
-def can_solve(scores: Tensor, topk: int, group_size: int) -> bool:
-    """Return whether a bounded solve of these scores runs in these kernels."""
-    return (
-        scores.dim() == 2
-        and scores.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and group_size == 1
-        and scores.shape[0] > 0
-        and topk < scores.shape[1]
-    )
-
-
 def solve_bounded(
-    scores_TE: Tensor, topk: int, capacity_E: Tensor, prices_E: Tensor, is_tight: bool | None
-) -> tuple[FlowSolution, Tensor]:
+    scores_TE: Tensor,
+    topk: int,
+    capacity_E: Tensor,
+    prices_E: Tensor,
+    is_tight: bool | None,
+    tolerance: float = 0.0,
+) -> FlowSolution:
     """Solve one rank's problem in bounded mode without a copy to the host.
 
     Args:
@@ -153,15 +147,13 @@ def solve_bounded(
         capacity_E: (E,) int64 on the same device, enough for all assignments.
         prices_E: (E,) float32 on the same device.
         is_tight: whether the capacities sum to exactly T * K; None if that is not known.
-
-    Returns:
-        The solution, and () int64, in how many rows scores were not finite.
+        tolerance: relative gap that counts as converged.
     """
     tokens, experts = scores_TE.shape
     shape = Shape(tokens, experts, topk, not is_tight)
     launcher = _Launcher(shape, scores_TE.device)
     launcher.run(scores_TE, torch.clamp(capacity_E, max=tokens), prices_E)
-    return launcher.solution(), launcher.state[layout.BAD.value]
+    return launcher.solution(tolerance)
 
 
 class _Launcher:
@@ -183,7 +175,7 @@ class _Launcher:
         self.x_TE = torch.empty((tokens, experts), dtype=torch.int8, device=device)
         self.claims = torch.full((tokens,), 2**31 - 1, dtype=torch.int32, device=device)
         self.keys = int64(constants["CLASSES"] * experts * experts)
-        self.scratch = int32(2 * constants["BLOCK_N"])
+        self.scratch = int32((3 + constants["CLASSES"]) * constants["BLOCK_N"])
         self.experts_TK = int64((tokens, shape.topk))
         self.prices_E = torch.empty(experts, dtype=torch.float32, device=device)
         self.loads_RE, self.values = int64((1, experts)), float64(3)
@@ -236,7 +228,7 @@ class _Launcher:
             **shape.choice(), **shape.steps(ALL_BUCKETS), **SERIAL,
         )  # fmt: skip
 
-    def solution(self) -> FlowSolution:
+    def solution(self, tolerance: float) -> FlowSolution:
         """Return what the kernels have written."""
         objective, bound, gap = self.values.unbind()
         return FlowSolution(
@@ -245,7 +237,8 @@ class _Launcher:
             objective=objective,
             bound=bound,
             gap=gap,
-            converged=gap <= 1e-9,
+            converged=gap <= max(tolerance, ROUNDING),
             loads=self.loads_RE,
             rounds=0,
+            bad=self.state[layout.BAD.value],
         )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import triton
+import triton  # type: ignore[import-untyped]
 
 from megatron_maxscore.flow.buckets import ALL_BUCKETS
-from megatron_maxscore.flow.device import layout, moves, results, sweeps
+from megatron_maxscore.flow.device.kernels import layout, moves, results, sweeps
 from megatron_maxscore.flow.device.solver import PARALLEL, SERIAL, Shape
 from megatron_maxscore.ops.kernels.variants import Variant
 

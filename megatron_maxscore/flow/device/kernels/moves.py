@@ -12,10 +12,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megatron_maxscore.flow.device import layout
-from megatron_maxscore.flow.device.control import set_vector, vector
-from megatron_maxscore.flow.device.integers import NEVER, bit_length, hashed
-from megatron_maxscore.flow.device.rows import choose, load_scores, reduced_tile
+from megatron_maxscore.flow.device.kernels import layout
+from megatron_maxscore.flow.device.kernels.control import set_vector, vector
+from megatron_maxscore.flow.device.kernels.integers import NEVER, bit_length, hashed
+from megatron_maxscore.flow.device.kernels.rows import choose, load_scores, reduced_tile
 
 SHIFT, WIDTH, REACH, STRIDE = layout.SHIFT, layout.WIDTH, layout.REACH, layout.STRIDE
 COST_SHIFT, NEAR_ROWS, UNITS = layout.COST_SHIFT, layout.NEAR_ROWS, layout.UNITS
@@ -136,7 +136,7 @@ def _forget(key_ptr, size: tl.constexpr):
 
 @triton.jit
 def _costs(
-    key_ptr, first, slack_N, rent_N, has_sink,
+    key_ptr, scratch_ptr, first, rent_N, has_sink,
     NUM_EXPERTS: tl.constexpr, CLASSES: tl.constexpr, BLOCK_N: tl.constexpr,
     NODE_BITS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -152,8 +152,8 @@ def _costs(
     key = tl.load(key_ptr + at, mask=inside, other=_NO_ARC, cache_modifier=".cg")
     cost = (key >> 32).to(tl.int32)
     # What the sink takes and gives, at price 0.
-    rent_A = tl.gather(rent_N, first + tl.arange(0, CHUNK), 0)[None, :, None]
-    slack_A = tl.gather(slack_N, first + tl.arange(0, CHUNK), 0)[None, :, None]
+    slack_A = tl.load(scratch_ptr + a, cache_modifier=".cg")
+    rent_A = tl.load(scratch_ptr + 2 * BLOCK_N + a, cache_modifier=".cg")
     from_sink = has_sink & (a == NUM_EXPERTS) & (b < NUM_EXPERTS)
     to_sink = has_sink & (b == NUM_EXPERTS) & (a < NUM_EXPERTS) & (slack_A > 0)
     cost = tl.where(from_sink, tl.maximum(rent_N[None, None, :], 0), cost)
@@ -163,13 +163,33 @@ def _costs(
 
 
 @triton.jit
-def _chunk(matrix_CN, first, CLASSES: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr):
+def _pick(matrix_CN, at, scratch_ptr, CLASSES: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return each class's entries at some nodes.
+
+    Through registers as far as that is fast, else through memory.
+    """
+    if BLOCK_N <= 128:
+        found = tl.gather(matrix_CN, at, 1)
+    else:
+        base = scratch_ptr + 3 * BLOCK_N + tl.arange(0, CLASSES)[:, None] * BLOCK_N
+        tl.debug_barrier()
+        tl.store(base + tl.arange(0, BLOCK_N)[None, :], matrix_CN)
+        tl.debug_barrier()
+        found = tl.load(base + at, cache_modifier=".cg")
+    return found
+
+
+@triton.jit
+def _chunk(
+    matrix_CN, first, scratch_ptr,
+    CLASSES: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     """Return the columns of a chunk of nodes, (C, A)."""
     if CHUNK == BLOCK_N:
         columns = matrix_CN
     else:
         at = tl.broadcast_to((first + tl.arange(0, CHUNK))[None, :], [CLASSES, CHUNK])
-        columns = tl.gather(matrix_CN, at, 1)
+        columns = _pick(matrix_CN, at, scratch_ptr, CLASSES, BLOCK_N)
     return columns
 
 
@@ -184,7 +204,7 @@ def _walk_row(key_ptr, cur, p, NUM_EXPERTS: tl.constexpr, CLASSES: tl.constexpr,
 
 @triton.jit
 def _step(
-    key_ptr, near_ptr, slot_ptr, x_ptr, claims_ptr, slack_ptr, price_N, potential_N, excess_N,
+    key_ptr, near_ptr, slot_ptr, x_ptr, claims_ptr, scratch_ptr, price_N, potential_N, excess_N,
     has_sink,
     NUM_EXPERTS: tl.constexpr, CLASSES: tl.constexpr, BLOCK_N: tl.constexpr,
     NODE_BITS: tl.constexpr, CHUNK: tl.constexpr, IS_NEAR: tl.constexpr,
@@ -201,15 +221,26 @@ def _step(
     SINK: tl.constexpr = NUM_EXPERTS
     node = tl.arange(0, BLOCK_N)
     node_CN = tl.broadcast_to(node[None, :], [CLASSES, BLOCK_N])
-    slack_N = tl.load(slack_ptr + node, cache_modifier=".cg")
+    slack_N = tl.load(scratch_ptr + node, cache_modifier=".cg")
     sink_potential = tl.sum(tl.where(node == SINK, potential_N, 0), 0)
     rent_N = price_N + potential_N - sink_potential
+    tl.store(scratch_ptr + 2 * BLOCK_N + node, rent_N)
+    tl.debug_barrier()
     # Shortest paths: a forest whose roots are the overfull nodes.
     distance = tl.where(excess_N > 0, 0, FAR)[None, :] + tl.zeros([CLASSES, BLOCK_N], tl.int32)
     pred = tl.full([CLASSES, BLOCK_N], -1, tl.int32)
     if CHUNK == BLOCK_N:
         kept = _costs(
-            key_ptr, 0, slack_N, rent_N, has_sink, NUM_EXPERTS, CLASSES, BLOCK_N, NODE_BITS, CHUNK
+            key_ptr,
+            scratch_ptr,
+            0,
+            rent_N,
+            has_sink,
+            NUM_EXPERTS,
+            CLASSES,
+            BLOCK_N,
+            NODE_BITS,
+            CHUNK,
         )
     for _ in range(_HOPS):
         best = tl.full([CLASSES, BLOCK_N], LAST, tl.uint32)
@@ -218,11 +249,11 @@ def _step(
                 cost = kept
             else:
                 cost = _costs(
-                    key_ptr, first, slack_N, rent_N, has_sink, NUM_EXPERTS, CLASSES, BLOCK_N,
+                    key_ptr, scratch_ptr, first, rent_N, has_sink, NUM_EXPERTS, CLASSES, BLOCK_N,
                     NODE_BITS, CHUNK,
                 )  # fmt: skip
             # Sums with what cannot be reached, or by no arc, are nearly 2**31 or more.
-            start = _chunk(distance, first, CLASSES, BLOCK_N, CHUNK)
+            start = _chunk(distance, first, scratch_ptr, CLASSES, BLOCK_N, CHUNK)
             start = tl.where(start < FAR, (start << NODE_BITS).to(tl.uint32), BEYOND)
             best = tl.minimum(best, tl.min(start[:, :, None] + cost, 1))
         found = tl.where(best < LAST, best, LAST).to(tl.int32)
@@ -234,20 +265,20 @@ def _step(
     is_target = (excess_N < 0)[None, :] & (distance < FAR)
     cur, branch = node_CN, node_CN
     uses_sink = tl.zeros([CLASSES, BLOCK_N], tl.int32)
-    p = tl.gather(pred, cur, 1)
+    p = _pick(pred, cur, scratch_ptr, CLASSES, BLOCK_N)
     going = is_target & (p >= 0)
     while tl.max(tl.max(going.to(tl.int32), 1), 0) > 0:
         uses_sink = tl.where(going & (cur == SINK), 1, uses_sink)
         branch = tl.where(going, cur, branch)
         cur = tl.where(going, p, cur)
-        p = tl.gather(pred, cur, 1)
+        p = _pick(pred, cur, scratch_ptr, CLASSES, BLOCK_N)
         going = is_target & (p >= 0)
     source = cur
     order = tl.where(is_target, (distance << NODE_BITS) | node_CN, LAST)
     beaten = tl.zeros([CLASSES, BLOCK_N], tl.int32)
     for first in range(0, BLOCK_N, PART):
-        their_order = _chunk(order, first, CLASSES, BLOCK_N, PART)[:, :, None]
-        their_branch = _chunk(branch, first, CLASSES, BLOCK_N, PART)[:, :, None]
+        their_order = _chunk(order, first, scratch_ptr, CLASSES, BLOCK_N, PART)[:, :, None]
+        their_branch = _chunk(branch, first, scratch_ptr, CLASSES, BLOCK_N, PART)[:, :, None]
         beats = (their_branch == branch[:, None, :]) & (their_order < order[:, None, :])
         beaten += tl.sum(beats.to(tl.int32), 1)
     stands = is_target & (beaten == 0)
@@ -256,32 +287,36 @@ def _step(
     rank = tl.zeros([CLASSES, BLOCK_N], tl.int32)
     given = tl.zeros([CLASSES, BLOCK_N], tl.int32)
     for first in range(0, BLOCK_N, PART):
-        their_order = _chunk(stands_order, first, CLASSES, BLOCK_N, PART)[:, :, None]
-        their_source = _chunk(source, first, CLASSES, BLOCK_N, PART)[:, :, None]
+        their_order = _chunk(stands_order, first, scratch_ptr, CLASSES, BLOCK_N, PART)[:, :, None]
+        their_source = _chunk(source, first, scratch_ptr, CLASSES, BLOCK_N, PART)[:, :, None]
         same = (their_source == source[:, None, :]) & (their_order < order[:, None, :])
         rank += tl.sum(same.to(tl.int32), 1)
         gives = (their_source == node[None, None, :]) & (their_order < LAST)
         given += tl.sum(gives.to(tl.int32), 1)
-    rank += tl.gather(tl.cumsum(given, 0) - given, source, 1)
+    rank += _pick(tl.cumsum(given, 0) - given, source, scratch_ptr, CLASSES, BLOCK_N)
     stood = stands.to(tl.int32)
     taken = tl.cumsum(stood, 0) - stood
     excess_CN = excess_N[None, :] + tl.zeros([CLASSES, BLOCK_N], tl.int32)
-    wins = stands & (rank < tl.gather(excess_CN, source, 1)) & (taken < -excess_CN)
+    wins = (
+        stands
+        & (rank < _pick(excess_CN, source, scratch_ptr, CLASSES, BLOCK_N))
+        & (taken < -excess_CN)
+    )
     if SINK < BLOCK_N:
         # Units that the sink has placed, by class the one expert that gives it any.
         uses_C = tl.max(uses_sink * stood, 1)
         through_C = tl.sum(tl.where(node_CN == SINK, pred, 0), 1)
         through_CN = tl.maximum(through_C, 0)[:, None] + tl.zeros([CLASSES, BLOCK_N], tl.int32)
         placed = (through_CN == node_CN).to(tl.int32) * uses_C[:, None]
-        placed = tl.gather(tl.cumsum(placed, 0) - placed, through_CN, 1)
+        placed = _pick(tl.cumsum(placed, 0) - placed, through_CN, scratch_ptr, CLASSES, BLOCK_N)
         slack_CN = slack_N[None, :] + tl.zeros([CLASSES, BLOCK_N], tl.int32)
-        has_slack = placed < tl.gather(slack_CN, through_CN, 1)
+        has_slack = placed < _pick(slack_CN, through_CN, scratch_ptr, CLASSES, BLOCK_N)
         wins = wins & ((uses_sink == 0) | has_slack)
     if IS_NEAR == 0:
         # A row offers several swaps here: the path that comes first has it.
         for check in tl.static_range(3):
             tl.debug_barrier()
-            cur, p = node_CN, tl.gather(pred, node_CN, 1)
+            cur, p = node_CN, _pick(pred, node_CN, scratch_ptr, CLASSES, BLOCK_N)
             going = stands & (p >= 0)
             while tl.max(tl.max(going.to(tl.int32), 1), 0) > 0:
                 row = _walk_row(key_ptr, cur, p, NUM_EXPERTS, CLASSES, going)
@@ -293,10 +328,10 @@ def _step(
                 else:
                     tl.store(claims_ptr + row, LAST, mask=going)
                 cur = tl.where(going, p, cur)
-                p = tl.gather(pred, cur, 1)
+                p = _pick(pred, cur, scratch_ptr, CLASSES, BLOCK_N)
                 going = stands & (p >= 0)
     # The moves themselves.
-    cur, p = node_CN, tl.gather(pred, node_CN, 1)
+    cur, p = node_CN, _pick(pred, node_CN, scratch_ptr, CLASSES, BLOCK_N)
     going = wins & (p >= 0)
     while tl.max(tl.max(going.to(tl.int32), 1), 0) > 0:
         of_row = going & (cur != SINK) & (p != SINK)
@@ -314,16 +349,16 @@ def _step(
                 held = tl.where(expert == cur, held | (1 << place), held)
             tl.store(base + 1, held, mask=of_row)
         one = tl.full([CLASSES, BLOCK_N], 1, tl.int32)
-        tl.atomic_add(slack_ptr + cur, one, mask=going & (p == SINK), sem="relaxed")
-        tl.atomic_add(slack_ptr + p, -one, mask=going & (cur == SINK), sem="relaxed")
+        tl.atomic_add(scratch_ptr + cur, one, mask=going & (p == SINK), sem="relaxed")
+        tl.atomic_add(scratch_ptr + p, -one, mask=going & (cur == SINK), sem="relaxed")
         cur = tl.where(going, p, cur)
-        p = tl.gather(pred, cur, 1)
+        p = _pick(pred, cur, scratch_ptr, CLASSES, BLOCK_N)
         going = wins & (p >= 0)
     won = wins.to(tl.int32)
     excess_N += tl.sum(won, 0)
     for first in range(0, BLOCK_N, PART):
-        their_won = _chunk(won, first, CLASSES, BLOCK_N, PART)[:, :, None]
-        their_source = _chunk(source, first, CLASSES, BLOCK_N, PART)[:, :, None]
+        their_won = _chunk(won, first, scratch_ptr, CLASSES, BLOCK_N, PART)[:, :, None]
+        their_source = _chunk(source, first, scratch_ptr, CLASSES, BLOCK_N, PART)[:, :, None]
         left = tl.where(their_source == node[None, None, :], their_won, 0)
         excess_N -= tl.sum(tl.sum(left, 1), 0)
     limit = tl.max(tl.where(tl.max(won, 0) > 0, nearest_N, 0), 0)

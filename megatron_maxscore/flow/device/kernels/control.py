@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megatron_maxscore.flow.device import layout
-from megatron_maxscore.flow.device.integers import edge_of, gap_within, level_of, to_integer
+from megatron_maxscore.flow.device.kernels import layout
+from megatron_maxscore.flow.device.kernels.integers import edge_of, gap_within, level_of, to_integer
 
 _NUMBERS = tl.constexpr(layout.NUMBERS)
 _GAPS = layout.GAPS

@@ -8,10 +8,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megatron_maxscore.flow.device import layout
-from megatron_maxscore.flow.device.control import vector
-from megatron_maxscore.flow.device.integers import NEVER, power_of_two
-from megatron_maxscore.flow.device.rows import load_scores, lowest
+from megatron_maxscore.flow.device.kernels import layout
+from megatron_maxscore.flow.device.kernels.control import vector
+from megatron_maxscore.flow.device.kernels.integers import NEVER, power_of_two
+from megatron_maxscore.flow.device.kernels.rows import load_scores, lowest
 
 SHIFT, FINISHED, PRICE, LOAD = layout.SHIFT, layout.FINISHED, layout.PRICE, layout.LOAD
 OBJECTIVE, BOUND, GAP = layout.OBJECTIVE, layout.BOUND, layout.GAP

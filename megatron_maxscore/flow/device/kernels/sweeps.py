@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megatron_maxscore.flow.device import layout
-from megatron_maxscore.flow.device.control import (
+from megatron_maxscore.flow.device.kernels import layout
+from megatron_maxscore.flow.device.kernels.control import (
     begin_sweep,
     capacity_of,
     clear,
@@ -22,14 +22,20 @@ from megatron_maxscore.flow.device.control import (
     set_vector,
     vector,
 )
-from megatron_maxscore.flow.device.integers import (
+from megatron_maxscore.flow.device.kernels.integers import (
     bit_length,
     gap_within,
     power_of_two,
     shift_for,
     to_integer,
 )
-from megatron_maxscore.flow.device.rows import choose, count_tile, load_scores, lowest, reduced_tile
+from megatron_maxscore.flow.device.kernels.rows import (
+    choose,
+    count_tile,
+    load_scores,
+    lowest,
+    reduced_tile,
+)
 
 _NUMBERS = tl.constexpr(layout.NUMBERS)
 _GAPS = layout.GAPS

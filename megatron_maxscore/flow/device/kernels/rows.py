@@ -8,8 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megatron_maxscore.flow.device import layout
-from megatron_maxscore.flow.device.integers import NEVER, level_of, power_of_two, to_integer
+from megatron_maxscore.flow.device.kernels import layout
+from megatron_maxscore.flow.device.kernels.integers import NEVER, level_of, power_of_two, to_integer
 
 _GAPS = layout.GAPS
 _LEVELS = layout.LEVELS
