@@ -10,13 +10,16 @@ Shape letters: E experts, R = EP * ETP ranks of the group, L experts of this ran
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
 
+from megatron_maxscore.moe.permutation import permute_known
 from megatron_maxscore.moe.plan import RoutingPlan
 from megatron_maxscore.moe.quotas import quotas
 
@@ -47,6 +50,8 @@ class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
         super().__init__(*args, **kwargs)
         self.plan = plan or RoutingPlan()
         self._known: dict[int, _Splits] = {}
+        self._experts_TK: Tensor | None = None
+        self._dtoh_point = self.cuda_dtoh_point
 
     def preprocess(self, routing_map: Tensor) -> Tensor:
         """Set the splits for this routing map.
@@ -58,7 +63,8 @@ class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
             (L,) int64 tokens of each local expert over the whole group; on the CPU when static.
         """
         num_tokens = routing_map.shape[0]
-        is_static, loads_RE = self.plan.take(routing_map)
+        self.cuda_dtoh_point = self._dtoh_point
+        is_static, loads_RE, experts_TK = self.plan.take(routing_map)
         if self.config.moe_expert_capacity_factor is not None:
             # Megatron's dropping has changed the map that the plan describes.
             return super().preprocess(routing_map)
@@ -76,7 +82,34 @@ class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
         if self.num_local_experts > 1:
             self.num_global_tokens_per_local_expert = splits.counts_RL
         self.cuda_sync_point = "no_sync"
+        # Nothing is to be copied either: a stream that branches off and does not come back could
+        # not be captured in a graph.
+        self.cuda_dtoh_point = "never"
+        self._experts_TK = experts_TK
         return splits.tokens_per_expert_L
+
+    def dispatch_preprocess(self, *args: Any, **kwargs: Any) -> Any:
+        """Prepare for dispatch; see the base class.
+
+        Where the experts are known Megatron's permutation, which sorts or picks among all T * E
+        entries of the map, is replaced by one that sorts the T * K assignments.
+        """
+        self._experts_TK = None
+        original = token_dispatcher.permute
+        token_dispatcher.permute = functools.partial(self._permute, original)
+        try:
+            return super().dispatch_preprocess(*args, **kwargs)
+        finally:
+            token_dispatcher.permute = original
+
+    def _permute(
+        self, original: Any, tokens_TH: Tensor, routing_map: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        experts_TK = self._experts_TK
+        if experts_TK is None or kwargs.get("fused") or kwargs.get("drop_and_pad"):
+            return original(tokens_TH, routing_map, *args, **kwargs)
+        # Where tokens are padded, and by how much, are for fused kernels only.
+        return (*permute_known(tokens_TH, kwargs.get("probs"), experts_TK), None, None)
 
     def _quotas(self, num_tokens: int) -> Tensor:
         """Return the (R, E) int64 quotas."""

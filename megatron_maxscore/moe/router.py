@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel.random import is_checkpointing
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from megatron_maxscore.flow.device import is_device
 from megatron_maxscore.moe import metrics, recording
 from megatron_maxscore.moe.config import (
     VARIABLE_LENGTHS,
@@ -41,12 +42,19 @@ BIAS_NAME = "expert_bias"
 
 @dataclass
 class SolveStatistics:
-    """What a router's solves did since the last reset; kept on the host."""
+    """What a router's solves did since the last reset.
+
+    Attributes:
+        solves: how many.
+        seconds: of the host in them.
+        largest_gap: a 0-dim tensor where it is still on the device.
+        bad_tokens: likewise.
+    """
 
     solves: int = 0
     seconds: float = 0.0
-    largest_gap: float = 0.0
-    bad_tokens: int = 0
+    largest_gap: float | Tensor = 0.0
+    bad_tokens: int | Tensor = 0
 
 
 def _with_pre_softmax(config: Any) -> Any:
@@ -205,14 +213,16 @@ class MaxScoreRouter(TopKRouter):
         over all ranks before the optimizer step, which then fails everywhere.
         """
         finite = torch.isfinite(logits.detach())
-        if bool(finite.all()):
+        # On a device the answer stays there: waiting for it would hold up every layer.
+        if not is_device(finite) and bool(finite.all()):
             return logits
         # Evaluation takes no step, and recomputation sees the same scores a second time.
         if self.training and self._recompute_pass() != "again":
             bad_T = ~finite.all(-1).reshape(-1)
             if self._padding is not None:
                 bad_T = bad_T & ~self._padding
-            self.statistics.bad_tokens += int(bad_T.sum())
+            count = bad_T.sum()
+            self.statistics.bad_tokens += count if is_device(count) else int(count)
         return torch.where(finite, logits, 0.0)
 
     def _select(self, scores_TE: Tensor, replay: Any) -> tuple[Tensor, Tensor]:
@@ -272,6 +282,7 @@ class MaxScoreRouter(TopKRouter):
             if recompute_pass == "first":
                 self._forwarded.append(routed)
         self.plan.has_static_quotas, self.plan.loads_RE = routed.is_static, routed.loads_RE
+        self.plan.experts_TK = routed.experts_TK
         return routed.experts_TK
 
     def _solve(self, scores_TE: Tensor) -> Routed:
@@ -296,8 +307,10 @@ class MaxScoreRouter(TopKRouter):
             metrics.record(self, scores_TE, routed.experts_TK, valid_T, solution, seconds)
             self.statistics.seconds += seconds
             self.statistics.solves += 1
-            gap = float(solution.gap.max())
-            self.statistics.largest_gap = max(self.statistics.largest_gap, gap)
+            gap, before = solution.gap.max(), self.statistics.largest_gap
+            self.statistics.largest_gap = (
+                gap.clamp(min=before) if is_device(gap) else max(float(before), float(gap))
+            )
             self.price_sum += solution.prices.reshape(-1, self.price_sum.numel()).mean(0)
             self.price_count += 1
         return routed

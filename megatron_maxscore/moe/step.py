@@ -50,13 +50,15 @@ def raise_on_bad_scores(routers: Sequence[MaxScoreRouter], iteration: int) -> No
     Raises:
         BadScoresError: names iteration, layer, rank and count.
     """
-    own = [(router.layer_number, router.statistics.bad_tokens) for router in routers]
     device = routers[0].expert_prices.device if routers else _default_device()
-    total = torch.tensor([sum(count for _, count in own)], dtype=torch.int64, device=device)
+    total = torch.zeros(1, dtype=torch.int64, device=device)
+    for router in routers:
+        total += router.statistics.bad_tokens
     if dist.is_initialized():
         dist.all_reduce(total)
     if int(total) == 0:
         return
+    own = [(router.layer_number, int(router.statistics.bad_tokens)) for router in routers]
     everyone: list = [own]
     if dist.is_initialized():
         everyone = [None] * dist.get_world_size()

@@ -127,7 +127,7 @@ class _Watch:
         ]
         seconds = sum(s.seconds for s in statistics)
         solves = sum(s.solves for s in statistics)
-        gap = max((s.largest_gap for s in statistics), default=0.0)
+        gap = max((float(s.largest_gap) for s in statistics), default=0.0)
         for s in statistics:
             s.seconds, s.solves, s.largest_gap = 0.0, 0, 0.0
         counts = torch.cat([self.loads_LE.flatten(), self.expected_L, torch.tensor([solves])])

@@ -1,0 +1,209 @@
+"""Bounded mode's kernels in the interpreter, beside the solver on the CPU: the same bits."""
+
+from __future__ import annotations
+
+import dataclasses
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from megatron_maxscore.flow import device, sample, solve
+from megatron_maxscore.flow.device import solver as launcher
+from tools.workloads import FAMILIES, workload
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+ALLOWED = [family for family in FAMILIES if family != "forbidden arcs"]
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Fill new buffers with what no kernel may take for a result."""
+    original = torch.empty
+
+    def empty(*size, **options):
+        tensor = original(*size, **options)
+        poison = float("nan") if tensor.is_floating_point() else -77
+        return tensor.fill_(poison)
+
+    monkeypatch.setattr(torch, "empty", empty)
+
+
+@pytest.fixture
+def small_samples(monkeypatch):
+    """Let few rows be enough for a sample."""
+    for module in (sample, launcher):
+        monkeypatch.setattr(module, "wanted_sample", lambda experts, topk: 48)
+
+
+def on_device(scores, topk, **arguments):
+    """Solve in the kernels; tensors are on the CPU, where the interpreter works."""
+    with mock.patch.object(device, "is_device", lambda tensor: True):
+        return solve(scores, topk, mode="bounded", **arguments)
+
+
+def assert_same(scores, topk, **arguments):
+    """Assert the CPU's bits, and return the solution."""
+    expected = solve(scores, topk, mode="bounded", **arguments)
+    found = on_device(scores, topk, **arguments)
+    for name in ("experts", "prices", "loads"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    for name in ("objective", "bound", "gap"):
+        one, other = getattr(found, name), getattr(expected, name)
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-14)
+    assert found.bad == 0 and found.converged == expected.converged
+    return found
+
+
+@pytest.mark.parametrize("family", ALLOWED)
+@pytest.mark.parametrize("slack", [0, 3])
+def test_same_bits_on_every_family(family, slack):
+    work = workload(family, 200, 12, 3)
+    capacity = work.capacity.clone()
+    capacity[:slack] += 1
+    other = workload(family, 200, 12, 3, batch=1)
+    warm = solve(other.scores, 3, capacity=other.capacity).prices
+    for prices in (None, warm):
+        assert_same(work.scores, 3, capacity=capacity, prices=prices)
+
+
+@pytest.mark.parametrize("family", ["iid", "skewed, sigma 4", "40 repeated tokens"])
+def test_same_bits_with_a_sample(family, small_samples):
+    work = workload(family, 260, 10, 2)
+    for prices in (None, 0.1 * torch.randn(10), 1e6 * torch.randn(10)):
+        assert_same(work.scores, 2, capacity=work.capacity, prices=prices)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "topk"),
+    [(1, 2, 1), (9, 2, 1), (70, 3, 2), (40, 64, 8), (17, 100, 7), (12, 512, 16)],
+)
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_same_bits_at_odd_sizes(tokens, experts, topk, factor):
+    scores = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(tokens))
+    assert_same(scores, topk, capacity_factor=factor)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    scores = torch.randn(60, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert_same(scores, 2)
+
+
+def test_padding_is_filled():
+    scores = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    valid = torch.arange(50) % 5 != 0
+    assert_same(scores, 2, valid=valid, fill_padding=True)
+
+
+def test_many_units_end_in_rounds_over_all_rows():
+    # Where contested rows are not enough: most rows want the same experts, and loosely so.
+    generator = torch.Generator().manual_seed(3)
+    kind = torch.randint(3, (240,), generator=generator)
+    scores = torch.randn(3, 16, generator=generator)[kind]
+    scores = scores + 1e-3 * torch.randn(240, 16, generator=generator)
+    launched = launcher._Launcher.run
+    states = []
+
+    def run(self, *arguments):
+        launched(self, *arguments)
+        states.append(self.state)
+
+    with mock.patch.object(launcher._Launcher, "run", run):
+        assert_same(scores, 4)
+    assert states[0][launcher.layout.ALL_ROUNDS.value] > 0
+
+
+def test_scores_that_are_not_finite_count_as_zero():
+    scores = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    clean = scores.clone()
+    for row, expert, value in ((3, 1, float("nan")), (3, 2, float("inf")), (20, 0, -float("inf"))):
+        scores[row, expert], clean[row, expert] = value, 0.0
+    found, expected = on_device(scores, 2), solve(clean, 2, mode="bounded")
+    assert torch.equal(found.experts, expected.experts) and found.bad == 2
+
+
+def test_what_kernels_cannot_do_is_done_on_the_cpu():
+    scores = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    for arguments in (
+        dict(scores=scores.double(), topk=2),
+        dict(scores=scores, topk=4),
+        dict(scores=scores, topk=2, valid=torch.arange(30) < 20),
+        dict(scores=scores.reshape(3, 10, 4), topk=2),
+    ):
+        with mock.patch.object(launcher, "solve_bounded", side_effect=AssertionError):
+            on_device(**arguments)
+
+
+def test_capacities_are_checked():
+    scores = torch.randn(10, 4)
+    with pytest.raises(ValueError, match="capacities hold 16 assignments but 10 tokens"):
+        on_device(scores, 2, capacity=4)
+    with pytest.raises(ValueError, match=r"prices must be \(4,\)"):
+        on_device(scores, 2, prices=torch.zeros(5))
+
+
+class Waits(TorchDispatchMode):
+    """Raises at operators that make the host wait, or whose result's size depends on values."""
+
+    forbidden = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "unique_dim")
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function.overloadpacket.__name__
+        assert not name.startswith(self.forbidden), f"{name} waits for the device"
+        if name == "index":
+            assert all(i is None or i.dtype != torch.bool for i in arguments[1]), "index by a mask"
+        return function(*arguments, **(options or {}))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of kernels launched; they run outside of dispatch modes, which do not see them."""
+    names: list[str] = []
+
+    class Counted:
+        def __init__(self, kernel, name):
+            self.kernel, self.name = kernel, name
+
+        def __getitem__(self, grid):
+            def launch(*arguments, **options):
+                names.append(self.name)
+                with _disable_current_modes():
+                    self.kernel[grid](*arguments, **options)
+
+            return launch
+
+    for module, kernels in (
+        (launcher.sweeps, ("scan", "price_pass", "sample_sweeps")),
+        (launcher.moves, ("nearest", "move")),
+        (launcher.results, ("conclude",)),
+    ):
+        for name in kernels:
+            monkeypatch.setattr(module, name, Counted(getattr(module, name), name))
+    return names
+
+
+@pytest.mark.parametrize("samples", [False, True])
+def test_a_solve_is_twelve_launches_and_waits_for_nothing(launches, samples, request):
+    if samples:
+        request.getfixturevalue("small_samples")
+    work = workload("iid", 200, 8, 2)
+    prices = 0.1 * torch.randn(8)
+    on_device(work.scores, 2, capacity=work.capacity, prices=prices)
+    counted = [len(launches)]
+    launches.clear()
+    with Waits():
+        found = on_device(work.scores, 2, capacity=work.capacity, prices=prices)
+    counted.append(len(launches))
+    assert counted == [12, 12]
+    assert launches.count("price_pass") == (7 if samples else 8)
+    assert dataclasses.is_dataclass(found)
+
+
+def test_waits_is_able_to_fail():
+    for wait in (
+        lambda t: t.sum().item(), lambda t: bool(t.any()), lambda t: t[t > 0], torch.nonzero
+    ):  # fmt: skip
+        with pytest.raises(AssertionError), Waits():
+            wait(torch.ones(3))
