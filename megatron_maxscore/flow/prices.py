@@ -40,7 +40,7 @@ SAMPLE_PASSES = 10
 # units, which is smaller beyond some units, since the cost of the finish is in units.
 _UNITS_PER_EXPERT = 0.75
 # In bounded mode rounds of moves cost the same for few units.
-_UNITS_PER_EXPERT_BOUNDED = 0.25
+_UNITS_PER_EXPERT_BOUNDED, _LEAST_SHARE_BOUNDED = 0.25, 1 / 64
 _SHARE_OF_UNITS = 1 / 800
 _SHARE_BEYOND = 1 / 1600
 _UNITS_BEYOND = 64
@@ -190,8 +190,10 @@ def improve(
 def aim_of(units: int, num_experts: int, is_bounded: bool) -> float:
     """Return the overflow of so many units at which sweeps end."""
     aim = min(_SHARE_OF_UNITS * units, _UNITS_BEYOND + _SHARE_BEYOND * units)
-    per_expert = _UNITS_PER_EXPERT_BOUNDED if is_bounded else _UNITS_PER_EXPERT
-    return max(min(aim, _MOST_UNITS / num_experts), per_expert * num_experts)
+    least = _UNITS_PER_EXPERT * num_experts
+    if is_bounded:
+        least = min(_UNITS_PER_EXPERT_BOUNDED * num_experts, _LEAST_SHARE_BOUNDED * units)
+    return max(min(aim, _MOST_UNITS / num_experts), least)
 
 
 class _Rows:

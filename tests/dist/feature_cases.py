@@ -40,7 +40,9 @@ def permute_fusion(rank, size, **layout):
             asked.clear()
             output, _ = layer(hidden)
             output.sum().backward()
-        assert {name for name, _ in asked} >= {"permute", "unpermute"}
+        # Unfused, tokens are permuted by their known experts instead.
+        expected = {"permute", "unpermute"} if fusion else {"unpermute"}
+        assert {name for name, _ in asked} >= expected
         assert all(fused == fusion for _, fused in asked)
         outputs.append((output.detach(), hidden.grad))
     assert torch.equal(outputs[0][0], outputs[1][0]) and torch.equal(outputs[0][1], outputs[1][1])

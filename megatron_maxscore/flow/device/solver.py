@@ -32,8 +32,8 @@ _TILE = 512
 _MOST_PROGRAMS = 512
 # Experts of a chunk when price steps are read off the counts.
 _STEP_CHUNK = 4
-# Entries of the cost matrix that the rounds hold in registers; fewer where that is but a part.
-_COSTS, _PART_OF_COSTS = 16384, 4096
+# Entries of the cost matrix that the rounds hold in registers.
+_COSTS = 16384
 _CONTESTED_TILE = 512
 # Multiplications must not be fused into additions: decisions would differ from the CPU's. Without a
 # number of registers the assembler now and then spills a few for the sake of more programs.
@@ -113,14 +113,13 @@ class Shape:
         """Return the constants of the rounds."""
         nodes = triton.next_power_of_2(self.experts + self.may_be_loose)
         classes = rounds.num_classes_of(self.units, self.experts)
-        costs = _COSTS if classes * nodes**2 <= 2 * _COSTS else _PART_OF_COSTS
         return {
             **self.tile(),
             "TOPK": self.topk,
             "BLOCK_N": nodes,
             "NODE_BITS": nodes.bit_length() - 1,
             "CLASSES": classes,
-            "CHUNK": max(1, min(nodes, costs // (classes * nodes))),
+            "CHUNK": max(1, min(nodes, _COSTS // (classes * nodes))),
             "TILE": _CONTESTED_TILE,
         }
 

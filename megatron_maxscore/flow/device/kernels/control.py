@@ -101,6 +101,22 @@ def _edges(bucket, base, HALF: tl.constexpr):
 
 
 @triton.jit
+def _bids(
+    counts_ptr, capacity_ptr, scale, window_ptr, first,
+    NUM_EXPERTS: tl.constexpr, BUCKETS: tl.constexpr, BLOCK_H: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Load counts from the highest bucket down, capacities and windows of a chunk of experts."""
+    expert_X = first + tl.arange(0, CHUNK)
+    is_expert_X = expert_X < NUM_EXPERTS
+    h = tl.arange(0, BLOCK_H)[None, :]
+    at = counts_ptr + NUM_EXPERTS + _GAPS + expert_X[:, None] * BUCKETS + (BUCKETS - 1 - h)
+    inside = is_expert_X[:, None] & (h < BUCKETS)
+    bids = tl.load(at, mask=inside, other=0, cache_modifier=".cg")
+    window_X = tl.load(window_ptr + expert_X, mask=is_expert_X, other=1, cache_modifier=".cg")
+    return bids, capacity_of(capacity_ptr, expert_X, is_expert_X, scale), window_X
+
+
+@triton.jit
 def price_steps(
     counts_ptr, capacity_ptr, scale, steps_ptr, window_ptr,
     NUM_EXPERTS: tl.constexpr, BUCKETS: tl.constexpr, BLOCK_H: tl.constexpr, CHUNK: tl.constexpr,
@@ -108,25 +124,33 @@ def price_steps(
     """Write the price steps that the counts of bids call for; see :func:`buckets.price_step`."""
     HALF: tl.constexpr = BUCKETS // 2
     h = tl.arange(0, BLOCK_H)[None, :]
+    next_bids, next_capacity_X, next_window_X = _bids(
+        counts_ptr, capacity_ptr, scale, window_ptr, 0, NUM_EXPERTS, BUCKETS, BLOCK_H, CHUNK
+    )
     for first in range(0, NUM_EXPERTS, CHUNK):
+        bids, capacity_X, window_X = next_bids, next_capacity_X, next_window_X
+        # On their way while this chunk is worked on.
+        next_bids, next_capacity_X, next_window_X = _bids(
+            counts_ptr, capacity_ptr, scale, window_ptr, first + CHUNK, NUM_EXPERTS, BUCKETS,
+            BLOCK_H, CHUNK,
+        )  # fmt: skip
         expert_X = first + tl.arange(0, CHUNK)
         is_expert_X = expert_X < NUM_EXPERTS
-        capacity_X = capacity_of(capacity_ptr, expert_X, is_expert_X, scale)
-        window_X = tl.load(window_ptr + expert_X, mask=is_expert_X, other=1, cache_modifier=".cg")
         base_X = tl.maximum(level_of(window_X + 1) - (HALF - 1), 0)
-        # From the highest bucket down, so that sums are of those above.
         bucket = BUCKETS - 1 - h
-        at = counts_ptr + NUM_EXPERTS + _GAPS + expert_X[:, None] * BUCKETS + bucket
         inside = is_expert_X[:, None] & (h < BUCKETS)
-        bids = tl.load(at, mask=inside, other=0, cache_modifier=".cg")
         reach = tl.cumsum(bids, 1)
-        exceeds = inside & (reach.to(tl.float64) > capacity_X[:, None])
-        all_X = tl.sum(bids, 1)
-        has_too_many_X = all_X.to(tl.float64) > capacity_X
-        bucket_X = tl.where(has_too_many_X, tl.sum(exceeds.to(tl.int32), 1) - 1, 0)
-        here = bucket == bucket_X[:, None]
-        inside_X = tl.sum(tl.where(here, bids, 0), 1)
-        above_X = tl.sum(tl.where(here, reach, 0), 1) - inside_X
+        # As integers: counts are more than a capacity if they are more than its whole part.
+        whole_X = tl.floor(capacity_X).to(tl.int32)
+        fits = inside & (reach <= whole_X[:, None])
+        all_X = tl.max(reach, 1)
+        has_too_many_X = all_X > whole_X
+        # Buckets that fit, from the highest down, leave the one that does not.
+        bucket_X = BUCKETS - 1 - tl.sum(fits.to(tl.int32), 1)
+        bucket_X = tl.where(has_too_many_X, bucket_X, 0)
+        above_X = tl.max(tl.where(fits, reach, 0), 1)
+        until_X = tl.min(tl.where(fits, all_X[:, None], reach), 1)
+        inside_X = until_X - above_X
         low_X, high_X = _edges(bucket_X, base_X, HALF)
         share_X = (capacity_X - above_X.to(tl.float64)) / tl.maximum(inside_X, 1).to(tl.float64)
         step_X = tl.floor(high_X - (high_X - low_X) * share_X)
