@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_maxscore.flow.problem import BoolArray, IntArray
 
-HOPS = 6
+HOPS = 5
 NO_ARC = 1 << 62
 # Of each contested row two experts that it has, and as many that it has not.
 HELD, NEAR = 2, 4

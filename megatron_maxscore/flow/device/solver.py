@@ -29,7 +29,7 @@ from megatron_maxscore.flow.spread import spread_table
 
 # Entries of the score matrix that a program takes at a time, and programs at most.
 _TILE = 512
-_MOST_PROGRAMS = 512
+_MOST_PROGRAMS = 384
 # Experts of a chunk when price steps are read off the counts.
 _STEP_CHUNK = 4
 # Entries of the cost matrix that the rounds hold in registers.
@@ -170,7 +170,7 @@ class _Launcher:
         self.counts = int32(experts + layout.GAPS.value + experts * shape.buckets)
         self.sample_counts = int32(experts + layout.GAPS.value + experts * most_buckets)
         self.partial = float64(3 * programs)
-        self.near, self.slot = int32(10 * tokens), int32(tokens)
+        self.near, self.slot = int32(11 * tokens), int32(tokens)
         self.x_TE = torch.empty((tokens, experts), dtype=torch.int8, device=device)
         self.claims = torch.full((tokens,), 2**31 - 1, dtype=torch.int32, device=device)
         self.keys = int64(constants["CLASSES"] * experts * experts)

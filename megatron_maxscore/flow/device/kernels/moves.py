@@ -15,7 +15,7 @@ import triton.language as tl
 from megatron_maxscore.flow.device.kernels import layout
 from megatron_maxscore.flow.device.kernels.control import set_vector, vector
 from megatron_maxscore.flow.device.kernels.integers import NEVER, bit_length, hashed
-from megatron_maxscore.flow.device.kernels.rows import choose, load_scores, reduced_tile
+from megatron_maxscore.flow.device.kernels.rows import choose, coarseness, load_scores, reduced_tile
 
 SHIFT, WIDTH, REACH, STRIDE = layout.SHIFT, layout.WIDTH, layout.REACH, layout.STRIDE
 COST_SHIFT, NEAR_ROWS, UNITS = layout.COST_SHIFT, layout.NEAR_ROWS, layout.UNITS
@@ -23,7 +23,7 @@ PRICE, LOAD, ROUNDS, ALL_ROUNDS = layout.PRICE, layout.LOAD, layout.ROUNDS, layo
 _NO_ARC = tl.constexpr(1 << 62)
 _NO_COST = tl.constexpr(1 << 30)
 _HIGH = tl.constexpr(1 << 62)
-_HOPS = tl.constexpr(6)
+_HOPS = tl.constexpr(5)
 _MAX_ROUNDS = tl.constexpr(64)
 
 
@@ -56,8 +56,8 @@ def nearest(
 ):  # fmt: skip
     """Write the assignment at the prices, and of contested rows what the rounds need of them.
 
-    A contested row has ten int32: its index, which of its experts it has as bits, four experts,
-    four values.
+    A contested row has eleven int32: its index, which of its experts it has as bits, four experts,
+    four values, and room for the arc that it offers.
     """
     program = tl.program_id(0)
     expert = tl.arange(0, BLOCK_E)[None, :]
@@ -67,12 +67,15 @@ def nearest(
     stride = tl.load(state_ptr + STRIDE)
     cost_shift = tl.load(state_ptr + COST_SHIFT)
     price_E = vector(state_ptr, PRICE, NUM_EXPERTS, BLOCK_E)
+    coarse = coarseness(price_E)
     for tile in range(program, tl.cdiv(num_rows, ROWS), num_programs):
         row_R = tile * ROWS + tl.arange(0, ROWS)
         is_row_R = row_R < num_rows
         scores = load_scores(scores_ptr, row_R, is_row_R, NUM_EXPERTS, BLOCK_E)
         r = reduced_tile(scores, shift, price_E, spread_ptr, width, row_R, NUM_EXPERTS, BLOCK_E)
-        chosen, kth_R, next_R = choose(r, row_R, NUM_EXPERTS, TOPK, BLOCK_E, TIE_BITS)
+        chosen, kth_R, next_R = choose(
+            r, coarse, row_R, is_row_R, NUM_EXPERTS, TOPK, BLOCK_E, TIE_BITS
+        )
         inside = is_row_R[:, None] & (expert < NUM_EXPERTS)
         at = row_R.to(tl.int64)[:, None] * NUM_EXPERTS + expert
         tl.store(x_ptr + at, chosen.to(tl.int8), mask=inside)
@@ -91,7 +94,7 @@ def nearest(
             second_R, held1_R, held = _first(held, order, NUM_EXPERTS, True)
             most_R, other0_R, other = _first(other, order, NUM_EXPERTS, False)
             third_R, other1_R, other = _first(other, order, NUM_EXPERTS, False)
-            base = near_ptr + slot_R.to(tl.int64) * 10
+            base = near_ptr + slot_R.to(tl.int64) * 11
             tl.store(slot_ptr + row_R, slot_R, mask=is_near_R)
             tl.store(base, row_R, mask=is_near_R)
             tl.store(base + 1, tl.full(row_R.shape, 3, tl.int32), mask=is_near_R)
@@ -275,13 +278,14 @@ def _step(
         going = is_target & (p >= 0)
     source = cur
     order = tl.where(is_target, (distance << NODE_BITS) | node_CN, LAST)
-    beaten = tl.zeros([CLASSES, BLOCK_N], tl.int32)
+    # Of paths that leave by the same arc, whose first node is their branch, the first stands.
+    leading = tl.full([CLASSES, BLOCK_N], LAST, tl.int32)
     for first in range(0, BLOCK_N, PART):
         their_order = _chunk(order, first, scratch_ptr, CLASSES, BLOCK_N, PART)[:, :, None]
         their_branch = _chunk(branch, first, scratch_ptr, CLASSES, BLOCK_N, PART)[:, :, None]
-        beats = (their_branch == branch[:, None, :]) & (their_order < order[:, None, :])
-        beaten += tl.sum(beats.to(tl.int32), 1)
-    stands = is_target & (beaten == 0)
+        here = tl.where(their_branch == node[None, None, :], their_order, LAST)
+        leading = tl.minimum(leading, tl.min(here, 1))
+    stands = is_target & (_pick(leading, branch, scratch_ptr, CLASSES, BLOCK_N) == order)
     # How many paths that stand have the same source and come first, in this class and before.
     stands_order = tl.where(stands, order, LAST)
     rank = tl.zeros([CLASSES, BLOCK_N], tl.int32)
@@ -341,7 +345,7 @@ def _step(
         tl.store(x_ptr + at + cur, tl.full([CLASSES, BLOCK_N], 1, tl.int8), mask=of_row)
         if IS_NEAR:
             slot = tl.load(slot_ptr + row, mask=of_row, other=0)
-            base = near_ptr + slot.to(tl.int64) * 10
+            base = near_ptr + slot.to(tl.int64) * 11
             held = tl.load(base + 1, mask=of_row, other=0, cache_modifier=".cg")
             for place in tl.static_range(4):
                 expert = tl.load(base + 2 + place, mask=of_row, other=-1)
@@ -399,14 +403,14 @@ def move(
         classes = tl.full((), CLASSES, tl.int32)
         done = tl.full((), 0, tl.int32)
         going = tl.full((), 1, tl.int32)
+        _forget(key_ptr, keys)
         while going != 0:
             tl.store(scratch_ptr + BLOCK_N + node, potential_N)
-            _forget(key_ptr, keys)
             tl.debug_barrier()
             for first in range(0, rows, TILE):
                 m = first + tl.arange(0, TILE)
                 is_row = m < rows
-                base = near_ptr + m.to(tl.int64) * 10
+                base = near_ptr + m.to(tl.int64) * 11
                 row = tl.load(base, mask=is_row, other=0)
                 held = tl.load(base + 1, mask=is_row, other=0, cache_modifier=".cg")
                 least = tl.full([TILE], _NO_COST, tl.int32)
@@ -430,6 +434,8 @@ def move(
                 limit: tl.constexpr = 1 << (28 - bit_length(NUM_EXPERTS))
                 c = ((hashed(row) * classes) >> 32).to(tl.int32)
                 _offer(key_ptr, c, a, b, cost, row, swaps & (cost < limit), NUM_EXPERTS)
+                arc = (c * NUM_EXPERTS + a) * NUM_EXPERTS + b
+                tl.store(base + 10, tl.where(swaps, arc, -1), mask=is_row)
             tl.debug_barrier()
             potential_N, excess_N, total = _step(
                 key_ptr, near_ptr, slot_ptr, x_ptr, claims_ptr, scratch_ptr, cost_price_N,
@@ -445,6 +451,12 @@ def move(
             lowest = tl.min(tl.where(is_node, potential_N, _NO_COST), 0)
             ends = ends | (tl.max(excess_N, 0) <= 0) | (highest - lowest > reach)
             going = tl.where(ends | (done >= _MAX_ROUNDS), 0, 1)
+            # Take away the arcs that rows have offered, which are far fewer than all.
+            for first in range(0, rows, TILE):
+                m = first + tl.arange(0, TILE)
+                arc = tl.load(near_ptr + m.to(tl.int64) * 11 + 10, mask=m < rows, other=-1)
+                none = tl.full([TILE], _NO_ARC, tl.int64)
+                tl.store(key_ptr + tl.maximum(arc, 0), none, mask=arc >= 0)
         slack_N = tl.load(scratch_ptr + node, cache_modifier=".cg").to(tl.int64)
         load_N = tl.where(is_expert, excess_N.to(tl.int64) - slack_N + capacity_N, 0)
         level = tl.sum(tl.where(node == NUM_EXPERTS, potential_N, 0), 0)

@@ -9,10 +9,17 @@ import triton
 import triton.language as tl
 
 from megatron_maxscore.flow.device.kernels import layout
-from megatron_maxscore.flow.device.kernels.integers import NEVER, level_of, power_of_two, to_integer
+from megatron_maxscore.flow.device.kernels.integers import (
+    NEVER,
+    level_of,
+    power_of_two,
+    to_bits,
+    to_integer,
+)
 
 _GAPS = layout.GAPS
 _LEVELS = layout.LEVELS
+_LOWEST = tl.constexpr(-(1 << 31))
 
 
 @triton.jit
@@ -50,11 +57,17 @@ def reduced_tile(
 
 
 @triton.jit
-def choose(
+def coarseness(price_E):
+    """Return by how many bits reduced scores are shifted so that they fit in 32."""
+    return tl.maximum((to_bits(tl.max(tl.abs(price_E), 0) + (1 << 37)) >> 52) - 1022 - 30, 0)
+
+
+@triton.jit
+def _choose_exactly(
     r, index_R, NUM_EXPERTS: tl.constexpr, TOPK: tl.constexpr, BLOCK_E: tl.constexpr,
     TIE_BITS: tl.constexpr,
 ):  # fmt: skip
-    """Return which k are each row's best, and the k-th and (k+1)-th reduced score.
+    """Return which k are each row's best.
 
     Equal ones in cyclic order of the experts from a start that moves with the row: the order is in
     the low bits of a key, so no two are equal.
@@ -70,9 +83,33 @@ def choose(
     for _ in range(TOPK - 1):
         left = tl.where(left == kth_R[:, None], NEVER, left)
         kth_R = tl.max(left, 1)
-    left = tl.where(left == kth_R[:, None], NEVER, left)
-    next_R = tl.max(left, 1)
-    return key >= kth_R[:, None], kth_R >> TIE_BITS, next_R >> TIE_BITS
+    return key >= kth_R[:, None]
+
+
+@triton.jit
+def choose(
+    r, coarse, index_R, is_row_R, NUM_EXPERTS: tl.constexpr, TOPK: tl.constexpr,
+    BLOCK_E: tl.constexpr, TIE_BITS: tl.constexpr,
+):  # fmt: skip
+    """Return which k are each row's best, and the k-th and (k+1)-th reduced score.
+
+    By the upper 32 bits, which is less than half the work, and tells where it is not enough: where
+    two are equal there, more than k remain.
+    """
+    is_expert = tl.arange(0, BLOCK_E)[None, :] < NUM_EXPERTS
+    upper = tl.where(is_expert, (r >> coarse).to(tl.int32), _LOWEST)
+    left = upper
+    least_R = tl.max(left, 1)
+    for _ in range(TOPK - 1):
+        left = tl.where(left == least_R[:, None], _LOWEST, left)
+        least_R = tl.max(left, 1)
+    chosen = upper >= least_R[:, None]
+    count_R = tl.sum(chosen.to(tl.int32), 1)
+    if tl.max(tl.where(is_row_R & (count_R != TOPK), 1, 0), 0) > 0:
+        chosen = _choose_exactly(r, index_R, NUM_EXPERTS, TOPK, BLOCK_E, TIE_BITS)
+    kth_R = tl.min(tl.where(chosen, r, -NEVER), 1)
+    next_R = tl.max(tl.where(chosen, NEVER, r), 1)
+    return chosen, kth_R, next_R
 
 
 @triton.jit

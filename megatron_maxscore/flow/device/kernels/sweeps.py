@@ -31,6 +31,7 @@ from megatron_maxscore.flow.device.kernels.integers import (
 )
 from megatron_maxscore.flow.device.kernels.rows import (
     choose,
+    coarseness,
     count_tile,
     load_scores,
     lowest,
@@ -133,13 +134,16 @@ def price_pass(
         works = tl.load(state_ptr + PHASE) == SWEEPS
         is_cold = works == 0
     load_E = tl.zeros([BLOCK_E], tl.int32)
+    coarse = coarseness(price_E)
     if works:
         for tile in range(program, tl.cdiv(num_rows, ROWS), num_programs):
             row_R = tile * ROWS + tl.arange(0, ROWS)
             is_row_R = row_R < num_rows
             scores = load_scores(scores_ptr, row_R, is_row_R, NUM_EXPERTS, BLOCK_E)
             r = reduced_tile(scores, shift, price_E, spread_ptr, width, row_R, NUM_EXPERTS, BLOCK_E)
-            chosen, kth_R, next_R = choose(r, row_R, NUM_EXPERTS, TOPK, BLOCK_E, TIE_BITS)
+            chosen, kth_R, next_R = choose(
+                r, coarse, row_R, is_row_R, NUM_EXPERTS, TOPK, BLOCK_E, TIE_BITS
+            )
             load_E = count_tile(
                 r, chosen, kth_R, next_R, is_row_R, window_E, counts_ptr, load_E, NUM_EXPERTS,
                 BLOCK_E, BUCKETS,
@@ -249,6 +253,7 @@ def sample_sweeps(
             window_E = vector(state_ptr, WINDOW, NUM_EXPERTS, BLOCK_E)
             width = tl.load(state_ptr + WIDTH)
             load_E = tl.zeros([BLOCK_E], tl.int32)
+            coarse = coarseness(price_E)
             for tile in range(0, tl.cdiv(size, ROWS)):
                 index_R = tile * ROWS + tl.arange(0, ROWS)
                 is_row_R = index_R < size
@@ -259,7 +264,9 @@ def sample_sweeps(
                 r = reduced_tile(
                     scores, shift, price_E, spread_ptr, width, index_R, NUM_EXPERTS, BLOCK_E
                 )
-                chosen, kth_R, next_R = choose(r, index_R, NUM_EXPERTS, TOPK, BLOCK_E, TIE_BITS)
+                chosen, kth_R, next_R = choose(
+                    r, coarse, index_R, is_row_R, NUM_EXPERTS, TOPK, BLOCK_E, TIE_BITS
+                )
                 load_E = count_tile(
                     r, chosen, kth_R, next_R, is_row_R, window_E, counts_ptr, load_E, NUM_EXPERTS,
                     BLOCK_E, _SAMPLE_BUCKETS,
