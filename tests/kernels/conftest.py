@@ -7,5 +7,8 @@ from __future__ import annotations
 
 import os
 
+# Megatron compiles small functions, which is of no use here.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
 if os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore_glob = ["*"]

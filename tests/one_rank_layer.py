@@ -1,0 +1,58 @@
+"""A Megatron MoE layer of one rank with our router and dispatcher, in scope local, bounded mode."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+HIDDEN, EXPERTS, TOPK = 256, 16, 2
+
+
+def build(backend: str) -> Any:
+    """Set up one rank and build the layer, on the CPU."""
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.spec_utils import build_module
+
+    from megatron_maxscore.moe import MaxScoreConfig, with_maxscore
+
+    os.environ.setdefault("MASTER_ADDR", "localhost")
+    os.environ.setdefault("MASTER_PORT", "29533")
+    dist.init_process_group(backend, rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+    config = TransformerConfig(
+        num_layers=1, hidden_size=HIDDEN, num_attention_heads=4, ffn_hidden_size=HIDDEN,
+        moe_ffn_hidden_size=HIDDEN, num_moe_experts=EXPERTS, moe_router_topk=TOPK,
+        moe_token_dispatcher_type="alltoall", moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0, add_bias_linear=False, bias_activation_fusion=False,
+        gradient_accumulation_fusion=False, bf16=True, params_dtype=torch.bfloat16,
+    )  # fmt: skip
+    spec = get_moe_module_spec(use_te=False, num_experts=EXPERTS, moe_grouped_gemm=False)
+    spec = with_maxscore(spec, MaxScoreConfig(scope="local", mode="bounded"))
+    collection = ProcessGroupCollection.use_mpu_process_groups()
+    arguments = {"config": config, "layer_number": 1, "pg_collection": collection}
+    is_plain = callable(spec) and not hasattr(spec, "module")
+    built = spec(**arguments) if is_plain else build_module(spec, **arguments)
+    built.set_layer_number(1)
+    return built
+
+
+def tear_down() -> None:
+    """Undo :func:`build`."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def routed(layer: Any, hidden: torch.Tensor) -> Any:
+    """Route, and permute for dispatch."""
+    probs, routing_map = layer.router(hidden)
+    return layer.token_dispatcher.dispatch_preprocess(hidden, routing_map, probs)
