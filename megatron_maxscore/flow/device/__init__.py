@@ -59,7 +59,7 @@ def capacity_of(
     """
     tokens, num_experts = scores_TE.shape
     if isinstance(capacity, Tensor) and capacity.device == scores_TE.device:
-        return capacity.to(torch.int64), None
+        return capacity.to(torch.int64).clamp(max=tokens), None
     if capacity is None:
         capacity = math.ceil(tokens * topk * capacity_factor / num_experts)
     values_E = inputs.capacity_of(capacity, num_experts)

@@ -30,8 +30,8 @@ from megatron_maxscore.flow.spread import spread_table
 # Entries of the score matrix that a program takes at a time, and programs at most.
 _TILE = 512
 _MOST_PROGRAMS = 384
-# Experts of a chunk when price steps are read off the counts.
-_STEP_CHUNK = 4
+# Counts that are looked at at a time when price steps are read off them.
+_STEP_COUNTS = 1024
 # Entries of the cost matrix that the rounds hold in registers.
 _COSTS = 16384
 _CONTESTED_TILE = 512
@@ -106,8 +106,8 @@ class Shape:
 
     def steps(self, buckets: int) -> dict[str, int]:
         """Return the constants of price steps."""
-        chunk = min(_STEP_CHUNK, self.block_e)
-        return {"BLOCK_H": triton.next_power_of_2(buckets), "CHUNK": chunk}
+        block_h = triton.next_power_of_2(buckets)
+        return {"BLOCK_H": block_h, "CHUNK": min(_STEP_COUNTS // block_h, self.block_e)}
 
     def moves(self) -> dict[str, int]:
         """Return the constants of the rounds."""
@@ -143,7 +143,7 @@ def solve_bounded(
     Args:
         scores_TE: (T, E) float32, bfloat16 or float16, contiguous; what is not finite counts as 0.
         topk: K < E.
-        capacity_E: (E,) int64 on the same device, enough for all assignments.
+        capacity_E: (E,) int64 on the same device, at most T each, enough for all assignments.
         prices_E: (E,) float32 on the same device.
         is_tight: whether the capacities sum to exactly T * K; None if that is not known.
         tolerance: relative gap that counts as converged.
@@ -151,8 +151,13 @@ def solve_bounded(
     tokens, experts = scores_TE.shape
     shape = Shape(tokens, experts, topk, not is_tight)
     launcher = _Launcher(shape, scores_TE.device)
-    launcher.run(scores_TE, torch.clamp(capacity_E, max=tokens), prices_E)
-    return launcher.solution(tolerance)
+    launcher.run(scores_TE, capacity_E, prices_E, tolerance)
+    return launcher.solution()
+
+
+def _bits_of(value: float) -> int:
+    """Return a float64 as the integer of the same bits; kernels' own floats are float32."""
+    return int(np.float64(value).view(np.int64))
 
 
 class _Launcher:
@@ -172,14 +177,15 @@ class _Launcher:
         self.partial = float64(3 * programs)
         self.near, self.slot = int32(11 * tokens), int32(tokens)
         self.x_TE = torch.empty((tokens, experts), dtype=torch.int8, device=device)
-        self.claims = torch.full((tokens,), 2**31 - 1, dtype=torch.int32, device=device)
+        self.claims = int32(tokens)
         self.keys = int64(constants["CLASSES"] * experts * experts)
         self.scratch = int32((3 + constants["CLASSES"]) * constants["BLOCK_N"])
         self.experts_TK = int64((tokens, shape.topk))
         self.prices_E = torch.empty(experts, dtype=torch.float32, device=device)
         self.loads_RE, self.values = int64((1, experts)), float64(3)
+        self.converged = torch.empty((), dtype=torch.bool, device=device)
 
-    def run(self, scores_TE: Tensor, capacity_E: Tensor, warm_E: Tensor) -> None:
+    def run(self, scores_TE: Tensor, capacity_E: Tensor, warm_E: Tensor, tolerance: float) -> None:
         """Launch all kernels."""
         shape, grid = self.shape, (self.shape.programs,)
         spread_CE = _spread(shape.experts, self.device)
@@ -204,8 +210,8 @@ class _Launcher:
             if index == 0 and shape.sample:
                 self._sample(scores_TE, capacity_E, spread_CE)
         moves.nearest[grid](
-            scores_TE, spread_CE, state, self.near, self.slot, self.x_TE, shape.tokens,
-            shape.programs, **shape.choice(), **PARALLEL,
+            scores_TE, spread_CE, state, self.near, self.slot, self.x_TE, self.claims,
+            shape.tokens, shape.programs, **shape.choice(), **PARALLEL,
         )  # fmt: skip
         moves.move[(1,)](
             scores_TE, capacity_E, spread_CE, state, self.near, self.slot, self.x_TE, self.claims,
@@ -213,7 +219,8 @@ class _Launcher:
         )  # fmt: skip
         results.conclude[grid](
             scores_TE, capacity_E, state, self.x_TE, partial, self.experts_TK, self.prices_E,
-            self.loads_RE, self.values, shape.tokens, shape.programs, **shape.tile(),
+            self.loads_RE, self.values, self.converged.view(torch.int8), shape.tokens,
+            shape.programs, _bits_of(max(tolerance, ROUNDING)), **shape.tile(),
             TOPK=shape.topk, BLOCK_G=block_g, **PARALLEL,
         )  # fmt: skip
 
@@ -227,7 +234,7 @@ class _Launcher:
             **shape.choice(), **shape.steps(ALL_BUCKETS), **SERIAL,
         )  # fmt: skip
 
-    def solution(self, tolerance: float) -> FlowSolution:
+    def solution(self) -> FlowSolution:
         """Return what the kernels have written."""
         objective, bound, gap = self.values.unbind()
         return FlowSolution(
@@ -236,7 +243,7 @@ class _Launcher:
             objective=objective,
             bound=bound,
             gap=gap,
-            converged=gap <= max(tolerance, ROUNDING),
+            converged=self.converged,
             loads=self.loads_RE,
             rounds=0,
             bad=self.state[layout.BAD.value],

@@ -23,7 +23,8 @@ _POINTERS = {
     "warm_ptr": "*fp32", "capacity_ptr": "*i64", "spread_ptr": "*i32", "partial_ptr": "*fp64",
     "state_ptr": "*i64", "counts_ptr": "*i32", "near_ptr": "*i32", "slot_ptr": "*i32",
     "x_ptr": "*i8", "claims_ptr": "*i32", "key_ptr": "*i64", "scratch_ptr": "*i32",
-    "experts_ptr": "*i64", "prices_ptr": "*fp32", "loads_ptr": "*i64", "value_ptr": "*fp64",
+    "converged_ptr": "*i8", "tolerance_bits": "i64", "value_ptr": "*fp64",
+    "experts_ptr": "*i64", "prices_ptr": "*fp32", "loads_ptr": "*i64",
 }  # fmt: skip
 
 

@@ -50,7 +50,8 @@ def _first(values, at_E, NUM_EXPERTS: tl.constexpr, LOWEST: tl.constexpr):
 
 @triton.jit
 def nearest(
-    scores_ptr, spread_ptr, state_ptr, near_ptr, slot_ptr, x_ptr, num_rows, num_programs,
+    scores_ptr, spread_ptr, state_ptr, near_ptr, slot_ptr, x_ptr, claims_ptr, num_rows,
+    num_programs,
     NUM_EXPERTS: tl.constexpr, TOPK: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr,
     TIE_BITS: tl.constexpr,
 ):  # fmt: skip
@@ -79,6 +80,7 @@ def nearest(
         inside = is_row_R[:, None] & (expert < NUM_EXPERTS)
         at = row_R.to(tl.int64)[:, None] * NUM_EXPERTS + expert
         tl.store(x_ptr + at, chosen.to(tl.int8), mask=inside)
+        tl.store(claims_ptr + row_R, tl.full([ROWS], 2147483647, tl.int32), mask=is_row_R)
         is_near_R = is_row_R & (kth_R - next_R <= reach) & (row_R % stride == 0)
         count = tl.sum(is_near_R.to(tl.int32), 0)
         if count > 0:

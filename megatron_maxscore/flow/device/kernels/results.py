@@ -21,7 +21,7 @@ _LARGEST = tl.constexpr(3.4028234663852886e38)
 @triton.jit
 def conclude(
     scores_ptr, capacity_ptr, state_ptr, x_ptr, partial_ptr, experts_ptr, prices_ptr, loads_ptr,
-    value_ptr, num_rows, num_programs,
+    value_ptr, converged_ptr, num_rows, num_programs, tolerance_bits,
     NUM_EXPERTS: tl.constexpr, TOPK: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):  # fmt: skip
@@ -99,6 +99,8 @@ def conclude(
         tl.store(value_ptr + OBJECTIVE, objective)
         tl.store(value_ptr + BOUND, objective + difference)
         tl.store(value_ptr + GAP, gap)
+        tolerance = tolerance_bits.to(tl.int64).to(tl.float64, bitcast=True)
+        tl.store(converged_ptr, (gap <= tolerance).to(tl.int8))
         is_one = one < NUM_EXPERTS
         is_tight = tl.sum(capacity_E, 0) == num_rows * TOPK
         mean = tl.sum(tl.where(is_one, exact_E, 0.0), 0) / (NUM_EXPERTS * 1.0)

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Check the kernels on a machine with a CUDA device: tests, resources, times.
+# Writes runs/gpu/. With WHEELS=DIRECTORY nothing is downloaded; on a machine with a network, fill it:
+#   python3.12 -m pip download --dest DIRECTORY --constraint tools/constraints.txt '.[test]' setuptools wheel
+set -euo pipefail
+if [ -n "${WHEELS:-}" ]; then
+  [ -d "$WHEELS" ] || { echo "error: WHEELS=$WHEELS is no directory" >&2; exit 1; }
+  PIP_FIND_LINKS="$(cd "$WHEELS" && pwd)"
+  export PIP_NO_INDEX=1 PIP_FIND_LINKS
+fi
+# shellcheck source=tools/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+maxscore_setup test
+python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
+  echo "error: torch sees no CUDA device; run this on a machine that has one, and check its driver with nvidia-smi" >&2
+  exit 1
+}
+mkdir -p runs/gpu
+echo "== tests"
+python -m pytest -m gpu --timeout 1200 --junitxml runs/gpu/tests.xml tests/gpu
+echo "== times"
+python tools/benchmark_gpu.py --output runs/gpu
+echo "== resources"
+python tools/kernel_report.py --output runs/gpu/kernels.md
