@@ -6,7 +6,7 @@ that what has moved stays right. What makes it short is that one round does much
 nothing in it depends on the order in which it is computed:
 
 1. Rows are dealt into classes, which have arcs of their own: with C classes an arc carries C units.
-2. In each class, shortest paths of at most six arcs from all overfull experts at once: a forest.
+2. In each class, shortest paths of at most five arcs from all overfull experts at once: a forest.
 3. Of paths that leave their source by the same arc, which are those that share an expert, the
    shortest stands; each source gives no more than its excess, and each target takes no more than
    its room.

@@ -136,7 +136,7 @@ def step(
         rows: set[int] = set()
         for target in reached[distance_N[reached].argsort(kind="stable")].tolist():
             path = [target]
-            # Predecessors may have come nearer since, so there can be more than six arcs.
+            # Predecessors may have come nearer since, so there can be more arcs than hops.
             while pred_N[path[-1]] >= 0:
                 path.append(int(pred_N[path[-1]]))
             # Paths share a node if and only if they leave their source by the same arc.

@@ -235,7 +235,7 @@ def check_transformer_config(config: Any, options: MaxScoreConfig) -> None:
         not graphed or graphed & {"moe", "moe_router", "moe_preprocess", "full_iteration"}
     ):
         raise ValueError(
-            f"{who} cannot be captured in a CUDA graph, its solver runs on the host; use "
+            f"{who} cannot be captured in Megatron's CUDA graphs yet; use "
             "--cuda-graph-modules attn (before megatron-core 0.18 --cuda-graph-scope attn)"
         )
 
