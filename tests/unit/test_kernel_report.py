@@ -6,14 +6,24 @@ import pytest
 
 from tools.kernel_report import TARGETS, all_variants, usage
 
+REGISTERS = 65536
 
-@pytest.mark.parametrize(
-    "target", [90, *(pytest.param(t, marks=pytest.mark.full) for t in TARGETS if t != 90)]
-)
-@pytest.mark.parametrize("variant", all_variants(), ids=lambda variant: variant.name)
+
+def cases():
+    """Yield variants and targets; the most used ones in every run of the suite."""
+    for variant in all_variants():
+        for target in TARGETS:
+            is_quick = target == 90 and ("soft_topk" in variant.name or "8192x64" in variant.name)
+            marks = () if is_quick else pytest.mark.full
+            yield pytest.param(variant, target, marks=marks, id=f"{variant.name}, sm_{target}")
+
+
+@pytest.mark.parametrize(("variant", "target"), cases())
 def test_no_spills(variant, target):
     found = usage(variant, target)
     assert found.spills == 0 and found.stack == 0
-    # A program of so many registers still fits an SM at all, and twice.
-    assert 0 < found.registers * 32 * variant.num_warps <= 32768
+    # Kernels of one program are of eight warps, and have a multiprocessor to themselves; of the
+    # others at least two programs have to fit.
+    programs = 1 if variant.num_warps == 8 else 2
+    assert 0 < found.registers * 32 * variant.num_warps <= REGISTERS // programs
     assert found.shared <= 48 * 1024
