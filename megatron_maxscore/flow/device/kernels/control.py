@@ -16,13 +16,12 @@ from megatron_maxscore.flow.device.kernels.integers import edge_of, gap_within, 
 
 _NUMBERS = tl.constexpr(layout.NUMBERS)
 _GAPS = layout.GAPS
-PHASE, PASSES, BEST = layout.PHASE, layout.PASSES, layout.BEST
+PASSES, BEST = layout.PASSES, layout.BEST
 STALLS, STUCK, IS_PLAIN = layout.STALLS, layout.STUCK, layout.IS_PLAIN
 WAS_LONG, WAS_SHORT, RELAXATION = layout.WAS_LONG, layout.WAS_SHORT, layout.RELAXATION
 WIDTH = layout.WIDTH
 PRICE, BEST_PRICE, LAST_PRICE = layout.PRICE, layout.BEST_PRICE, layout.LAST_PRICE
 STEP, WINDOW, LOAD = layout.STEP, layout.WINDOW, layout.LOAD
-DONE = layout.DONE
 _EVERYTHING = tl.constexpr(1 << 49)
 # No overflow yet; a plain step in quarters.
 NO_BEST = tl.constexpr(1 << 50)
@@ -173,7 +172,7 @@ def capacity_of(capacity_ptr, expert, is_expert, scale):
 @triton.jit
 def clear(counts_ptr, NUM_EXPERTS: tl.constexpr, BUCKETS: tl.constexpr):
     """Set the counts to 0 for the next pass."""
-    size: tl.constexpr = NUM_EXPERTS + 208 + NUM_EXPERTS * BUCKETS
+    size: tl.constexpr = NUM_EXPERTS + _GAPS + NUM_EXPERTS * BUCKETS
     for first in range(0, size, 1024):
         at = first + tl.arange(0, 1024)
         tl.store(counts_ptr + at, tl.zeros([1024], tl.int32), mask=at < size)

@@ -38,12 +38,12 @@ from megatron_maxscore.flow.device.kernels.rows import (
     reduced_tile,
 )
 
+_GAPS, _VECTORS = layout.GAPS, tl.constexpr(layout.VECTORS)
 _NUMBERS = tl.constexpr(layout.NUMBERS)
-_GAPS = layout.GAPS
 PHASE, SHIFT, WIDTH, FINISHED = layout.PHASE, layout.SHIFT, layout.WIDTH, layout.FINISHED
-PRICE, WINDOW, LOAD, BAD = layout.PRICE, layout.WINDOW, layout.LOAD, layout.BAD
+PRICE, WINDOW, BAD = layout.PRICE, layout.WINDOW, layout.BAD
 SWEEPS, SAMPLE, DONE = layout.SWEEPS, layout.SAMPLE, layout.DONE
-NEAR_ROWS, UNITS, REACH = layout.NEAR_ROWS, layout.UNITS, layout.REACH
+UNITS, REACH = layout.UNITS, layout.REACH
 STRIDE, COST_SHIFT = layout.STRIDE, layout.COST_SHIFT
 MAX_PASSES = layout.MAX_PASSES
 _EVERYTHING = tl.constexpr(1 << 49)
@@ -76,13 +76,13 @@ def scan(
         largest_R = tl.maximum(largest_R, tl.where(is_row_R, high_R - low_R, 0.0))
     tl.store(partial_ptr + program, tl.max(largest_R, 0))
     tl.store(partial_ptr + num_programs + program, tl.sum(bad_R, 0))
-    size: tl.constexpr = NUM_EXPERTS + 208 + NUM_EXPERTS * BUCKETS
+    size: tl.constexpr = NUM_EXPERTS + _GAPS + NUM_EXPERTS * BUCKETS
     for first in range(program * 1024, size, num_programs * 1024):
         at = first + tl.arange(0, 1024)
         tl.store(counts_ptr + at, tl.zeros([1024], tl.int32), mask=at < size)
     if program == 0:
         at = tl.arange(0, NUM_STATE)
-        size_of_state: tl.constexpr = 32 + 6 * NUM_EXPERTS
+        size_of_state: tl.constexpr = _NUMBERS + _VECTORS * NUM_EXPERTS
         tl.store(state_ptr + at, tl.zeros([NUM_STATE], tl.int64), mask=at < size_of_state)
 
 
