@@ -143,7 +143,8 @@ def improve(
         max_passes: most passes over the scores.
         tolerance: relative gap at which a filled assignment will do; all arcs must be allowed.
         sum_ranges_B: (B,) float64 sum of all rows' ranges as integers; needed with a tolerance.
-        may_spread: whether prices may be spread over classes of rows where sweeps stall.
+        may_spread: whether prices may be spread over classes of rows where sweeps over all rows
+            stall; those over a sample do now and then, for it is small.
     """
     size_B = sample_size(problem)
     units_B = problem.rows_B * problem.topk
@@ -168,15 +169,13 @@ def improve(
         first = None
         sample = take_sample(backend, exchange, problem, np.where(wants_B, size_B, 0))
         sampled = _Rows(backend, Exchange(), sample, ALL_BUCKETS)
-        sampled.may_spread = may_spread
         everything_BE = np.full_like(prices_BE, _EVERYTHING)
         aim_of_sample_B = SAMPLE_AIM * sample.rows_B * sample.topk
 
-        def sweep_sample() -> tuple[IntArray, IntArray]:
-            found = sampled.sweep(prices_BE, everything_BE, SAMPLE_PASSES, aim_of_sample_B)
-            return found.prices_BE, sampled.spread_BCE
-
-        prices_BE, rows.spread_BCE = exchange.same(sweep_sample)
+        found = exchange.same(
+            lambda: sampled.sweep(prices_BE, everything_BE, SAMPLE_PASSES, aim_of_sample_B)
+        )
+        prices_BE = found.prices_BE
     found = rows.sweep(prices_BE, window_BE, max_passes + (first is not None), aim_B, first)
     # With a little slack the lowest may be anywhere; what is common to all changes no choice.
     level_B = np.where(problem.tight_B, 0, found.prices_BE.min(1))

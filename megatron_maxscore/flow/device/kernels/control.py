@@ -182,7 +182,7 @@ def clear(counts_ptr, NUM_EXPERTS: tl.constexpr, BUCKETS: tl.constexpr):
 def control(
     state_ptr, counts_ptr, capacity_ptr, scale, rows, units, aim, near, too_much, max_passes,
     NUM_EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BUCKETS: tl.constexpr,
-    BLOCK_H: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_H: tl.constexpr, CHUNK: tl.constexpr, MAY_SPREAD: tl.constexpr,
 ):  # fmt: skip
     """Take in what a pass has counted, and set prices and window for the next, or end the sweep.
 
@@ -218,11 +218,12 @@ def control(
     stuck += ((now > too_much.to(tl.float64) / 1024.0) & (4.0 * now > 3.0 * best)).to(tl.int64)
     best_price_E = tl.where(is_best, price_E, best_price_E)
     best = tl.where(is_best, now, best)
-    if (stuck >= 2) & (width == 0):
-        width = gap_within(counts_ptr + NUM_EXPERTS, rows // 2, 256)
-        tl.store(state_ptr + WIDTH, width)
-        stalls = tl.where(width > 0, 0, stalls)
-        best = tl.where(width > 0, _NO_BEST_UNITS, best)
+    if MAY_SPREAD:
+        if (stuck >= 2) & (width == 0):
+            width = gap_within(counts_ptr + NUM_EXPERTS, rows // 2, 256)
+            tl.store(state_ptr + WIDTH, width)
+            stalls = tl.where(width > 0, 0, stalls)
+            best = tl.where(width > 0, _NO_BEST_UNITS, best)
     enough = (best <= aim.to(tl.float64) / 1024.0) | (stalls >= 2) | (passes >= max_passes - 1)
     is_same = tl.sum((is_expert & (price_E != best_price_E)).to(tl.int32), 0) == 0
     ends = enough & (is_best | is_same)

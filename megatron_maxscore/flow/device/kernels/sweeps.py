@@ -182,6 +182,7 @@ def price_pass(
                 ends = control(
                     state_ptr, counts_ptr, capacity_ptr, 1.0, num_rows, units, aim, near, too_much,
                     tl.load(state_ptr + MAX_PASSES), NUM_EXPERTS, BLOCK_E, BUCKETS, BLOCK_H, CHUNK,
+                    True,
                 )  # fmt: skip
                 if ends:
                     tl.store(state_ptr + PHASE, DONE)
@@ -251,7 +252,6 @@ def sample_sweeps(
         while going != 0:
             price_E = vector(state_ptr, PRICE, NUM_EXPERTS, BLOCK_E)
             window_E = vector(state_ptr, WINDOW, NUM_EXPERTS, BLOCK_E)
-            width = tl.load(state_ptr + WIDTH)
             load_E = tl.zeros([BLOCK_E], tl.int32)
             coarse = coarseness(price_E)
             for tile in range(0, tl.cdiv(size, ROWS)):
@@ -262,7 +262,14 @@ def sample_sweeps(
                 row_R = (part_R * num_rows + ((place_R * num_rows) >> 32)) // size
                 scores = load_scores(scores_ptr, row_R, is_row_R, NUM_EXPERTS, BLOCK_E)
                 r = reduced_tile(
-                    scores, shift, price_E, spread_ptr, width, index_R, NUM_EXPERTS, BLOCK_E
+                    scores,
+                    shift,
+                    price_E,
+                    spread_ptr,
+                    0,
+                    index_R,
+                    NUM_EXPERTS,
+                    BLOCK_E,
                 )
                 chosen, kth_R, next_R = choose(
                     r, coarse, index_R, is_row_R, NUM_EXPERTS, TOPK, BLOCK_E, TIE_BITS
@@ -276,6 +283,7 @@ def sample_sweeps(
             ends = control(
                 state_ptr, counts_ptr, capacity_ptr, scale, size, size * TOPK, aim, near, too_much,
                 max_passes, NUM_EXPERTS, BLOCK_E, _SAMPLE_BUCKETS, BLOCK_H, CHUNK,
+                False,
             )  # fmt: skip
             going = tl.where(ends, 0, 1)
             tl.debug_barrier()
