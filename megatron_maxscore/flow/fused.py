@@ -22,7 +22,7 @@ from megatron_maxscore.flow.kernels import rounds, rows
 from megatron_maxscore.flow.kernels.augment import augment_problems
 from megatron_maxscore.flow.problem import BoolArray, FloatArray, IntArray, Problem
 from megatron_maxscore.flow.rounds import Near
-from megatron_maxscore.flow.rounds_plain import NEAR, NO_ARC
+from megatron_maxscore.flow.rounds_plain import NEAR
 from megatron_maxscore.flow.threads import run, spans
 
 NAME = "numba"
@@ -214,25 +214,21 @@ def cheapest(
     b: int,
     prices_BCE: IntArray,
     x_NE: BoolArray,
-    num_classes: int,
     shift: int,
     bits: int,
-) -> IntArray:
+    key_CEE: IntArray,
+) -> None:
     """See :func:`megatron_maxscore.flow.plain.cheapest`."""
-    num_experts = problem.num_experts
-    key_CEE = np.full((num_classes, num_experts, num_experts), NO_ARC, np.int64)
     rounds.cheapest(
         problem.scores_NE, problem.low_N, problem.factor_B[b], prices_BCE[b], x_NE,
         problem.start_B[b], problem.start_B[b + 1], problem.origin_B[b], shift, bits, key_CEE,
     )  # fmt: skip
-    return key_CEE
 
 
-def step(key_CEE: IntArray, potential_E: IntArray, excess_E: IntArray, bits: int) -> IntArray:
-    """See :func:`megatron_maxscore.flow.plain.step`."""
-    moves_P3 = np.empty((key_CEE.shape[0] * excess_E.size, 3), np.int64)
-    none_E = np.zeros_like(excess_E)
-    _, moved = rounds.step(key_CEE, none_E, potential_E, excess_E, none_E, bits, moves_P3)
+def step(key_CEE: IntArray, price_E: IntArray, potential_N: IntArray, *rest: Any) -> IntArray:
+    """See :func:`megatron_maxscore.flow.rounds_plain.step`."""
+    moves_P3 = np.empty((key_CEE.shape[0] * potential_N.size, 3), np.int64)
+    _, moved = rounds.step(key_CEE, price_E, potential_N, *rest, moves_P3)
     return moves_P3[:moved]
 
 

@@ -24,6 +24,7 @@ from megatron_maxscore.flow.buckets import (
     price_step,
     within_windows,
 )
+from megatron_maxscore.flow.conclude_plain import block_of, conclude
 from megatron_maxscore.flow.contested import Contested
 from megatron_maxscore.flow.exchange import Exchange
 from megatron_maxscore.flow.finish_plain import augment
@@ -36,7 +37,6 @@ from megatron_maxscore.flow.problem import (
     Problem,
 )
 from megatron_maxscore.flow.rounds import Near
-from megatron_maxscore.flow.rounds_plain import NO_ARC
 from megatron_maxscore.flow.threads import run, spans
 
 __all__ = [
@@ -55,19 +55,13 @@ __all__ = [
 ]
 
 NAME = "torch"
-# Entries of the score matrix that are taken at a time.
-_BLOCK = 1 << 18
+# Entries of reduced scores that are kept from one use to the next.
 _KEPT = 1 << 20
 # Score of a forbidden arc: below all others at any price, and with room for the bits of a key.
 _NEVER = -(1 << 50)
 
 # Reduced scores below this belong to forbidden arcs.
 _LEAST = _NEVER >> 1
-
-
-def _block(matrix_NE: np.ndarray) -> int:
-    """Return how many rows to take at a time."""
-    return max(1, _BLOCK // int(matrix_NE.shape[1]))
 
 
 def scan(scores_NE: Any) -> tuple[FloatArray, FloatArray, bool, bool]:
@@ -82,7 +76,7 @@ def scan(scores_NE: Any) -> tuple[FloatArray, FloatArray, bool, bool]:
     rows = scores_NE.shape[0]
     low_N, high_N = np.empty(rows), np.empty(rows)
     bad = forbidden = False
-    size = _block(scores_NE)
+    size = block_of(scores_NE)
     for first in range(0, rows, size):
         block = torch.from_numpy(scores_NE[first : first + size])
         low, high = torch.aminmax(block, dim=1)
@@ -126,7 +120,7 @@ def _owner(problem: Problem, b: int, rows: IntArray) -> Any:
 
 def _active_blocks(problem: Problem, active_B: BoolArray) -> list[tuple[Any, Any]]:
     """Return blocks of rows of active problems, each with its problem or problems."""
-    rows, size = int(problem.start_B[-1]), _block(problem.scores_NE)
+    rows, size = int(problem.start_B[-1]), block_of(problem.scores_NE)
     if problem.num_problems == 1:
         return [(slice(a, min(a + size, rows)), 0) for a in range(0, rows, size)]
     problem_N = problem.problem_N
@@ -284,7 +278,7 @@ def contested(
     maybe = np.flatnonzero(maybe_N)
     count_N = np.zeros(x_NE.shape[0], np.int64)
     parts = []
-    size = _block(x_NE)
+    size = block_of(x_NE)
     for first in range(0, maybe.size, size):
         rows = maybe[first : first + size]
         owner = 0 if problem.num_problems == 1 else problem_N[rows]
@@ -338,7 +332,7 @@ def nearest(
         rows = problem.start_B[b] + np.flatnonzero(
             is_near_N[problem.start_B[b] : problem.start_B[b + 1]]
         )
-        for part in np.split(rows, range(_block(x_NE), rows.size, _block(x_NE))):
+        for part in np.split(rows, range(block_of(x_NE), rows.size, block_of(x_NE))):
             r_ME = _reduced(problem, prices_BCE, part, _owner(problem, b, part))
             expert_N4[part], value_N4[part] = rounds_plain.nearest(
                 r_ME, x_NE[part], index_N[part], int(reach_B[b]), int(shift_B[b])
@@ -346,7 +340,7 @@ def nearest(
     return Near.of_rows(problem, is_near_N, expert_N4, value_N4)
 
 
-move_near = rounds_plain.move_near
+move_near, step = rounds_plain.move_near, rounds_plain.step
 
 
 def cheapest(
@@ -354,27 +348,28 @@ def cheapest(
     b: int,
     prices_BCE: IntArray,
     x_NE: BoolArray,
-    num_classes: int,
     shift: int,
     bits: int,
-) -> IntArray:
-    """Return (C, E, E) int64, for each class the cheapest row of problem b that has a and not b.
+    key_CEE: IntArray,
+) -> None:
+    """Find the cheapest row of problem b, and of each class, that has a and not b.
 
-    See :func:`rounds_plain.cheapest`.
+    Args:
+        problem: the problems.
+        b: which one.
+        prices_BCE: (B, C, E) int64, see :func:`price_pass`.
+        x_NE: (N, E) bool.
+        shift: costs are in units of ``2**shift``.
+        bits: costs of more are taken as the highest.
+        key_CEE: (C, E, E) int64, lowered in place; see :func:`rounds_plain.step`.
     """
-    key_CEE = np.full((num_classes, problem.num_experts, problem.num_experts), NO_ARC, np.int64)
     first, last = int(problem.start_B[b]), int(problem.start_B[b + 1])
-    for part in np.split(np.arange(first, last), range(_block(x_NE), last - first, _block(x_NE))):
+    for part in np.split(
+        np.arange(first, last), range(block_of(x_NE), last - first, block_of(x_NE))
+    ):
         r_NE = _reduced(problem, prices_BCE, part, _owner(problem, b, part))
         index_N = part - problem.origin_B[b]
         rounds_plain.cheapest(r_NE, x_NE[part], index_N, shift, bits, key_CEE)
-    return key_CEE
-
-
-def step(key_CEE: IntArray, potential_E: IntArray, excess_E: IntArray, bits: int) -> IntArray:
-    """Move units along shortest paths, without a sink; see :func:`rounds_plain.step`."""
-    none_E = np.zeros_like(excess_E)
-    return rounds_plain.step(key_CEE, none_E, potential_E, excess_E, none_E, bits)
 
 
 def fill(
@@ -410,56 +405,3 @@ def fill(
         exchange,
     )
     return fill_plain.fill(rows, problem.capacity_BE[b], load_BE[b])
-
-
-def conclude(
-    problem: Problem, prices_BE: FloatArray, x_NE: BoolArray
-) -> tuple[IntArray, FloatArray, FloatArray]:
-    """Order the chosen experts, and evaluate objective and gap on the unrounded scores.
-
-    Args:
-        problem: the problems.
-        prices_BE: (B, E) float64 in score units.
-        x_NE: (N, E) bool, k experts per row.
-
-    Returns:
-        (N, K) int64 experts, best score first, ties by index; (N,) float64 total score of each
-        row; (N,) float64 by how much the k largest of score minus price exceed those chosen.
-    """
-    rows, num_experts = x_NE.shape
-    topk = problem.topk
-    experts_NK = np.empty((rows, topk), np.int64)
-    total_N, slack_N = np.empty(rows), np.zeros(rows)
-    problem_N = problem.problem_N
-    size = _block(x_NE)
-    for first in range(0, rows, size):
-        part = slice(first, min(first + size, rows))
-        scores_NE, held_NE = problem.scores_NE[part], x_NE[part]
-        place = np.flatnonzero(held_NE)
-        scores_NK = torch.from_numpy(scores_NE.reshape(-1)[place].reshape(-1, topk))
-        ordered = scores_NK.sort(dim=1, descending=True, stable=True)
-        index_NK = torch.from_numpy((place % num_experts).reshape(-1, topk))
-        chosen = index_NK.gather(1, ordered.indices)
-        experts_NK[part] = chosen
-        total_N[part] = _row_sums(ordered.values.double().numpy())
-        prices = prices_BE[0] if problem.num_problems == 1 else prices_BE[problem_N[part]]
-        reduced_NE = scores_NE.astype(np.float64)
-        reduced_NE -= problem.low_N[part, None]
-        reduced_NE -= prices
-        reduced = torch.from_numpy(reduced_NE)
-        reduced_NK = reduced.gather(1, chosen)
-        others = reduced.masked_fill(torch.from_numpy(held_NE), -torch.inf).amax(1)
-        short = np.flatnonzero((others > reduced_NK.amin(1)).numpy())
-        if short.size:
-            best = -np.sort(-reduced_NE[short], axis=1)[:, :topk]
-            excess = _row_sums(best) - _row_sums(reduced_NK.numpy()[short])
-            slack_N[first + short] = np.maximum(excess, 0.0)
-    return experts_NK, total_N, slack_N
-
-
-def _row_sums(values_NK: FloatArray) -> FloatArray:
-    """Sum over the last axis from left to right, as a loop does."""
-    total_N = np.zeros(values_NK.shape[0])
-    for column in range(values_NK.shape[1]):
-        total_N += values_NK[:, column]
-    return total_N

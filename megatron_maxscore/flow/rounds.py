@@ -37,7 +37,7 @@ from megatron_maxscore.flow.exchange import Exchange
 from megatron_maxscore.flow.finish import imbalance
 from megatron_maxscore.flow.prices import PriceState
 from megatron_maxscore.flow.problem import SCORE_BITS, BoolArray, IntArray, Problem
-from megatron_maxscore.flow.rounds_plain import HELD
+from megatron_maxscore.flow.rounds_plain import HELD, NO_ARC
 
 # Passes over the scores after those over a sample, or after the first with warm prices.
 SAMPLED_PASSES = 6
@@ -48,12 +48,15 @@ MAX_ROUNDS = 64
 _MOST_CLASSES = 4
 _UNITS_PER_CLASS = 256
 # Contested rows for each unit out of balance, and for each expert.
-_ROWS_PER_UNIT = 32
-_ROWS_PER_EXPERT = 4
+ROWS_PER_UNIT = 32
+ROWS_PER_EXPERT = 4
 # The same on a plateau, where every row offers swaps at no cost.
-_PLATEAU_ROWS_PER_UNIT = 4
+PLATEAU_ROWS_PER_UNIT = 4
 # Bits of costs that a first reach takes, so that potentials can grow.
-_SPARE_BITS = 2
+SPARE_BITS = 2
+# By how much potentials may differ, in reaches: arcs that were left out cost more than one, and
+# half as much again does not hurt yet.
+BEYOND_REACH = (3, 2)
 
 
 @dataclass
@@ -138,13 +141,13 @@ def _reach(
     shift_B = np.zeros(units_B.size, np.int64)
     for b in np.flatnonzero(units_B).tolist():
         units, rows = int(units_B[b]), int(problem.rows_B[b])
-        rank = _ROWS_PER_UNIT * units + _ROWS_PER_EXPERT * problem.num_experts
+        rank = ROWS_PER_UNIT * units + ROWS_PER_EXPERT * problem.num_experts
         reach = gap_within(gaps_BL[b], min(rows // 2, rank))
         if reach == 0:
-            enough = _PLATEAU_ROWS_PER_UNIT * units + 4 * problem.num_experts
+            enough = PLATEAU_ROWS_PER_UNIT * units + ROWS_PER_EXPERT * problem.num_experts
             stride_B[b] = max(1, int(gaps_BL[b, 0]) // enough)
         reach_B[b] = reach
-        bits = cost_bits(problem.num_experts) - _SPARE_BITS
+        bits = cost_bits(problem.num_experts) - SPARE_BITS
         shift_B[b] = max(0, reach.bit_length() - bits)
     return reach_B, stride_B, shift_B
 
@@ -164,8 +167,7 @@ def _among_contested(
     near = backend.nearest(problem, prices_BCE, state.x_NE, state.gap_N, reach_B, stride_B, shift_B)
     near = _of_all_ranks(exchange, problem, near)
     price_BE = state.prices_BE >> shift_B[:, None]
-    # Arcs that were left out cost more than the reach; half as much again does not hurt yet.
-    limit_B = (reach_B >> shift_B) * 3 // 2
+    limit_B = (reach_B >> shift_B) * BEYOND_REACH[0] // BEYOND_REACH[1]
     bits = cost_bits(problem.num_experts)
 
     def move() -> tuple[BoolArray, IntArray, IntArray, IntArray]:
@@ -263,12 +265,11 @@ def _among_all(
     shift = SCORE_BITS + 1 - bits
     excess_BE = load_BE - problem.capacity_BE
     classes_B = [num_classes(problem, b) for b in wanted]
-    prices_BCE = prices_BE[:, None] + state.spread_BCE
+    prices_BCE, none_E = prices_BE[:, None] + state.spread_BCE, np.zeros(num_experts, np.int64)
     while True:
-        tables = [
-            backend.cheapest(problem, b, prices_BCE, state.x_NE, classes, shift, bits)
-            for b, classes in zip(wanted.tolist(), classes_B, strict=True)
-        ]
+        tables = [np.full((c, num_experts, num_experts), NO_ARC) for c in classes_B]
+        for b, key_CEE in zip(wanted.tolist(), tables, strict=True):
+            backend.cheapest(problem, b, prices_BCE, state.x_NE, shift, bits, key_CEE)
         if exchange.size > 1:
             flat = np.concatenate([table.ravel() for table in tables])
             received = exchange.gather(flat.tobytes(), phase="cheapest swaps")
@@ -280,7 +281,8 @@ def _among_all(
         for place, b in enumerate(wanted.tolist()):
             potential_N = np.zeros(num_experts, np.int64)
             excess_E = excess_BE[b].copy()
-            moves_P3 = backend.step(tables[place], potential_N, excess_E, bits)
+            # Without a sink.
+            moves_P3 = backend.step(tables[place], none_E, potential_N, excess_E, none_E, bits)
             if moves_P3.shape[0] == 0:
                 assert classes_B[place] > 1
                 classes_B[place], stuck = 1, True

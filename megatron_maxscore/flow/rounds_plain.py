@@ -8,10 +8,9 @@ H hops, P candidates (one for each class and node), M contested rows, G swaps.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
+from megatron_maxscore.flow.hashing import hashed, part_of
 from megatron_maxscore.flow.problem import BoolArray, IntArray
 
 HOPS = 5
@@ -21,18 +20,6 @@ HELD, NEAR = 2, 4
 _HUGE = 1 << 62
 # Farther than any path.
 _FAR = 1 << 40
-# The multiplier of Fibonacci hashing, 2**32 over the golden ratio.
-_GOLDEN = 2654435769
-
-
-def hashed(index_N: Any) -> Any:
-    """Return 32 bits that depend on the index of each row."""
-    return (index_N * _GOLDEN) & 0xFFFFFFFF
-
-
-def part_of(hash_N: Any, parts: int) -> Any:
-    """Return which of so many parts of 32 bits each falls in."""
-    return (hash_N * parts) >> 32
 
 
 def far_beyond(bits: int) -> int:
@@ -185,7 +172,7 @@ def move_near(
     slack_E: IntArray,
     bits: int,
     limit: int,
-    most_classes: int,
+    num_classes: int,
     max_rounds: int,
 ) -> int:
     """Move units among one problem's contested rows, round by round.
@@ -201,7 +188,7 @@ def move_near(
         slack_E: (E,) int64, changed in place.
         bits: of costs.
         limit: by how much potentials may differ.
-        most_classes: of rows.
+        num_classes: into which rows are dealt to begin with, see :mod:`rounds`.
         max_rounds: rounds at most.
 
     Returns:
@@ -210,7 +197,7 @@ def move_near(
     num_experts = price_E.size
     expert_M4, value_M4 = expert_M4.astype(np.int64), value_M4.astype(np.int64)
     is_there_M4, every_M = expert_M4 >= 0, np.arange(index_M.size)
-    classes = most_classes
+    classes = num_classes
     for done in range(max_rounds):
         if excess_N.max() <= 0 or np.ptp(potential_N) > limit:
             return done

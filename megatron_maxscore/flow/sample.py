@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_maxscore.flow.exchange import Exchange
+from megatron_maxscore.flow.hashing import hashed, part_of
 from megatron_maxscore.flow.problem import IntArray, Problem
 
 # Sampled assignments per expert, so that its load is known to about 12 %.
@@ -106,6 +107,4 @@ def _spread(size: int, count: int) -> IntArray:
     side by side, every B-th row is of the same sequence.
     """
     part = np.arange(size, dtype=np.int64)
-    # Fractions of multiples of the golden ratio, in 32 bits.
-    place = (part * 2654435769) & 0xFFFFFFFF
-    return np.asarray((part * count + (place * count >> 32)) // max(size, 1))
+    return np.asarray((part * count + part_of(hashed(part), count)) // max(size, 1))

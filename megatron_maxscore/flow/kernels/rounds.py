@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_maxscore.flow import rounds_plain
+from megatron_maxscore.flow import hashing, rounds_plain
 from megatron_maxscore.flow.kernels.compiler import jit
 from megatron_maxscore.flow.kernels.rows import reduced_row
 from megatron_maxscore.flow.rounds_plain import HELD, HOPS, NEAR, NO_ARC
 
 _HUGE = 1 << 62
 
-hashed = jit(rounds_plain.hashed)
-part_of = jit(rounds_plain.part_of)
+hashed = jit(hashing.hashed)
+part_of = jit(hashing.part_of)
 far_beyond = jit(rounds_plain.far_beyond)
 
 
@@ -183,12 +183,12 @@ def step(key_CEE, price_E, potential_N, excess_N, slack_E, bits, moves_P3):
 @jit
 def move_near(
     index_M, expert_M4, value_M4, held_M4, price_E, potential_N, excess_N, slack_E, bits, limit,
-    most_classes, max_rounds,
+    num_classes, max_rounds,
 ):  # fmt: skip
     """Move units among contested rows, round by round; returns how many rounds."""
     num_experts, nodes = price_E.shape[0], potential_N.shape[0]
-    moves_P3 = np.empty((most_classes * nodes, 3), np.int64)
-    classes = most_classes
+    moves_P3 = np.empty((num_classes * nodes, 3), np.int64)
+    classes = num_classes
     for done in range(max_rounds):
         if excess_N.max() <= 0 or potential_N.max() - potential_N.min() > limit:
             return done

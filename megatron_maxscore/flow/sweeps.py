@@ -1,0 +1,206 @@
+"""A descent on the dual: price steps from counts of bids, until the overflow is small.
+
+See :mod:`prices`, which reads rows and says where a descent begins; :mod:`device.kernels.control`
+takes the same decisions on a device.
+
+Shape letters: B problems, E experts, H buckets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_maxscore.flow.problem import SCORE_BITS, BoolArray, IntArray, Problem
+
+# Steps are long only where the overflow is at most this share of all units.
+NEAR = 0.1
+# By how much longer than plain they are, one after the other; the last value stays.
+RELAXATION = (1.5, 1.75, 2.5, 1.5, 3.0, 1.5)
+# From here on a step's own effect is seen only after the next one.
+VERY_LONG = 2.0
+# A sweep that leaves more than this share of the overflow is not worth another.
+STALLED = (4, 5)
+EVERYTHING = 1 << 49
+# How far prices are counted on to be off after a step, in steps of the expert, and of all.
+WINDOW_OWN = 4
+WINDOW_MEAN = 4
+# One over the share of the units up to which slack is too little for sweeps to see.
+LITTLE_SLACK = 100
+# Bounded mode: prices are spread where two sweeps have left more than this share of the overflow
+# before them, and of all units.
+STUCK = (3, 4)
+TOO_MUCH = 0.03
+
+# (B, E) int64 loads, and a function that returns the (B, E, H) counts of bids.
+Reading = tuple[IntArray, Callable[[], np.ndarray]]
+
+
+@dataclass
+class Descent:
+    """Where sweeps ended.
+
+    Attributes:
+        prices_BE: (B, E) int64.
+        load_BE: (B, E) int64 at these prices.
+        window_BE: (B, E) int64, by how much prices may still be off.
+        passes: how often rows were read.
+    """
+
+    prices_BE: IntArray
+    load_BE: IntArray
+    window_BE: IntArray
+    passes: int
+
+
+def overflow(
+    load_BE: IntArray, prices_BE: IntArray, problem: Problem, is_tight_B: BoolArray
+) -> np.ndarray:
+    """Return (B,) units above capacity, or missing at a positive price, whichever is more."""
+    excess_BE = load_BE - problem.capacity_BE
+    over_B: np.ndarray = np.maximum(excess_BE, 0).sum(1)
+    if is_tight_B.all():
+        return over_B
+    idle_B = np.where(prices_BE > 0, np.maximum(-excess_BE, 0), 0).sum(1)
+    return np.asarray(np.where(is_tight_B, over_B, np.maximum(over_B, idle_B)))
+
+
+def is_tight(problem: Problem) -> BoolArray:
+    """Return (B,) bool, whether sweeps take the capacities as tight.
+
+    So little slack that it does not matter to them must not keep prices from falling below 0: the
+    experts that are not wanted would stay where they are, and all others had to rise. A sample's
+    capacities are not integers.
+    """
+    total_B, units_B = problem.capacity_BE.sum(1), problem.rows_B * problem.topk
+    return np.asarray(LITTLE_SLACK * np.abs(total_B - units_B) < LITTLE_SLACK / 2 + units_B)
+
+
+def _within_limits(prices_BE: IntArray, is_tight_B: BoolArray) -> IntArray:
+    """Keep prices where optimal ones can be found: >= 0 with slack, and not too far apart.
+
+    Without slack a price common to all experts changes nothing; with it, it changes no choice and
+    only costs. An expert that few rows may take can get no bid at any price, and would fall ever
+    further; optimal prices of problems without forbidden arcs are within E - 1 ranges.
+    """
+    widest = (prices_BE.shape[1] - 1) << SCORE_BITS
+    low_BE: IntArray = np.maximum(prices_BE, prices_BE.max(1, keepdims=True) - widest)
+    if is_tight_B.all():
+        return low_BE
+    positive_BE = np.maximum(low_BE, 0)
+    positive_BE -= positive_BE.min(1, keepdims=True)
+    return np.asarray(np.where(is_tight_B[:, None], low_BE, positive_BE))
+
+
+def sweep(
+    read: Callable[[IntArray, IntArray, BoolArray], Reading],
+    price_step: Callable[[np.ndarray, np.ndarray, IntArray], IntArray],
+    problem: Problem,
+    prices_BE: IntArray,
+    window_BE: IntArray,
+    active_B: BoolArray,
+    max_passes: int,
+    aim_B: np.ndarray,
+    first: Reading | None = None,
+    accept: Callable[[IntArray, IntArray, IntArray, BoolArray], BoolArray] | None = None,
+    spread: Callable[[BoolArray], BoolArray] | None = None,
+) -> Descent:
+    """Sweep until the overflow is at most ``aim_B``, no longer falls, or passes are up.
+
+    What ``read`` has chosen last belongs to the prices that are returned.
+
+    Args:
+        read: chooses at prices, in problems that are active; returns (B, E) int64 loads and a
+            function that returns the (B, E, H) counts of bids within a window.
+        price_step: see :func:`buckets.price_step`.
+        problem: its capacities.
+        prices_BE: (B, E) int64 to start from.
+        window_BE: (B, E) int64, how far prices may be off.
+        active_B: (B,) bool, problems to sweep.
+        max_passes: calls of ``read`` at most.
+        aim_B: (B,) units of overflow at which to stop.
+        first: what ``read`` has returned for these prices, if it was called already.
+        spread: where given, told which problems are stuck; returns which it has helped with other
+            prices for each class of rows.
+        accept: where given, told of prices, loads, overflow and active problems after each pass;
+            returns (B,) bool, which problems are done.
+    """
+    num_problems = problem.num_problems
+    is_tight_B = is_tight(problem)
+    units_B = problem.rows_B * problem.topk
+    near_B = NEAR * units_B
+    load_BE = np.zeros(prices_BE.shape, np.int64)
+    best_BE = last_BE = prices_BE
+    best_B = np.full(num_problems, np.inf)
+    step_BE = np.zeros_like(prices_BE)
+    is_plain_B, was_long_B = np.zeros(num_problems, np.bool_), np.zeros(num_problems, np.bool_)
+    was_short_B = np.zeros(num_problems, np.bool_)
+    stalls_B, stuck_B = np.zeros(num_problems, np.int64), np.zeros(num_problems, np.int64)
+    active_B = active_B.copy()
+    relaxation_B, passes = np.ones(num_problems), 0
+
+    def clipped(prices: np.ndarray) -> IntArray:
+        return _within_limits(np.rint(prices).astype(np.int64), is_tight_B)
+
+    while active_B.any():
+        loads, count_bids = first or read(prices_BE, window_BE, active_B)
+        first = None
+        passes += 1
+        load_BE = np.where(active_B[:, None], loads, load_BE)
+        now_B = overflow(load_BE, prices_BE, problem, is_tight_B)
+        if accept is not None:
+            active_B &= ~accept(prices_BE, load_BE, now_B, active_B)
+        is_best_B = now_B <= best_B
+        is_near_B = now_B <= near_B
+        # A long step that made things worse is taken back to its plain length.
+        take_back_B = active_B & ~is_best_B & was_long_B
+        is_plain_B |= take_back_B
+        # Little progress says nothing as long as windows limit steps, nor after a very long one.
+        says_B = active_B & is_near_B & ~was_short_B & (relaxation_B < VERY_LONG) & ~take_back_B
+        stalls_B += says_B & (_exceeds(now_B, STALLED, best_B) | ~is_best_B)
+        # Exactly as before: a plateau, which no price can part.
+        stalls_B += active_B & (now_B == best_B)
+        stuck_B += active_B & (now_B > TOO_MUCH * units_B) & _exceeds(now_B, STUCK, best_B)
+        best_BE = np.where((active_B & is_best_B)[:, None], prices_BE, best_BE)
+        best_B = np.where(active_B & is_best_B, now_B, best_B)
+        if spread is not None:
+            is_new_B = spread(active_B & (stuck_B >= 2))
+            stalls_B = np.where(is_new_B, 0, stalls_B)
+            best_B = np.where(is_new_B, np.inf, best_B)
+        # The last pass is kept for the best prices, should the last ones not be these.
+        enough_B = (best_B <= aim_B) | (stalls_B >= 2) | (passes >= max_passes - 1)
+        ends_B = active_B & enough_B & (is_best_B | (prices_BE == best_BE).all(1))
+        active_B &= ~ends_B
+        if not active_B.any():
+            break
+        fresh_BE = price_step(count_bids(), problem.capacity_BE, window_BE)
+        relaxation = RELAXATION[min(passes, len(RELAXATION)) - 1]
+        relaxation_B = np.where(is_plain_B | ~is_near_B, 1.0, relaxation)
+        was_long_B = ~take_back_B & (relaxation_B > 1.0)
+        go_back_B1, enough_B1 = take_back_B[:, None], enough_B[:, None]
+        onward_BE = prices_BE + relaxation_B[:, None] * fresh_BE
+        moved_BE = np.where(go_back_B1, last_BE + step_BE, onward_BE)
+        next_BE = np.where(enough_B1, best_BE, clipped(moved_BE))
+        step_BE = np.where(go_back_B1, step_BE, fresh_BE)
+        last_BE = np.where(go_back_B1, last_BE, prices_BE)
+        prices_BE = np.where(active_B[:, None], next_BE, prices_BE)
+        was_short_B = (2 * np.abs(step_BE) >= window_BE).any(1)
+        window_BE = _next_window(step_BE, window_BE)
+    return Descent(prices_BE, load_BE, window_BE, passes)
+
+
+def _exceeds(now_B: np.ndarray, ratio: tuple[int, int], before_B: np.ndarray) -> BoolArray:
+    """Return whether a number of units is more than a ratio of what it was, exactly."""
+    above, below = ratio
+    return np.asarray(below * now_B > above * before_B)
+
+
+def _next_window(step_BE: IntArray, window_BE: IntArray) -> IntArray:
+    """Return how far prices may be off after a step: each expert's own one, and all experts'."""
+    size_BE = np.abs(step_BE)
+    next_BE = WINDOW_OWN * size_BE + WINDOW_MEAN * (size_BE.sum(1) // size_BE.shape[1])[:, None] + 4
+    # The step ended at the edge of the window: it was too small.
+    next_BE = np.where(2 * size_BE >= window_BE, 8 * window_BE, next_BE)
+    return np.minimum(next_BE, EVERYTHING)
