@@ -52,6 +52,8 @@ ROWS_PER_UNIT = 32
 ROWS_PER_EXPERT = 4
 # The same on a plateau, where every row offers swaps at no cost.
 PLATEAU_ROWS_PER_UNIT = 4
+# Bits of a cost and the number of a node: in 31, with those that adding up a path takes.
+KEY_BITS = 28
 # Bits of costs that a first reach takes, so that potentials can grow.
 SPARE_BITS = 2
 # By how much potentials may differ, in reaches: arcs that were left out cost more than one, and
@@ -118,7 +120,7 @@ def finish(
 
 def cost_bits(num_experts: int) -> int:
     """Return how many bits a cost may have, so that those of a path and a node fit in 31."""
-    return 28 - num_experts.bit_length()
+    return KEY_BITS - num_experts.bit_length()
 
 
 def num_classes(problem: Problem, b: int) -> int:

@@ -191,7 +191,8 @@ def launches(monkeypatch):
 
     for module, kernels in (
         (launcher.sweeps, ("scan", "price_pass", "sample_sweeps")),
-        (launcher.moves, ("nearest", "move")),
+        (launcher.contested, ("nearest",)),
+        (launcher.moves, ("move",)),
         (launcher.results, ("conclude",)),
     ):
         for name in kernels:

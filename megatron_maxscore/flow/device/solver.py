@@ -21,8 +21,9 @@ from torch import Tensor
 
 from megatron_maxscore.flow import prices as price_sweeps
 from megatron_maxscore.flow import rounds
+from megatron_maxscore.flow import sweeps as sweep_rules
 from megatron_maxscore.flow.buckets import ALL_BUCKETS, WINDOW_BUCKETS
-from megatron_maxscore.flow.device.kernels import layout, moves, results, sweeps
+from megatron_maxscore.flow.device.kernels import contested, layout, moves, results, sweeps
 from megatron_maxscore.flow.sample import wanted_sample
 from megatron_maxscore.flow.solution import ROUNDING, FlowSolution
 from megatron_maxscore.flow.spread import spread_table
@@ -44,7 +45,14 @@ SERIAL: dict[str, Any] = {**_EXACT, "num_warps": 8, "maxnreg": 255}
 
 @dataclass(frozen=True)
 class Shape:
-    """What a solve's launches follow from."""
+    """What a solve's launches follow from.
+
+    Attributes:
+        tokens: rows of the scores.
+        experts: their columns.
+        topk: experts per token.
+        may_be_loose: whether capacities may leave slack.
+    """
 
     tokens: int
     experts: int
@@ -91,8 +99,8 @@ class Shape:
         """Return units of overflow that sweeps compare with, in 1/1024."""
         return {
             "aim": math.floor(aim * 1024),
-            "near": math.floor(price_sweeps.NEAR * units * 1024),
-            "too_much": math.floor(price_sweeps.TOO_MUCH * units * 1024),
+            "near": math.floor(sweep_rules.NEAR * units * 1024),
+            "too_much": math.floor(sweep_rules.TOO_MUCH * units * 1024),
         }
 
     def tile(self) -> dict[str, int]:
@@ -175,7 +183,7 @@ class _Launcher:
         self.counts = int32(experts + layout.GAPS.value + experts * shape.buckets)
         self.sample_counts = int32(experts + layout.GAPS.value + experts * most_buckets)
         self.partial = float64(3 * programs)
-        self.near, self.slot = int32(11 * tokens), int32(tokens)
+        self.near, self.slot = int32(layout.NEAR_SIZE.value * tokens), int32(tokens)
         self.x_TE = torch.empty((tokens, experts), dtype=torch.int8, device=device)
         self.claims = int32(tokens)
         self.keys = int64(constants["CLASSES"] * experts * experts)
@@ -208,8 +216,8 @@ class _Launcher:
                 CAN_SAMPLE=bool(shape.sample), **PARALLEL,
             )  # fmt: skip
             if index == 0 and shape.sample:
-                self._sample(scores_TE, capacity_E, spread_CE)
-        moves.nearest[grid](
+                self._sample(scores_TE, capacity_E)
+        contested.nearest[grid](
             scores_TE, spread_CE, state, self.near, self.slot, self.x_TE, self.claims,
             shape.tokens, shape.programs, **shape.choice(), **PARALLEL,
         )  # fmt: skip
@@ -224,12 +232,12 @@ class _Launcher:
             TOPK=shape.topk, BLOCK_G=block_g, **PARALLEL,
         )  # fmt: skip
 
-    def _sample(self, scores_TE: Tensor, capacity_E: Tensor, spread_CE: Tensor) -> None:
+    def _sample(self, scores_TE: Tensor, capacity_E: Tensor) -> None:
         shape = self.shape
         units = shape.sample * shape.topk
         sweeps.sample_sweeps[(1,)](
-            scores_TE, capacity_E, spread_CE, self.state, self.sample_counts, shape.tokens,
-            shape.sample, **shape.thresholds(units, price_sweeps.SAMPLE_AIM * units),
+            scores_TE, capacity_E, self.state, self.sample_counts, shape.tokens, shape.sample,
+            **shape.thresholds(units, price_sweeps.SAMPLE_AIM * units),
             max_passes=price_sweeps.SAMPLE_PASSES, passes_after=rounds.SAMPLED_PASSES,
             **shape.choice(), **shape.steps(ALL_BUCKETS), **SERIAL,
         )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 import triton  # type: ignore[import-untyped]
 
 from megatron_maxscore.flow.buckets import ALL_BUCKETS
-from megatron_maxscore.flow.device.kernels import layout, moves, results, sweeps
+from megatron_maxscore.flow.device.kernels import contested, layout, moves, results, sweeps
 from megatron_maxscore.flow.device.solver import PARALLEL, SERIAL, Shape
 from megatron_maxscore.ops.kernels.variants import Variant
 
@@ -54,7 +54,7 @@ def _of_shape(shape: Shape, dtype: str) -> list[Variant]:
         ("scan", sweeps.scan, scan, PARALLEL),
         ("first pass", sweeps.price_pass, {**passes, "IS_FIRST": True}, PARALLEL),
         ("price pass", sweeps.price_pass, {**passes, "IS_FIRST": False}, PARALLEL),
-        ("contested rows", moves.nearest, shape.choice(), PARALLEL),
+        ("contested rows", contested.nearest, shape.choice(), PARALLEL),
         ("rounds of moves", moves.move, shape.moves(), SERIAL),
         (
             "results",

@@ -1,6 +1,6 @@
 """What follows a pass over the scores: the sweep's decisions, by one program.
 
-The same as :func:`prices.sweep`, whose comments say why; every number is an integer, or a float64
+The same as :func:`sweeps.sweep`, whose comments say why; every number is an integer, or a float64
 that is computed as there.
 
 Shape letters: E experts (padded to a power of two), X experts of a chunk, H buckets.
@@ -11,8 +11,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from megatron_maxscore.flow import problem, sweeps
 from megatron_maxscore.flow.device.kernels import layout
-from megatron_maxscore.flow.device.kernels.integers import edge_of, gap_within, level_of, to_integer
+from megatron_maxscore.flow.device.kernels.integers import (
+    edge_of,
+    gap_within,
+    level_of,
+    to_integer,
+)
 
 _NUMBERS = tl.constexpr(layout.NUMBERS)
 _GAPS = layout.GAPS
@@ -22,12 +28,22 @@ WAS_LONG, WAS_SHORT, RELAXATION = layout.WAS_LONG, layout.WAS_SHORT, layout.RELA
 WIDTH = layout.WIDTH
 PRICE, BEST_PRICE, LAST_PRICE = layout.PRICE, layout.BEST_PRICE, layout.LAST_PRICE
 STEP, WINDOW, LOAD = layout.STEP, layout.WINDOW, layout.LOAD
-_EVERYTHING = tl.constexpr(1 << 49)
+_EVERYTHING = tl.constexpr(sweeps.EVERYTHING)
+_RANGE = tl.constexpr(1 << problem.SCORE_BITS)
+_LITTLE_SLACK = tl.constexpr(float(sweeps.LITTLE_SLACK))
+_STALLED_ABOVE, _STALLED_BELOW = (tl.constexpr(float(part)) for part in sweeps.STALLED)
+_STUCK_ABOVE, _STUCK_BELOW = (tl.constexpr(float(part)) for part in sweeps.STUCK)
+_WINDOW_OWN = tl.constexpr(sweeps.WINDOW_OWN)
+_WINDOW_MEAN = tl.constexpr(sweeps.WINDOW_MEAN)
+# Steps of a sweep, relative to plain ones, in quarters: one after the other, the last one stays.
+_FIRST, _SECOND, _THIRD, _FOURTH, _FIFTH, _LATER = (
+    tl.constexpr(int(4 * relaxation)) for relaxation in sweeps.RELAXATION
+)
 # No overflow yet; a plain step in quarters.
 NO_BEST = tl.constexpr(1 << 50)
 _NO_BEST_UNITS = tl.constexpr(float(1 << 40))
 _PLAIN = tl.constexpr(4)
-_VERY_LONG = tl.constexpr(8)
+_VERY_LONG = tl.constexpr(int(4 * sweeps.VERY_LONG))
 
 
 @triton.jit
@@ -64,9 +80,8 @@ def begin_sweep(state_ptr, price_E, window, NUM_EXPERTS: tl.constexpr, BLOCK_E: 
 @triton.jit
 def is_little_slack(capacity_E, units):
     """Return whether sweeps take capacities, float64, as tight."""
-    return 100.0 * tl.abs(tl.sum(capacity_E, 0) - units.to(tl.float64)) < 50.0 + units.to(
-        tl.float64
-    )
+    slack = tl.abs(tl.sum(capacity_E, 0) - units.to(tl.float64))
+    return slack * _LITTLE_SLACK < units.to(tl.float64) + _LITTLE_SLACK / 2
 
 
 @triton.jit
@@ -83,7 +98,7 @@ def within_limits(price_E, is_tight, NUM_EXPERTS: tl.constexpr, BLOCK_E: tl.cons
     """Keep prices where optimal ones can be found."""
     is_expert = tl.arange(0, BLOCK_E) < NUM_EXPERTS
     highest = tl.max(tl.where(is_expert, price_E, -_EVERYTHING), 0)
-    low_E = tl.maximum(price_E, highest - ((NUM_EXPERTS - 1) << 36))
+    low_E = tl.maximum(price_E, highest - _RANGE * (NUM_EXPERTS - 1))
     positive_E = tl.maximum(low_E, 0)
     positive_E -= tl.min(tl.where(is_expert, positive_E, _EVERYTHING), 0)
     return tl.where(is_expert, tl.where(is_tight, low_E, positive_E), 0)
@@ -212,10 +227,13 @@ def control(
     is_near = now <= near.to(tl.float64) / 1024.0
     take_back = (is_best == 0) & was_long
     is_plain = is_plain | take_back
+    is_stalled = now * _STALLED_BELOW > best * _STALLED_ABOVE
+    is_stuck = now * _STUCK_BELOW > best * _STUCK_ABOVE
+    is_much = now > too_much.to(tl.float64) / 1024.0
     says = is_near & (was_short == 0) & (last_relaxation < _VERY_LONG) & (take_back == 0)
-    stalls += (says & ((5.0 * now > 4.0 * best) | (is_best == 0))).to(tl.int64)
+    stalls += (says & (is_stalled | (is_best == 0))).to(tl.int64)
     stalls += (now == best).to(tl.int64)
-    stuck += ((now > too_much.to(tl.float64) / 1024.0) & (4.0 * now > 3.0 * best)).to(tl.int64)
+    stuck += (is_much & is_stuck).to(tl.int64)
     best_price_E = tl.where(is_best, price_E, best_price_E)
     best = tl.where(is_best, now, best)
     if MAY_SPREAD:
@@ -241,10 +259,11 @@ def control(
         )  # fmt: skip
         tl.debug_barrier()
         fresh_E = vector(state_ptr, STEP, NUM_EXPERTS, BLOCK_E)
-        # 1.5, 1.75, 2.5, 1.5, 3, 1.5 times plain in turn, in quarters.
-        relaxation = tl.where(passes == 2, 7, 6)
-        relaxation = tl.where(passes == 3, 10, relaxation)
-        relaxation = tl.where(passes == 5, 12, relaxation)
+        relaxation = tl.where(passes == 1, _FIRST, _LATER)
+        relaxation = tl.where(passes == 2, _SECOND, relaxation)
+        relaxation = tl.where(passes == 3, _THIRD, relaxation)
+        relaxation = tl.where(passes == 4, _FOURTH, relaxation)
+        relaxation = tl.where(passes == 5, _FIFTH, relaxation)
         relaxation = tl.where(is_plain | (is_near == 0), _PLAIN, relaxation)
         was_long = (take_back == 0) & (relaxation > _PLAIN)
         factor = relaxation.to(tl.float64) / 4.0
@@ -258,7 +277,8 @@ def control(
         size_E = tl.abs(step_E)
         hits_edge_E = is_expert & (2 * size_E >= window_E)
         was_short = tl.sum(hits_edge_E.to(tl.int32), 0) > 0
-        next_window_E = 4 * size_E + 4 * (tl.sum(size_E, 0) // NUM_EXPERTS) + 4
+        mean = tl.sum(size_E, 0) // NUM_EXPERTS
+        next_window_E = size_E * _WINDOW_OWN + mean * _WINDOW_MEAN + 4
         next_window_E = tl.where(hits_edge_E, 8 * window_E, next_window_E)
         tl.store(state_ptr + BEST, (best * 1024.0).to(tl.int64))
         tl.store(state_ptr + STALLS, stalls)

@@ -5,18 +5,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# See problem.ROUNDER; both are exact in float64.
-_ROUNDER = tl.constexpr(6755399441055744.0)
-_ROUNDER_BITS = tl.constexpr(4843621399236968448)
-_MANTISSA = tl.constexpr(50)
-_ZERO_LEVEL = tl.constexpr(4092)
+from megatron_maxscore.flow import buckets, hashing, problem, rounds
+
+_ROUNDER = tl.constexpr(problem.ROUNDER)
+_ROUNDER_BITS = tl.constexpr(problem.ROUNDER_BITS)
+SCORE_BITS = tl.constexpr(problem.SCORE_BITS)
+_GOLDEN = tl.constexpr(hashing.GOLDEN)
+# Where a level begins in the bits of a float64, and the level of 0 bits.
+_MANTISSA = tl.constexpr(52 - buckets.MANTISSA_BITS)
+_ZERO_LEVEL = tl.constexpr(1023 << buckets.MANTISSA_BITS)
+_PER_OCTAVE = tl.constexpr((1 << buckets.MANTISSA_BITS) - 1)
+_OCTAVE_BITS = tl.constexpr(buckets.MANTISSA_BITS)
+LEVELS = tl.constexpr(buckets.NUM_LEVELS)
+_KEY_BITS = tl.constexpr(rounds.KEY_BITS)
 NEVER = tl.constexpr(-(1 << 62))
 
 
 @triton.constexpr_function
-def bit_length(number):
-    """Return how many bits a number has."""
-    return int(number).bit_length()
+def cost_bits(num_experts):
+    """Return how many bits a cost may have; see :func:`rounds.cost_bits`."""
+    return _KEY_BITS.value - int(num_experts).bit_length()
 
 
 @triton.jit
@@ -46,29 +54,30 @@ def level_of(sizes):
 @triton.jit
 def edge_of(levels):
     """Return the lowest size of a level as float64."""
-    bits = ((levels.to(tl.int64) >> 2) + 1023) << 52
-    return (bits | ((levels.to(tl.int64) & 3) << _MANTISSA)).to(tl.float64, bitcast=True)
+    bits = ((levels.to(tl.int64) >> _OCTAVE_BITS) + 1023) << 52
+    within = (levels.to(tl.int64) & _PER_OCTAVE) << _MANTISSA
+    return (bits | within).to(tl.float64, bitcast=True)
 
 
 @triton.jit
 def shift_for(largest):
     """Return by how many bits scores are shifted, from the largest range of a row, float64."""
     exponent = (to_bits(largest) >> 52) - 1022
-    return tl.where(largest == 0.0, 0, tl.minimum(36 - exponent, 1000))
+    return tl.where(largest == 0.0, 0, tl.minimum(-(exponent - SCORE_BITS), 1000))
 
 
 @triton.jit
 def hashed(index):
     """Return 32 bits that depend on the index of a row, as int64."""
-    return (index.to(tl.int64) * 2654435769) & 0xFFFFFFFF
+    return (index.to(tl.int64) * _GOLDEN) & 0xFFFFFFFF
 
 
 @triton.jit
 def gap_within(gaps_ptr, rank, LEVEL_BLOCK: tl.constexpr):
     """Return a gap such that more than ``rank`` rows have no larger one."""
     at = tl.arange(0, LEVEL_BLOCK)
-    gaps = tl.load(gaps_ptr + at, mask=at <= 200, other=0, cache_modifier=".cg")
+    gaps = tl.load(gaps_ptr + at, mask=at <= LEVELS, other=0, cache_modifier=".cg")
     reach = tl.cumsum(gaps, 0)
-    level = tl.sum(((reach <= rank) & (at <= 200)).to(tl.int32), 0)
-    edge = edge_of(tl.minimum(level, 200)).to(tl.int64)
+    level = tl.sum(((reach <= rank) & (at <= LEVELS)).to(tl.int32), 0)
+    edge = edge_of(tl.minimum(level, LEVELS)).to(tl.int64)
     return tl.where(level == 0, 0, edge)

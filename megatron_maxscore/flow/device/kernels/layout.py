@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import triton.language as tl
 
+from megatron_maxscore.flow.buckets import NUM_LEVELS
+
 # Numbers in the state.
 PHASE = tl.constexpr(0)
 SHIFT = tl.constexpr(1)
@@ -47,9 +49,12 @@ SWEEPS = tl.constexpr(0)
 SAMPLE = tl.constexpr(1)
 DONE = tl.constexpr(2)
 
-# Levels of gaps, and room for them.
-GAPS = tl.constexpr(208)
-LEVELS = tl.constexpr(200)
+# Room for counts of gaps by level.
+GAPS = tl.constexpr(NUM_LEVELS + 8)
+
+# int32 of a contested row: its index, which of its experts it has as bits, four experts, four
+# values, and the arc that it offers.
+NEAR_SIZE = tl.constexpr(11)
 
 # Numbers in the output of a solve, float64: objective, bound, gap, then the prices.
 OBJECTIVE = tl.constexpr(0)

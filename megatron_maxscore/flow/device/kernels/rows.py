@@ -8,8 +8,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from megatron_maxscore.flow import problem, spread
 from megatron_maxscore.flow.device.kernels import layout
 from megatron_maxscore.flow.device.kernels.integers import (
+    LEVELS,
     NEVER,
     level_of,
     power_of_two,
@@ -18,8 +20,10 @@ from megatron_maxscore.flow.device.kernels.integers import (
 )
 
 _GAPS = layout.GAPS
-_LEVELS = layout.LEVELS
+_SPREAD_MASK = tl.constexpr(spread.NUM_CLASSES - 1)
+_TABLE_BITS = tl.constexpr(spread.TABLE_BITS)
 _LOWEST = tl.constexpr(-(1 << 31))
+_TWO_RANGES = tl.constexpr(2 << problem.SCORE_BITS)
 
 
 @triton.jit
@@ -50,16 +54,17 @@ def reduced_tile(
     q = to_integer((scores - low_R[:, None]) * power_of_two(shift))
     r = q - price_E[None, :]
     if width != 0:
-        at = (index_R & 63)[:, None] * NUM_EXPERTS + expert
-        spread = tl.load(spread_ptr + at, mask=expert < NUM_EXPERTS, other=0)
-        r -= (spread.to(tl.int64) * width) >> 16
+        at = (index_R & _SPREAD_MASK)[:, None] * NUM_EXPERTS + expert
+        added = tl.load(spread_ptr + at, mask=expert < NUM_EXPERTS, other=0)
+        r -= (added.to(tl.int64) * width) >> _TABLE_BITS
     return tl.where(expert < NUM_EXPERTS, r, NEVER)
 
 
 @triton.jit
 def coarseness(price_E):
     """Return by how many bits reduced scores are shifted so that they fit in 32."""
-    return tl.maximum((to_bits(tl.max(tl.abs(price_E), 0) + (1 << 37)) >> 52) - 1022 - 30, 0)
+    bits = (to_bits(tl.max(tl.abs(price_E), 0) + _TWO_RANGES) >> 52) - 1022
+    return tl.maximum(bits - 30, 0)
 
 
 @triton.jit
@@ -113,6 +118,23 @@ def choose(
 
 
 @triton.jit
+def choose_rows(
+    scores_ptr, row_R, index_R, is_row_R, shift, price_E, spread_ptr, width, coarse,
+    NUM_EXPERTS: tl.constexpr, TOPK: tl.constexpr, BLOCK_E: tl.constexpr, TIE_BITS: tl.constexpr,
+):  # fmt: skip
+    """Return reduced scores of rows, and what :func:`choose` says of them.
+
+    ``index_R`` are their indices in the problem. Without spread its pointer is None, its width 0.
+    """
+    scores = load_scores(scores_ptr, row_R, is_row_R, NUM_EXPERTS, BLOCK_E)
+    r = reduced_tile(scores, shift, price_E, spread_ptr, width, index_R, NUM_EXPERTS, BLOCK_E)
+    chosen, kth_R, next_R = choose(
+        r, coarse, index_R, is_row_R, NUM_EXPERTS, TOPK, BLOCK_E, TIE_BITS
+    )
+    return r, chosen, kth_R, next_R
+
+
+@triton.jit
 def count_tile(
     r, chosen, kth_R, next_R, is_row_R, window_E, counts_ptr, load_E,
     NUM_EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BUCKETS: tl.constexpr,
@@ -120,7 +142,7 @@ def count_tile(
     """Count gaps and bids of a tile; returns loads with those of the tile added."""
     expert = tl.arange(0, BLOCK_E)
     gap_R = kth_R - next_R
-    level_R = tl.where(gap_R > 0, tl.minimum(level_of(tl.maximum(gap_R, 1)) + 1, _LEVELS), 0)
+    level_R = tl.where(gap_R > 0, tl.minimum(level_of(tl.maximum(gap_R, 1)) + 1, LEVELS), 0)
     one_R = tl.full(level_R.shape, 1, tl.int32)
     tl.atomic_add(counts_ptr + NUM_EXPERTS + level_R, one_R, mask=is_row_R, sem="relaxed")
     threshold_R = (kth_R + next_R) >> 1

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from megatron_maxscore.flow import buckets, prices, rounds, sweeps
 from megatron_maxscore.flow.device.kernels import layout
 from megatron_maxscore.flow.device.kernels.control import (
     begin_sweep,
@@ -23,19 +24,18 @@ from megatron_maxscore.flow.device.kernels.control import (
     vector,
 )
 from megatron_maxscore.flow.device.kernels.integers import (
-    bit_length,
+    cost_bits,
     gap_within,
+    hashed,
     power_of_two,
     shift_for,
     to_integer,
 )
 from megatron_maxscore.flow.device.kernels.rows import (
-    choose,
+    choose_rows,
     coarseness,
     count_tile,
-    load_scores,
     lowest,
-    reduced_tile,
 )
 
 _GAPS, _VECTORS = layout.GAPS, tl.constexpr(layout.VECTORS)
@@ -46,9 +46,13 @@ SWEEPS, SAMPLE, DONE = layout.SWEEPS, layout.SAMPLE, layout.DONE
 UNITS, REACH = layout.UNITS, layout.REACH
 STRIDE, COST_SHIFT = layout.STRIDE, layout.COST_SHIFT
 MAX_PASSES = layout.MAX_PASSES
-_EVERYTHING = tl.constexpr(1 << 49)
-_FIRST_WINDOW = tl.constexpr(1 << 31)
-_SAMPLE_BUCKETS = tl.constexpr(400)
+_EVERYTHING = tl.constexpr(sweeps.EVERYTHING)
+_FIRST_WINDOW = tl.constexpr(prices.FIRST_WINDOW)
+_SAMPLE_BUCKETS = tl.constexpr(buckets.ALL_BUCKETS)
+_ROWS_PER_UNIT = tl.constexpr(rounds.ROWS_PER_UNIT)
+_ROWS_PER_EXPERT = tl.constexpr(rounds.ROWS_PER_EXPERT)
+_PLATEAU_ROWS_PER_UNIT = tl.constexpr(rounds.PLATEAU_ROWS_PER_UNIT)
+_SPARE_BITS = tl.constexpr(rounds.SPARE_BITS)
 
 
 @triton.jit
@@ -139,11 +143,10 @@ def price_pass(
         for tile in range(program, tl.cdiv(num_rows, ROWS), num_programs):
             row_R = tile * ROWS + tl.arange(0, ROWS)
             is_row_R = row_R < num_rows
-            scores = load_scores(scores_ptr, row_R, is_row_R, NUM_EXPERTS, BLOCK_E)
-            r = reduced_tile(scores, shift, price_E, spread_ptr, width, row_R, NUM_EXPERTS, BLOCK_E)
-            chosen, kth_R, next_R = choose(
-                r, coarse, row_R, is_row_R, NUM_EXPERTS, TOPK, BLOCK_E, TIE_BITS
-            )
+            r, chosen, kth_R, next_R = choose_rows(
+                scores_ptr, row_R, row_R, is_row_R, shift, price_E, spread_ptr, width, coarse,
+                NUM_EXPERTS, TOPK, BLOCK_E, TIE_BITS,
+            )  # fmt: skip
             load_E = count_tile(
                 r, chosen, kth_R, next_R, is_row_R, window_E, counts_ptr, load_E, NUM_EXPERTS,
                 BLOCK_E, BUCKETS,
@@ -214,12 +217,13 @@ def _prepare_finish(
     excess_E = load_E + slack_E - capacity_E
     sink = tl.where(is_tight, 0, -tl.sum(excess_E, 0))
     over = tl.sum(tl.maximum(excess_E, 0), 0) + tl.maximum(sink, 0)
-    rank = tl.minimum(num_rows // 2, 32 * over + 4 * NUM_EXPERTS)
+    rank = tl.minimum(num_rows // 2, over * _ROWS_PER_UNIT + _ROWS_PER_EXPERT * NUM_EXPERTS)
     reach = gap_within(counts_ptr + NUM_EXPERTS, rank, 256)
     ties = tl.load(counts_ptr + NUM_EXPERTS, cache_modifier=".cg").to(tl.int64)
-    stride = tl.maximum(ties // (4 * over + 4 * NUM_EXPERTS), 1)
+    enough = over * _PLATEAU_ROWS_PER_UNIT + _ROWS_PER_EXPERT * NUM_EXPERTS
+    stride = tl.maximum(ties // enough, 1)
     stride = tl.where(reach == 0, stride, 1)
-    bits: tl.constexpr = 26 - bit_length(NUM_EXPERTS)
+    bits: tl.constexpr = cost_bits(NUM_EXPERTS) - _SPARE_BITS
     cost_shift = tl.full((), 0, tl.int64)
     while (reach >> cost_shift) >> bits != 0:
         cost_shift += 1
@@ -231,7 +235,7 @@ def _prepare_finish(
 
 @triton.jit
 def sample_sweeps(
-    scores_ptr, capacity_ptr, spread_ptr, state_ptr, counts_ptr, num_rows, size, aim,
+    scores_ptr, capacity_ptr, state_ptr, counts_ptr, num_rows, size, aim,
     near, too_much, max_passes, passes_after,
     NUM_EXPERTS: tl.constexpr, TOPK: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr,
     TIE_BITS: tl.constexpr, BLOCK_H: tl.constexpr, CHUNK: tl.constexpr,
@@ -258,22 +262,12 @@ def sample_sweeps(
                 index_R = tile * ROWS + tl.arange(0, ROWS)
                 is_row_R = index_R < size
                 part_R = index_R.to(tl.int64)
-                place_R = (part_R * 2654435769) & 0xFFFFFFFF
-                row_R = (part_R * num_rows + ((place_R * num_rows) >> 32)) // size
-                scores = load_scores(scores_ptr, row_R, is_row_R, NUM_EXPERTS, BLOCK_E)
-                r = reduced_tile(
-                    scores,
-                    shift,
-                    price_E,
-                    spread_ptr,
-                    0,
-                    index_R,
-                    NUM_EXPERTS,
-                    BLOCK_E,
-                )
-                chosen, kth_R, next_R = choose(
-                    r, coarse, index_R, is_row_R, NUM_EXPERTS, TOPK, BLOCK_E, TIE_BITS
-                )
+                place_R = (hashed(part_R) * num_rows) >> 32
+                row_R = (part_R * num_rows + place_R) // size
+                r, chosen, kth_R, next_R = choose_rows(
+                    scores_ptr, row_R, index_R, is_row_R, shift, price_E, None, 0, coarse,
+                    NUM_EXPERTS, TOPK, BLOCK_E, TIE_BITS,
+                )  # fmt: skip
                 load_E = count_tile(
                     r, chosen, kth_R, next_R, is_row_R, window_E, counts_ptr, load_E, NUM_EXPERTS,
                     BLOCK_E, _SAMPLE_BUCKETS,
