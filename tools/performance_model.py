@@ -3,7 +3,8 @@
     python tools/performance_model.py [--size 8192x64x8] [--family iid | --recorded FILE]
 
 The solver runs on the CPU to count passes and rounds, which are the same on a device. Everything
-else is arithmetic: a model, not a measurement, and without rounds over all rows. tools/benchmark_gpu.py measures.
+else is arithmetic: a model, not a measurement, and without rounds over all rows.
+tools/benchmark_gpu.py measures.
 """
 
 from __future__ import annotations
