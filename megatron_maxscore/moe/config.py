@@ -60,8 +60,19 @@ class MaxScoreConfig:
         "Weight of an expert's output. soft_topk: SoftTopk of the logits, unchanged. score: what "
         "Megatron makes of --moe-router-score-function for the chosen experts.",
     )
-    variant: Literal["bientropic"] = _option("bientropic", "Variant of SoftTopk.")
+    variant: Literal["bientropic", "softmax"] = _option(
+        "bientropic",
+        "Variant of SoftTopk. bientropic: entries in (0, 1). softmax: k times softmax.",
+    )
     temperature: float = _option(1.0, "Temperature of SoftTopk, in the unit of the logits.")
+    normalize_gates: bool = _option(
+        False, "Divide SoftTopk's values of a token's chosen experts by their sum."
+    )
+    anneal_steps: int = _option(
+        0,
+        "With N > 0 multiply all gates of a token but its largest by max(4 - 3 step / N, 1), as "
+        "the code that the paper's authors released does with 30000.",
+    )
     objective: Literal["logits", "scores"] = _option(
         "logits",
         "What the flow maximises. scores: SoftTopk values, or with --maxscore-gate score the "
@@ -105,6 +116,7 @@ class MaxScoreConfig:
             ("tolerance", self.tolerance >= 0.0, "at least 0"),
             ("temperature", self.temperature > 0.0, "greater than 0"),
             ("price_decay", 0.0 <= self.price_decay < 1.0, "in [0, 1)"),
+            ("anneal_steps", self.anneal_steps >= 0, "at least 0"),
         ):
             if not ok:
                 raise ValueError(f"{flags[name]} must be {range_text}, got {getattr(self, name)}")
@@ -112,7 +124,7 @@ class MaxScoreConfig:
             ("scope", ("local", "group", "sequence")),
             ("mode", ("exact", "bounded")),
             ("gate", ("soft_topk", "score")),
-            ("variant", ("bientropic",)),
+            ("variant", ("bientropic", "softmax")),
             ("objective", ("logits", "scores")),
             ("eval_routing", ("both", "price", "flow")),
         ):
@@ -121,6 +133,13 @@ class MaxScoreConfig:
                     f"{flags[name]} must be one of {', '.join(choices)}, got {getattr(self, name)}"
                 )
 
+        if self.gate != "soft_topk":
+            for name in ("normalize_gates", "anneal_steps"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"{flags[name]} is for --maxscore-gate soft_topk, which "
+                        f"--maxscore-gate {self.gate} replaces; leave one of them out"
+                    )
         for name in ("record_layers", "record_steps"):
             if getattr(self, name) is not None:
                 try:

@@ -247,11 +247,27 @@ class MaxScoreRouter(TopKRouter):
             return scores.gather(1, experts_TK), experts_TK
 
         if replay is None:
-            return choose(gates_TE, self.topk)
-        # Replayed experts need not meet the quotas; choose() says so when it is asked instead.
-        self.plan.forget()
-        gates_TK, experts_TK = replay.get_replay_topk(gates_TE, self.topk, None, None, choose)
-        return gates_TK, experts_TK
+            gates_TK, experts_TK = choose(gates_TE, self.topk)
+        else:
+            # Replayed experts need not meet the quotas; choose() says so when it is asked instead.
+            self.plan.forget()
+            gates_TK, experts_TK = replay.get_replay_topk(gates_TE, self.topk, None, None, choose)
+        return self._shaped(gates_TK), experts_TK
+
+    def _shaped(self, gates_TK: Tensor) -> Tensor:
+        """Return the chosen experts' gates, annealed and normalised if that is asked for."""
+        if self.options.anneal_steps:
+            source = recording.iteration_source
+            step = self._batches if source is None else source() - 1
+            factor = max(4.0 - 3.0 * step / self.options.anneal_steps, 1.0)
+            is_largest_TK = torch.zeros_like(gates_TK, dtype=torch.bool).scatter_(
+                1, gates_TK.detach().argmax(1, keepdim=True), True
+            )
+            gates_TK = torch.where(is_largest_TK, gates_TK, gates_TK * factor)
+        if self.options.normalize_gates:
+            tiny = torch.finfo(gates_TK.dtype).tiny
+            gates_TK = gates_TK / gates_TK.sum(1, keepdim=True).clamp(min=tiny)
+        return gates_TK
 
     def _recompute_pass(self) -> str | None:
         """Return "first" or "again" inside activation recomputation, else None."""

@@ -11,6 +11,10 @@ sum k. It is the entropic relaxation of the per-token part of the routing flow (
 experts of maximum total score). Its definition in the MaxScore paper (Dong et al., Findings of
 ACL 2025) was not available to us; this is the variant we implement, under its own name.
 
+The variant ``softmax`` leaves out the bound p <= 1 and the entropy of 1 - p: then
+:math:`p_j = k e^{z_j / t} / \sum_l e^{z_l / t}`, k times the softmax that the authors' released
+code uses as scores.
+
 Shape letters: N rows, E experts, K = k.
 """
 
@@ -22,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-VARIANTS = ("bientropic",)
+VARIANTS = ("bientropic", "softmax")
 
 # Safeguarded Newton steps on a function whose slope lies in (-2, 0); float64 has converged by then.
 _MAX_STEPS = 40
@@ -33,7 +37,7 @@ _LOWEST = -1e30
 def soft_topk(
     logits: Tensor, k: int, temperature: float = 1.0, variant: str = "bientropic"
 ) -> Tensor:
-    """Return entries in [0, 1] that sum to k over the last dimension.
+    """Return entries that sum to k over the last dimension; in [0, 1] with ``bientropic``.
 
     Example:
         >>> soft_topk(torch.tensor([[2.0, 1.0, 0.0, -1.0]]), k=2)
@@ -42,12 +46,12 @@ def soft_topk(
     Args:
         logits: (..., E) floating tensor. bfloat16 and float16 are computed in float32. -inf gives
             0 as long as at least k entries of the row are finite. NaN gives NaN in its row.
-        k: how many experts a token takes, 1 <= k <= E. At k = E every entry is 1.
+        k: how many experts a token takes, 1 <= k <= E. At k = E every entry of ``bientropic`` is 1.
         temperature: t > 0, in the unit of the logits; small t approaches the hard choice.
         variant: one of :data:`VARIANTS`.
 
     Returns:
-        (..., E) tensor of the logits' dtype. Its gradient is
+        (..., E) tensor of the logits' dtype. The gradient of ``bientropic`` is
         ``p (1 - p) / t * (g - sum(p (1 - p) g) / sum(p (1 - p)))``, and 0 where every
         ``p (1 - p)`` underflows.
 
@@ -63,6 +67,10 @@ def soft_topk(
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
     if not logits.is_floating_point():
         raise ValueError(f"logits must be floating point, got {logits.dtype}")
+    if variant == "softmax":
+        compute = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        scaled = logits.to(compute) / temperature
+        return (k * torch.softmax(scaled, dim=-1)).to(logits.dtype)
     result: Tensor = _BiEntropic.apply(logits, k, float(temperature))
     return result
 

@@ -118,6 +118,9 @@ def _with_router_type(original: Any) -> Any:
                 name.startswith("maxscore_") and not name.startswith(OF_THIS_RUN)
             ):
                 setattr(args, name, value)
+        if getattr(saved, "moe_router_type", None) == "maxscore":
+            # Megatron restores it only where the default is None, which it is not.
+            args.moe_token_dispatcher_type = saved.moe_token_dispatcher_type
         return result
 
     return load_args_from_checkpoint

@@ -29,7 +29,9 @@ def _iteration() -> int:
     """Return the number of the current iteration, from 1."""
     from megatron.training import get_args
 
-    return int(getattr(get_args(), "curr_iteration", -1)) + 1
+    args = get_args()
+    # The loop sets the former; evaluation without training only what the checkpoint says.
+    return int(getattr(args, "curr_iteration", None) or getattr(args, "iteration", None) or 0) + 1
 
 
 def _ending_batch(original: Any) -> Any:

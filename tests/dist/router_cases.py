@@ -77,6 +77,40 @@ def table_row(rank, size, score_function, pre_softmax, gate, objective, scaling=
     return bool((gates_TK.sum(-1) - 1).abs().max() < 1e-6)
 
 
+def shaped_gates(rank, size):
+    """Softmax variant, annealed second gates and normalised gates, against their definitions."""
+    from megatron_maxscore.moe import recording
+
+    for step, normalise in ((1, False), (51, True), (151, False), (400, True)):
+        layer = make_layer(
+            ep=size,
+            options=MaxScoreConfig(
+                variant="softmax", temperature=0.7, anneal_steps=150, normalize_gates=normalise
+            ),
+        )
+        hidden = own_input(rank, 20) * 5
+        for training in (True, False):
+            layer.train(training)
+            source, recording.iteration_source = recording.iteration_source, lambda s=step: s
+            try:
+                probs, routing_map = layer.router(hidden)
+            finally:
+                recording.iteration_source = source
+            experts_TK = routing_map.nonzero()[:, 1].reshape(20, TOPK)
+            z_TE = layer.router.gating(hidden).reshape(20, EXPERTS).detach().double() / 0.7
+            gates_TK = TOPK * z_TE.softmax(-1).gather(1, experts_TK)
+            factor = {1: 4.0, 51: 3.0, 151: 1.0, 400: 1.0}[step]
+            for row in gates_TK:
+                first = int(row.argmax())
+                row[torch.arange(TOPK) != first] *= factor
+            if normalise:
+                gates_TK = gates_TK / gates_TK.sum(1, keepdim=True)
+            expected = torch.zeros(20, EXPERTS, dtype=torch.float64)
+            expected.scatter_(1, experts_TK, gates_TK)
+            torch.testing.assert_close(probs.double(), expected, rtol=1e-5, atol=1e-6)
+    return True
+
+
 def _metrics():
     """Return functions that clear and read the tracker of the installed release."""
     from megatron_maxscore.releases import has_metrics_tracker

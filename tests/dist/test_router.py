@@ -52,6 +52,10 @@ def test_scaling_factor(ranks, gate):
     )  # fmt: skip
 
 
+def test_shaped_gates(ranks):
+    assert all(ranks(2, cases.shaped_gates))
+
+
 @pytest.mark.parametrize("balancing", ["aux_loss", "seq_aux_loss", "global_aux_loss"])
 @pytest.mark.parametrize("per_token", [False, True])
 def test_auxiliary_losses_are_stocks(ranks, balancing, per_token):

@@ -121,6 +121,18 @@ def test_shapes_and_minus_infinity():
     assert mixed[0].isnan().all() and mixed[1].sum().item() == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_softmax_variant(dtype):
+    logits = (3 * torch.randn(6, 10)).to(dtype).requires_grad_()
+    p = soft_topk(logits, 3, 0.5, "softmax")
+    weights = [[math.exp(float(z) / 0.5) for z in row] for row in logits.tolist()]
+    expected = torch.tensor([[3 * w / sum(row) for w in row] for row in weights])
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(p.float(), expected, rtol=tolerance, atol=tolerance)
+    if dtype == torch.float64:
+        assert torch.autograd.gradcheck(lambda z: soft_topk(z, 3, 0.5, "softmax"), logits)
+
+
 def test_empty_input():
     assert soft_topk(torch.zeros(0, 4), 2).shape == (0, 4)
 
@@ -131,7 +143,7 @@ def test_empty_input():
         (dict(k=0), "k must lie between 1 and the number of experts 4, got 0"),
         (dict(k=5), "got 5"),
         (dict(k=2, temperature=0.0), "temperature must be a positive number, got 0.0"),
-        (dict(k=2, variant="hard"), "variant must be one of bientropic, got 'hard'"),
+        (dict(k=2, variant="hard"), "variant must be one of bientropic, softmax, got 'hard'"),
     ],
 )
 def test_bad_arguments(arguments, message):

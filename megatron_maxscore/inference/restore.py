@@ -1,0 +1,177 @@
+"""Build a model from a Megatron checkpoint, for inference.
+
+Megatron's own functions parse the arguments, build the model and load the weights; this module
+calls them in the order in which its training loop does, without optimizer and data. It needs
+megatron-core 0.19, whose wheel can build a model from parsed arguments; with older releases the
+builder lives in the launch script of their tree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# What a machine without Transformer Engine needs.
+WITHOUT_TRANSFORMER_ENGINE = (
+    "--transformer-impl local --no-persist-layer-norm --no-bias-swiglu-fusion --no-rope-fusion "
+    "--no-masked-softmax-fusion --no-gradient-accumulation-fusion"
+).split()
+_LATEST = "latest_checkpointed_iteration.txt"
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model in evaluation mode and what it was trained with.
+
+    Attributes:
+        model: a GPTModel; with pipeline parallelism this rank's part.
+        tokenizer: Megatron's tokenizer, with ``tokenize`` and ``detokenize``.
+        args: Megatron's arguments.
+    """
+
+    model: Any
+    tokenizer: Any
+    args: Any
+
+    def logits(self, tokens_BS: Tensor) -> Tensor:
+        """Return the (B, S, V) float32 logits of whole sequences.
+
+        Args:
+            tokens_BS: (B, S) int64 on any device. Under price routing padding on the right
+                changes nothing to its left.
+        """
+        device = next(self.model.parameters()).device
+        tokens_BS = tokens_BS.to(device)
+        positions_BS = torch.arange(tokens_BS.shape[1], device=device).expand_as(tokens_BS)
+        with torch.no_grad():
+            logits = self.model(tokens_BS, positions_BS, None, runtime_gather_output=True)
+        return logits[..., : self.tokenizer.vocab_size].float()
+
+
+def restore(
+    checkpoint: str | Path | None, arguments: Sequence[str] = (), verbose: bool = False
+) -> TrainedModel:
+    """Load a checkpoint for inference.
+
+    A process that torchrun has not started becomes a group of one rank. Where there is no CUDA
+    device Megatron runs on the CPU. It may be called once per process: Megatron's arguments and
+    groups are global.
+
+    Args:
+        checkpoint: directory that ``--save`` wrote. The model's shape and our options come from it;
+            a tokenizer too, unless ``--tokenizer-model`` names one. None: ``arguments`` say
+            everything, ``--load`` included.
+        arguments: further arguments of Megatron's, such as parallel sizes.
+        verbose: show what Megatron says while it starts; otherwise only when it fails.
+
+    Returns:
+        The model in evaluation mode, in which MaxScore routes by prices.
+
+    Raises:
+        ValueError: there is no checkpoint in the directory, or its tokenizer is gone.
+    """
+    from megatron_maxscore.cpu import enable_if_needed
+
+    command = list(arguments)
+    if checkpoint is not None:
+        if not (Path(checkpoint) / _LATEST).is_file():
+            raise ValueError(
+                f"{checkpoint} holds no checkpoint: {_LATEST} is missing; give the directory that "
+                "--save wrote"
+            )
+        command += ["--load", str(checkpoint), "--use-checkpoint-args"]
+        if "--tokenizer-model" in command:
+            command.append("--no-use-tokenizer-model-from-checkpoint-args")
+        if "--micro-batch-size" not in command:
+            command += ["--micro-batch-size", "1"]
+    if importlib.util.find_spec("transformer_engine") is None:
+        command += [flag for flag in WITHOUT_TRANSFORMER_ENGINE if flag not in command]
+    command += ["--no-load-optim", "--no-load-rng", "--exit-on-missing-checkpoint"]
+    _become_a_rank()
+    argv, sys.argv = sys.argv, ["megatron_maxscore", *command]
+    said = None if verbose else io.StringIO()
+    try:
+        with _quiet(said):
+            enable_if_needed()
+            # After CPU mode, which must be there before Megatron is imported.
+            from megatron_maxscore.training import install
+
+            install()
+            return _build()
+    except ValueError:
+        raise
+    except BaseException:
+        if said is not None:
+            sys.stderr.write(said.getvalue())
+        raise
+    finally:
+        sys.argv = argv
+
+
+@contextlib.contextmanager
+def _quiet(said: io.StringIO | None) -> Iterator[None]:
+    """Keep what is printed, and drop the warnings of optional packages, unless ``said`` is None."""
+    if said is None:
+        yield
+        return
+    with warnings.catch_warnings(), contextlib.redirect_stdout(said):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _become_a_rank() -> None:
+    """Set what torchrun would have set, for a process started without it."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(
+        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT=str(port)
+    )
+
+
+def _build() -> TrainedModel:
+    from megatron.training import argument_utils
+
+    if not hasattr(argument_utils, "gpt_config_from_args"):
+        raise ValueError(
+            "restoring a checkpoint needs megatron-core 0.19, where the wheel can build a model "
+            "from arguments; install it, or evaluate with the training script of your tree"
+        )
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.arguments import parse_and_validate_args
+    from megatron.training.checkpointing import load_checkpoint
+    from megatron.training.global_vars import get_tokenizer
+    from megatron.training.initialize import initialize_megatron
+
+    args = parse_and_validate_args()
+    model_path = getattr(args, "tokenizer_model", None)
+    if model_path is not None and not os.path.exists(model_path):
+        raise ValueError(
+            f"the tokenizer {model_path} of the checkpoint does not exist here; give its path "
+            "with --tokenizer-model"
+        )
+    initialize_megatron()
+    config = argument_utils.gpt_config_from_args(args)
+    builder = config.get_builder_cls()(config)
+    models = builder.build_distributed_models(
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
+    )
+    args.iteration, _ = load_checkpoint(models, None, None)
+    model = models[0]
+    while hasattr(model, "module"):
+        model = model.module
+    return TrainedModel(model.eval(), get_tokenizer(), args)

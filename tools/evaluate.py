@@ -1,0 +1,308 @@
+"""Evaluate a checkpoint on a whole data set, under each rule that its router knows.
+
+    python tools/evaluate.py --checkpoint runs/model --data data/valid_text_document
+    python tools/evaluate.py --data data/valid_text_document -- MEGATRON_ARGUMENTS --load runs/model
+
+A MaxScore router routes by prices, which is causal, and by the flow, which sees the micro-batch
+(``--micro-batch-size`` sequences in an order that does not depend on the rule). Both see the same
+batches, so their next-token distributions are compared too: mean KL divergence (flow from price)
+and how often the likeliest token is the same. ``--decode N`` feeds N sequences token by token
+through the key-value cache and compares with one pass. Stock routers have their own rule, and with
+a capacity factor also "no drops". Expert loads, maxvio and dropped assignments are counted from the
+routing map, over the whole data set.
+
+Prints a table; ``--output`` writes all of it as JSON. Under torchrun, data-parallel ranks share the
+batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from megatron_maxscore.inference import Decoder, TrainedModel, restore  # noqa: E402
+
+
+@dataclass
+class Tally:
+    """Sums over the batches of one rule.
+
+    Attributes:
+        loss: sum of the tokens' losses, in nats.
+        tokens: how many.
+        loads: (E,) int64 per MoE layer.
+        assigned: what was to be assigned per layer: tokens times k.
+    """
+
+    loss: float = 0.0
+    tokens: int = 0
+    loads: dict[int, torch.Tensor] = field(default_factory=dict)
+    assigned: int = 0
+
+    def summary(self) -> dict[str, Any]:
+        """Return means, loads and what follows from them."""
+        loads_LE = torch.stack([self.loads[layer] for layer in sorted(self.loads)]).double()
+        mean_L = loads_LE.mean(1, keepdim=True)
+        return {
+            "loss": self.loss / self.tokens,
+            "tokens": self.tokens,
+            "loads": loads_LE.long().tolist(),
+            "maxvio": (loads_LE.amax(1, keepdim=True) / mean_L - 1.0).flatten().tolist(),
+            "dropped": 1.0 - float(loads_LE.sum()) / (self.assigned * len(self.loads)),
+        }
+
+
+def sequences_of(path: str, length: int) -> torch.Tensor:
+    """Return the (N, length + 1) int64 sequences of a data set, one after the other.
+
+    Each begins with the last token of the one before, so that every token but the first is
+    predicted once.
+    """
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    for suffix in (".idx", ".bin"):
+        if not os.path.exists(path + suffix):
+            raise ValueError(f"--data {path}: {path + suffix} does not exist")
+    documents = IndexedDataset(path)
+    tokens = np.concatenate([documents[i] for i in range(len(documents))]).astype(np.int64)
+    count = (len(tokens) - 1) // length
+    if count < 1:
+        raise ValueError(f"--data {path} has {len(tokens)} tokens, less than one sequence")
+    starts = length * np.arange(count)
+    return torch.from_numpy(tokens[starts[:, None] + np.arange(length + 1)])
+
+
+def routers_of(trained: TrainedModel) -> list[Any]:
+    """Return the routers of the model's MoE layers."""
+    from megatron.core.transformer.moe.router import Router
+
+    return [module for module in trained.model.modules() if isinstance(module, Router)]
+
+
+def rules_of(trained: TrainedModel) -> list[str]:
+    """Return the rules that a model's routers know, the causal or own one first."""
+    if getattr(trained.args, "moe_router_type", "topk") == "maxscore":
+        return ["price", "flow"]
+    if trained.args.moe_expert_capacity_factor is not None:
+        return ["own", "no drops"]
+    return ["own"]
+
+
+@contextmanager
+def under(rule: str, trained: TrainedModel) -> Iterator[None]:
+    """Make the model's routers follow a rule inside the ``with`` block."""
+    from megatron_maxscore.moe.evaluation import evaluation_routing
+
+    config = trained.model.config
+    factor = config.moe_expert_capacity_factor
+    with evaluation_routing(rule) if rule in ("price", "flow") else nullcontext():
+        if rule == "no drops":
+            config.moe_expert_capacity_factor = None
+        try:
+            yield
+        finally:
+            config.moe_expert_capacity_factor = factor
+
+
+@contextmanager
+def counting(trained: TrainedModel, tally: Tally) -> Iterator[None]:
+    """Add up what the routers route inside the ``with`` block."""
+
+    def count(router: Any, _: Any, output: Any) -> None:
+        loads = output[1].sum(0).long().cpu()
+        layer = int(router.layer_number)
+        tally.loads[layer] = tally.loads.get(layer, 0) + loads
+
+    handles = [router.register_forward_hook(count) for router in routers_of(trained)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def evaluate(
+    trained: TrainedModel, sequences: torch.Tensor, batch_size: int
+) -> tuple[dict[str, Tally], dict[str, float]]:
+    """Return a tally per rule, and how much two rules' predictions differ.
+
+    Args:
+        trained: the model.
+        sequences: (N, S + 1) int64.
+        batch_size: sequences per batch.
+    """
+    from megatron.core import mpu
+
+    rank, ranks = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+    order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(1))
+    batches = order.split(batch_size)
+    # All ranks route the same number of batches; what is left over is left out.
+    batches = batches[rank : len(batches) // ranks * ranks : ranks]
+    rules = rules_of(trained)
+    tallies = {rule: Tally() for rule in rules}
+    divergence, same = 0.0, 0
+    for batch in tqdm(batches, desc="evaluating", unit="batch", disable=None):
+        tokens, labels = sequences[batch, :-1], sequences[batch, 1:]
+        found = []
+        for rule in rules:
+            tally = tallies[rule]
+            with under(rule, trained), counting(trained, tally):
+                logits = trained.logits(tokens).cpu().log_softmax(-1)
+            tally.loss -= float(logits.gather(2, labels[..., None]).double().sum())
+            tally.tokens += labels.numel()
+            tally.assigned += labels.numel() * trained.model.config.moe_router_topk
+            found.append(logits)
+        if len(found) == 2:
+            divergence += float((found[1].exp() * (found[1] - found[0])).double().sum())
+            same += int((found[1].argmax(-1) == found[0].argmax(-1)).sum())
+    comparison = {"divergence": divergence, "same": float(same)}
+    if ranks > 1:
+        _add_up(tallies, comparison, mpu.get_data_parallel_group())
+    total = tallies[rules[0]].tokens
+    if len(rules) < 2:
+        return tallies, {}
+    return tallies, {
+        "rules": rules,
+        "kl": comparison["divergence"] / total,
+        "top1_agreement": comparison["same"] / total,
+    }
+
+
+def _add_up(tallies: dict[str, Tally], comparison: dict[str, float], group: Any) -> None:
+    """Sum over data-parallel ranks."""
+    gathered: list[Any] = [None] * group.size()
+    dist.all_gather_object(gathered, (tallies, comparison), group=group)
+    for rule, tally in tallies.items():
+        others = [theirs[0][rule] for theirs in gathered]
+        tally.loss = sum(other.loss for other in others)
+        tally.tokens = sum(other.tokens for other in others)
+        tally.assigned = sum(other.assigned for other in others)
+        tally.loads = {k: sum(other.loads[k] for other in others) for k in tally.loads}
+    for key in comparison:
+        comparison[key] = sum(theirs[1][key] for theirs in gathered)
+
+
+def decode(trained: TrainedModel, sequences: torch.Tensor) -> dict[str, float]:
+    """Compare token by token decoding with one pass, by the causal rule.
+
+    Args:
+        trained: the model.
+        sequences: (N, S + 1) int64.
+    """
+    tokens, labels = sequences[:, :-1], sequences[:, 1:]
+    rule = rules_of(trained)[0]
+    with under(rule, trained):
+        whole = trained.logits(tokens).cpu().log_softmax(-1)
+        decoder = Decoder(trained, len(tokens), tokens.shape[1])
+        steps = [decoder.feed(tokens[:, i : i + 1]).cpu() for i in range(tokens.shape[1])]
+    parts = torch.stack(steps, dim=1).log_softmax(-1)
+    losses = [-float(x.gather(2, labels[..., None]).double().mean()) for x in (whole, parts)]
+    return {
+        "sequences": len(tokens),
+        "loss_one_pass": losses[0],
+        "loss_token_by_token": losses[1],
+        "largest_logprob_difference": float((whole - parts).abs().max()),
+    }
+
+
+def table_of(result: dict[str, Any]) -> Table:
+    """Return the table of losses and loads."""
+    table = Table(title=f"{result['tokens']:,} tokens of {result['data']}")
+    table.add_column("")
+    rules = result["rules"]
+    for rule in rules:
+        table.add_column(rule, justify="right")
+
+    def row(label: str, values: list[str]) -> None:
+        table.add_row(label, *values)
+
+    row("loss, nats per token", [f"{r['loss']:.4f}" for r in rules.values()])
+    row("perplexity", [f"{math.exp(r['loss']):.2f}" for r in rules.values()])
+    row("maxvio per layer, mean", [f"{np.mean(r['maxvio']):.4f}" for r in rules.values()])
+    row("maxvio per layer, max", [f"{np.max(r['maxvio']):.4f}" for r in rules.values()])
+    row("dropped assignments", [f"{r['dropped']:.2%}" for r in rules.values()])
+    return table
+
+
+def main() -> int:
+    """Restore, evaluate, report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", help="directory that --save wrote")
+    parser.add_argument("--data", required=True, help="a data set's path without its ending")
+    parser.add_argument("--sequences", type=int, help="evaluate so many sequences (default: all)")
+    parser.add_argument("--decode", type=int, default=4, metavar="N", help="default: 4")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("megatron", nargs="*", help="further arguments of Megatron's, after --")
+    arguments = parser.parse_args()
+    if arguments.checkpoint is None and "--load" not in arguments.megatron:
+        parser.error("give --checkpoint, or all of Megatron's arguments with --load after --")
+    try:
+        trained = restore(arguments.checkpoint, arguments.megatron)
+        sequences = sequences_of(arguments.data, trained.args.seq_length)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if arguments.sequences is not None:
+        sequences = sequences[: arguments.sequences]
+    tallies, comparison = evaluate(trained, sequences, trained.args.micro_batch_size)
+    rules = {rule: tally.summary() for rule, tally in tallies.items()}
+    result = {
+        "data": arguments.data,
+        "tokens": next(iter(rules.values()))["tokens"],
+        "rules": rules,
+        "comparison": comparison,
+    }
+    if arguments.decode:
+        result["decoding"] = decode(trained, sequences[: arguments.decode])
+    if dist.get_rank() == 0:
+        report(result)
+        if arguments.output is not None:
+            partial = arguments.output.with_suffix(".partial")
+            partial.write_text(json.dumps(result))
+            partial.replace(arguments.output)
+    dist.destroy_process_group()
+    return 0
+
+
+def report(result: dict[str, Any]) -> None:
+    """Print the table and the comparisons."""
+    console = Console(width=100 if not sys.stdout.isatty() else None)
+    console.print(table_of(result))
+    comparison = result["comparison"]
+    if comparison:
+        first, second = comparison["rules"]
+        console.print(
+            f"{first} against {second}: KL {comparison['kl']:.4f} nats, same likeliest token "
+            f"{comparison['top1_agreement']:.1%}"
+        )
+    if "decoding" in result:
+        found = result["decoding"]
+        console.print(
+            f"token by token, {found['sequences']} sequences: loss "
+            f"{found['loss_token_by_token']:.6f}, in one pass {found['loss_one_pass']:.6f}, "
+            f"largest difference of a log-probability {found['largest_logprob_difference']:.1e}"
+        )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

