@@ -1,8 +1,10 @@
 """Print what a bounded solve should cost on a GPU, from its work and stated constants.
 
     python tools/performance_model.py [--size 8192x64x8] [--family iid | --recorded FILE]
+    python tools/performance_model.py --size 4096x64x8 --ranks 8          # scope group
 
-The solver runs on the CPU to count passes and rounds, which are the same on a device. Everything
+With ranks the size is that of each; all scores are gathered and every rank solves the whole. The
+solver runs on the CPU to count passes and rounds, which are the same on a device. Everything
 else is arithmetic: a model, not a measurement, and without rounds over all rows.
 tools/benchmark_gpu.py measures.
 """
@@ -39,19 +41,23 @@ class Gpu:
         clock: cycles per microsecond (boost clock, data sheet).
         l2: cycles of a dependent access to the second-level cache (published microbenchmarks of
             Ampere and Hopper: 200 to 270; assumed for Blackwell).
+        link: NVLink in one direction, bytes per microsecond (data sheet).
     """
 
     bandwidth: float
     multiprocessors: int
     clock: float
     l2: float
+    link: float
 
 
 GPUS = {
-    "A100": Gpu(2.0e6, 108, 1410, 260),
-    "H100": Gpu(3.35e6, 132, 1755, 265),
-    "B200": Gpu(8.0e6, 148, 1850, 300),
+    "A100": Gpu(2.0e6, 108, 1410, 260, 3.0e5),
+    "H100": Gpu(3.35e6, 132, 1755, 265, 4.5e5),
+    "B200": Gpu(8.0e6, 148, 1850, 300, 9.0e5),
 }
+# Microseconds of an all-gather of nothing within a node, and the share of the link that one gets.
+GATHER, LINK_SHARE = 12.0, 0.7
 # Of the peak bandwidth, and of the four instructions that a multiprocessor can issue in a cycle.
 BANDWIDTH_SHARE, ISSUED = 0.8, 2.0
 # Microseconds from the end of a kernel to the start of the next one in a CUDA graph, and what a
@@ -158,6 +164,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", default="8192x64x8", help="tokens x experts x k")
     parser.add_argument("--family", default="iid", choices=FAMILIES)
+    parser.add_argument("--ranks", type=int, default=1, help="of a group in one node (default: 1)")
     parser.add_argument("--recorded", type=Path, help="a file of tools/record_scores.py instead")
     arguments = parser.parse_args()
     if arguments.recorded:
@@ -168,6 +175,7 @@ def main() -> int:
         name = arguments.recorded.stem
     else:
         tokens, experts, topk = map(int, arguments.size.split("x"))
+        tokens *= arguments.ranks
         work = workload(arguments.family, tokens, experts, topk)
         other = workload(arguments.family, tokens, experts, topk, batch=1)
         scores, capacity = work.scores, work.capacity
@@ -194,6 +202,15 @@ def main() -> int:
         )  # fmt: skip
     launches = sum(kernel.times + kernel.idle for kernel in kernels)
     totals = [sum(k.microseconds(gpu) for k in kernels) for gpu in GPUS.values()]
+    if arguments.ranks > 1:
+        received = scores.numel() * scores.element_size() * (1 - 1 / arguments.ranks)
+        gather = [GATHER + received / (gpu.link * LINK_SHARE) for gpu in GPUS.values()]
+        table.add_row(
+            "all-gather of scores", "1", f"{received / 1e3:.0f}", "",
+            *(f"{each:.1f}" for each in gather),
+        )  # fmt: skip
+        launches += 1
+        totals = [total + each for total, each in zip(totals, gather, strict=True)]
     table.add_row("all", str(launches), "", "", *(f"{total:.0f}" for total in totals))
     console.print(table)
     return 0

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_maxscore.errors import LostRankError
 from megatron_maxscore.flow.problem import IntArray
@@ -23,6 +24,10 @@ from megatron_maxscore.flow.problem import IntArray
 _Result = TypeVar("_Result")
 # Counts below this are sent two to an int32.
 _PACKED = 1 << 16
+
+
+# torch 2.14 has renamed it.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Exchange:
@@ -66,6 +71,17 @@ class Exchange:
         """
         return counts
 
+    def gather_tensor(self, own: Tensor, *, phase: str) -> Tensor:
+        """Return every rank's tensor, one after the other along the first dimension.
+
+        One collective on the tensor's device, which the host does not wait for.
+
+        Args:
+            own: this rank's, contiguous and of the same shape on every rank.
+            phase: what is exchanged, for error messages.
+        """
+        return own
+
     def same(self, compute: Callable[[], _Result]) -> _Result:
         """Return what is computed from data that all ranks have alike."""
         return compute()
@@ -88,12 +104,17 @@ class GroupExchange(Exchange):
             return [b""] * self.size
         own = torch.frombuffer(bytearray(payload.ljust(longest, b"\0")), dtype=torch.uint8)
         everyone = torch.empty(self.size * longest, dtype=torch.uint8, device=self._device)
-        # torch 2.14 has renamed it.
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         with self._round(phase, longest):
-            gather(everyone, own.to(self._device), group=self.group)
+            _all_gather(everyone, own.to(self._device), group=self.group)
             data = everyone.cpu().numpy().tobytes()
         return [data[r * longest : r * longest + size] for r, size in enumerate(sizes)]
+
+    def gather_tensor(self, own: Tensor, *, phase: str) -> Tensor:
+        """See the base class."""
+        everyone = own.new_empty((self.size * own.shape[0], *own.shape[1:]))
+        with self._round(phase, own.numel() * own.element_size()):
+            _all_gather(everyone, own, group=self.group)
+        return everyone
 
     def sum(self, counts: list[np.ndarray], below: int, *, phase: str) -> list[np.ndarray]:
         """See the base class."""

@@ -48,6 +48,7 @@ def solve(
     tolerance: float = 0.0,
     mode: str = "exact",
     max_rounds: int | None = None,
+    equal_rows: bool = False,
 ) -> FlowSolution:
     """Assign every token exactly k distinct experts, no expert above capacity, best total score.
 
@@ -59,8 +60,9 @@ def solve(
     Args:
         scores: (T, E) float, or (B, S, E) for B separate problems; E <= 1024. -inf forbids the arc.
             bfloat16 and float16 are exact in float32. Any device; the solver runs on the CPU but
-            for bounded mode with CUDA scores of one rank (:mod:`device`), which copies nothing to
-            the host, and counts scores that are not finite as 0 instead of raising.
+            for bounded mode with CUDA scores (:mod:`device`), of one rank or with ``equal_rows``,
+            which copies nothing to the host, and counts scores that are not finite as 0 instead of
+            raising.
         topk: k distinct experts per token, 1 <= k <= E.
         capacity: int, or (E,) int64; per problem.
         capacity_factor: used without ``capacity``: C = ceil(T * k * factor / E) for all experts.
@@ -76,6 +78,9 @@ def solve(
             feasible, with a certified gap. Bounded mode needs every arc allowed.
         max_rounds: aim at no more collectives, by fewer price passes; an exact solve may still need
             more for its finish. One rank needs none.
+        equal_rows: a promise that in every call with this group all ranks have equally many rows.
+            On a device bounded mode needs it to know sizes without asking; it then compares
+            arguments only when they are new, and takes prices to be equal unseen.
 
     Returns:
         The assignment and its certificate, on the device of ``scores``.
@@ -91,16 +96,23 @@ def solve(
         detached = scores.detach()
         try:
             inputs.check(detached, topk, capacity_factor, tolerance, mode, max_rounds)
-            if mode == "bounded" and device.can_solve(
-                detached, topk, exchange.size, valid, fill_padding
-            ):
-                return device.solve_bounded(
-                    detached if valid is None else detached.masked_fill(~valid[:, None], 0.0),
-                    topk,
-                    device.capacity_of(detached, topk, capacity, capacity_factor),
-                    prices,
-                    tolerance,
-                )
+            on_device = mode == "bounded" and device.can_solve(
+                detached, topk, exchange.size, equal_rows, valid, fill_padding
+            )
+        except (ValueError, TypeError) as error:
+            agree(exchange, Own.wrong(str(error)))
+            raise  # not reached: agree() raises the same on all ranks
+        if on_device:
+            return device.solve_bounded(
+                detached if valid is None else detached.masked_fill(~valid[:, None], 0.0),
+                topk,
+                capacity,
+                capacity_factor,
+                prices,
+                tolerance,
+                exchange,
+            )
+        try:
             rows = Rows.of(detached, valid, fill_padding)
             options = Options(
                 topk,

@@ -67,6 +67,7 @@ class Scope:
         self.options = options
         self._tp_ep = getattr(pg_collection, "tp_ep", None)
         self.rank = self._tp_ep.rank() if self._tp_ep is not None else 0
+        self._has_fixed_lengths = has_fixed_lengths
         self._may_be_static = options.capacity_factor == 1.0 and has_fixed_lengths
         self.group: Any = None
         if options.scope == "local":
@@ -130,6 +131,7 @@ class Scope:
             topk,
             capacity_factor=options.capacity_factor,
             group=self.group,
+            equal_rows=self._has_fixed_lengths and not self._has_copies,
             valid=None if valid is None else valid.contiguous(),
             **common,
         )

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from megatron_maxscore.flow import device, sample, solve
 from megatron_maxscore.flow.device import solver as launcher
+from megatron_maxscore.flow.exchange import Exchange
 from tools.workloads import FAMILIES, workload
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -123,6 +124,55 @@ def test_many_units_end_in_rounds_over_all_rows():
     with mock.patch.object(launcher._Launcher, "run", run):
         assert_same(scores, 4)
     assert states[0][launcher.layout.ALL_ROUNDS.value] > 0
+
+
+class Simulated(Exchange):
+    """A rank among others whose scores are known, and who pass the same arguments."""
+
+    def __init__(self, parts, rank):
+        self.parts, self.size, self.rank, self.calls = parts, len(parts), rank, []
+
+    def gather(self, payload, sizes=None, *, phase):
+        self.calls.append(phase)
+        self.rounds += 1
+        return [payload] * self.size
+
+    def gather_tensor(self, own, *, phase):
+        assert torch.equal(own, self.parts[self.rank])
+        self.calls.append(phase)
+        self.rounds += 1
+        return torch.cat(self.parts)
+
+
+@pytest.mark.parametrize("family", ["iid", "40 repeated tokens"])
+def test_ranks_with_equally_many_rows_solve_the_whole(family):
+    work = workload(family, 90, 8, 2)
+    whole = solve(work.scores, 2, mode="bounded", capacity_factor=1.1)
+    parts = list(work.scores.split(30))
+    for rank in (0, 2):
+        exchange = Simulated(parts, rank)
+        found = on_device(parts[rank], 2, group=exchange, equal_rows=True, capacity_factor=1.1)
+        own = slice(30 * rank, 30 * rank + 30)
+        assert torch.equal(found.experts, whole.experts[own])
+        assert torch.equal(found.prices, whole.prices) and found.gap == whole.gap
+        for other in range(3):
+            part = whole.experts[30 * other : 30 * other + 30]
+            assert found.loads[other].tolist() == part.flatten().bincount(minlength=8).tolist()
+        assert exchange.calls == ["arguments", "scores"]
+    # What was compared once is not compared again.
+    warm = dict(prices=whole.prices, group=exchange, equal_rows=True)
+    again = on_device(parts[2], 2, capacity_factor=1.1, **warm)
+    assert exchange.calls[2:] == ["scores"] and again.loads.sum() == 180
+    on_device(parts[2], 2, capacity_factor=1.2, **warm)
+    assert exchange.calls[3:] == ["arguments", "scores"]
+
+
+def test_ranks_that_may_differ_are_solved_on_the_cpu():
+    parts = [torch.randn(10, 4)] * 2
+    with mock.patch.object(device, "solve_bounded", side_effect=AssertionError):
+        on_device(parts[0], 2, group=Simulated(parts, 0))
+        with pytest.raises(AssertionError):
+            on_device(parts[0], 2, group=Simulated(parts, 0), equal_rows=True)
 
 
 def test_scores_that_are_not_finite_count_as_zero():

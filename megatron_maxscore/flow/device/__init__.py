@@ -1,19 +1,28 @@
 """Bounded mode on the device: Triton kernels without a copy to the host.
 
+Ranks that solve one problem gather all scores, in one collective whose size is fixed, and each
+solves the whole: the device has done so sooner than the exchanges of the CPU's solver, which wait
+for the host, could be started.
+
 Nothing here needs Triton to be imported; :mod:`solver` does.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import math
+import weakref
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_maxscore.flow import inputs
+from megatron_maxscore.flow.agreement import ANY_UNIT, Own, agree
+from megatron_maxscore.flow.exchange import Exchange
 from megatron_maxscore.flow.solution import FlowSolution
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,17 +39,23 @@ def is_device(scores: Tensor) -> bool:
 
 
 def can_solve(
-    scores: Tensor, topk: int, num_ranks: int, valid: Tensor | None, fill_padding: bool
+    scores: Tensor,
+    topk: int,
+    num_ranks: int,
+    equal_rows: bool,
+    valid: Tensor | None,
+    fill_padding: bool,
 ) -> bool:
     """Return whether a bounded solve runs in the kernels, which depends on no value.
 
-    Not float64, not several problems or ranks, not rows without experts, not all experts.
+    Not float64, not several problems, not ranks that may have different numbers of rows, not rows
+    without experts, not all experts.
     """
     return (
         is_device(scores)
         and scores.dim() == 2
         and scores.dtype in _DTYPES
-        and num_ranks == 1
+        and (num_ranks == 1 or equal_rows)
         and scores.shape[0] > 0
         and topk < scores.shape[1]
         and (valid is None or fill_padding)
@@ -48,7 +63,11 @@ def can_solve(
 
 
 def capacity_of(
-    scores_TE: Tensor, topk: int, capacity: int | Tensor | None, capacity_factor: float
+    scores_TE: Tensor,
+    topk: int,
+    capacity: int | Tensor | None,
+    capacity_factor: float,
+    num_ranks: int = 1,
 ) -> tuple[Tensor, bool | None]:
     """Return the (E,) int64 capacities on the device, and whether they are tight if that is known.
 
@@ -58,6 +77,7 @@ def capacity_of(
         ValueError: they are out of range, or hold less than the tokens demand.
     """
     tokens, num_experts = scores_TE.shape
+    tokens *= num_ranks
     if isinstance(capacity, Tensor) and capacity.device == scores_TE.device:
         return capacity.to(torch.int64).clamp(max=tokens), None
     if capacity is None:
@@ -82,24 +102,96 @@ def _on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
 def solve_bounded(
     scores_TE: Tensor,
     topk: int,
-    capacity: tuple[Tensor, bool | None],
+    capacity: int | Tensor | None,
+    capacity_factor: float,
     prices: Tensor | None,
     tolerance: float,
+    exchange: Exchange,
 ) -> FlowSolution:
     """Solve in bounded mode; see :func:`solver.solve_bounded`.
 
+    Communicates, with several ranks, one all-gather of the scores; and the first time that ranks
+    come with these arguments, one round in which they compare them.
+
+    Args:
+        scores_TE: (T, E) this rank's; with several ranks all have T rows.
+        topk: K.
+        capacity: as for ``solve``.
+        capacity_factor: as for ``solve``.
+        prices: as for ``solve``; the same on every rank, which is not checked here.
+        tolerance: as for ``solve``.
+        exchange: between the ranks.
+
     Raises:
-        ValueError: ``prices`` has not one entry for each expert.
+        ValueError: ``prices`` has not one entry for each expert, capacities are out of range or too
+            small, or arguments differ between ranks.
     """
+    tokens, num_experts = scores_TE.shape
+    try:
+        capacity_E, is_tight = capacity_of(
+            scores_TE, topk, capacity, capacity_factor, exchange.size
+        )
+        if prices is not None and prices.shape != (num_experts,):
+            raise ValueError(f"prices must be ({num_experts},), got shape {tuple(prices.shape)}")
+    except ValueError as error:
+        agree(exchange, Own.wrong(str(error)))
+        raise  # not reached: agree() raises the same on all ranks
+    if exchange.size > 1:
+        arguments = (topk, num_experts, 1, str(scores_TE.dtype), _comparable(capacity))
+        _agree_once(exchange, tokens, (*arguments, capacity_factor, None, True, tolerance))
     solver: Any = importlib.import_module("megatron_maxscore.flow.device.solver")
-    num_experts = scores_TE.shape[1]
     if prices is None:
         prices = torch.zeros(num_experts, device=scores_TE.device)
-    elif prices.shape != (num_experts,):
-        raise ValueError(f"prices must be ({num_experts},), got shape {tuple(prices.shape)}")
-    capacity_E, is_tight = capacity
     warm_E = prices.detach().to(scores_TE.device, torch.float32)
+    everyone_NE = exchange.gather_tensor(scores_TE.contiguous(), phase="scores")
     solution: FlowSolution = solver.solve_bounded(
-        scores_TE.contiguous(), topk, capacity_E, warm_E, is_tight, tolerance
+        everyone_NE, topk, capacity_E, warm_E, is_tight, tolerance
     )
-    return solution
+    return solution if exchange.size == 1 else _part_of(solution, exchange, tokens)
+
+
+def _part_of(solution: FlowSolution, exchange: Exchange, tokens: int) -> FlowSolution:
+    """Return this rank's experts and every rank's loads of what was solved as a whole."""
+    num_experts = solution.prices.numel()
+    # Counted slot by slot: bincount would ask the device how many there are.
+    slots = solution.experts.reshape(exchange.size, -1)
+    slots = slots + num_experts * torch.arange(exchange.size, device=slots.device)[:, None]
+    loads = torch.zeros(exchange.size * num_experts, dtype=torch.int64, device=slots.device)
+    loads.scatter_add_(0, slots.reshape(-1), torch.ones_like(slots).reshape(-1))
+    first = exchange.rank * tokens
+    return dataclasses.replace(
+        solution,
+        experts=solution.experts[first : first + tokens],
+        loads=loads.reshape(exchange.size, num_experts),
+        rounds=exchange.rounds,
+    )
+
+
+def _comparable(capacity: int | Tensor | None) -> Any:
+    if not isinstance(capacity, Tensor):
+        return capacity
+    # Values on a device are not read.
+    return "on the device" if capacity.is_cuda else tuple(capacity.tolist())
+
+
+# What the ranks of a group have found to be the same on all of them.
+_agreed: weakref.WeakKeyDictionary[Any, set] = weakref.WeakKeyDictionary()
+
+
+def _agree_once(exchange: Exchange, tokens: int, arguments: tuple) -> None:
+    """Compare arguments between the ranks when they come with these for the first time.
+
+    All ranks come with new ones together: what is compared is what would make them differ.
+    """
+    known = _agreed.setdefault(getattr(exchange, "group", exchange), set())
+    if (tokens, arguments) in known:
+        return
+    none_1, any_1 = np.zeros(1), np.full(1, ANY_UNIT)
+    own = Own((*arguments, "bounded", None), "", "", False, np.array([tokens]), none_1, any_1)
+    rows_R = agree(exchange, own).rows_RB[:, 0].tolist()
+    if len(set(rows_R)) > 1:
+        raise ValueError(
+            f"equal_rows=True, but the ranks of the group have {rows_R} rows; pass the same number "
+            "on every rank, or equal_rows=False"
+        )
+    known.add((tokens, arguments))
