@@ -19,7 +19,6 @@ sys.path.insert(0, str(ROOT))
 
 from megatron_maxscore.moe.config import fork_fields  # noqa: E402
 from megatron_maxscore.patch import BEGIN, END, line_hash  # noqa: E402
-from megatron_maxscore.training.arguments import OF_THIS_RUN  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +86,11 @@ def places() -> list[Place]:
             "_set_arg('moe_router_topk', force=True)",
             False,
             4,
-            f"""
-            for name in sorted(vars(checkpoint_args)):
-                if name == "moe_router_type" or (
-                    name.startswith("maxscore_")
-                    and not name.startswith({OF_THIS_RUN!r})
-                ):
-                    _set_arg(name, force=True)
+            """
+            if getattr(checkpoint_args, "moe_router_type", None) is not None:
+                from megatron_maxscore.training.arguments import restore_options
+
+                restore_options(args, checkpoint_args)
             """,
         ),
     ]

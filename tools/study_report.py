@@ -179,7 +179,11 @@ def inference_table(arms: dict[str, Lines]) -> str:
             rules, found = line["evaluation"]["rules"], line["evaluation"]["comparison"]
             price, flow = rules["price"], rules["flow"]
             decoding = line["evaluation"]["decoding"]
-            difference = abs(decoding["loss_one_pass"] - decoding["loss_token_by_token"])
+            parts = ("loss_one_pass", "loss_token_by_token")
+            single, double = (
+                abs(decoding[parts[0] + kind] - decoding[parts[1] + kind])
+                for kind in ("", "_float64")
+            )
             rows.append(
                 [
                     ARMS[name].title,
@@ -190,12 +194,13 @@ def inference_table(arms: dict[str, Lines]) -> str:
                     f"{found['kl']:.4f}",
                     f"{found['top1_agreement']:.1%}",
                     f"{max(price['maxvio']):.3f}",
-                    f"{difference:.0e}",
+                    f"{single:.0e}, {double:.0e}",
                 ]
             )
     headings = [
         "router", "seed", "loss, prices", "loss, flow", "prices cost", "KL, nats",
-        "same likeliest token", "maxvio by prices, worst layer", "token by token differs by",
+        "same likeliest token", "maxvio by prices, worst layer",
+        "token by token differs by, float32 and float64",
     ]  # fmt: skip
     return _markdown(headings, rows)
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.utils import _device as device_contexts
 
 from megatron_maxscore._patches import PatchSet
 
@@ -104,6 +105,9 @@ def answer_factories(patches: PatchSet) -> None:
 
         return factory
 
+    # ``with torch.device(...)`` knows factories by a list that is made once; it has to name the
+    # originals, which the wrappers call.
+    device_contexts._device_constructors()
     for name in _FACTORIES:
         patches.wrap(torch, name, make)
 

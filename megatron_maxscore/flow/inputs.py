@@ -211,11 +211,25 @@ class Rows:
 def _valid_rows(valid: Tensor | None, shape: torch.Size) -> BoolArray | None:
     if valid is None:
         return None
-    if valid.shape != shape or valid.dtype != torch.bool:
+    check_valid(valid, shape)
+    return valid.detach().cpu().numpy().reshape(-1)
+
+
+def check_valid(valid: Tensor | None, shape: torch.Size) -> None:
+    """Raise a ValueError if a mask has another shape or dtype."""
+    if valid is not None and (valid.shape != shape or valid.dtype != torch.bool):
         raise ValueError(
             f"valid must be {tuple(shape)} bool, got {tuple(valid.shape)} {valid.dtype}"
         )
-    return valid.detach().cpu().numpy().reshape(-1)
+
+
+def check_capacity(capacity: Tensor, num_experts: int) -> None:
+    """Raise a ValueError if a tensor of capacities has another shape or dtype."""
+    if capacity.shape != (num_experts,) or capacity.is_floating_point():
+        raise ValueError(
+            f"capacity must be an int or ({num_experts},) int64, got "
+            f"{tuple(capacity.shape)} {capacity.dtype}"
+        )
 
 
 def capacity_of(capacity: int | Tensor | None, num_experts: int) -> IntArray | None:
@@ -223,11 +237,7 @@ def capacity_of(capacity: int | Tensor | None, num_experts: int) -> IntArray | N
     if capacity is None:
         return None
     if isinstance(capacity, Tensor):
-        if capacity.shape != (num_experts,) or capacity.is_floating_point():
-            raise ValueError(
-                f"capacity must be an int or ({num_experts},) int64, got "
-                f"{tuple(capacity.shape)} {capacity.dtype}"
-            )
+        check_capacity(capacity, num_experts)
         capacity_E = capacity.detach().cpu().numpy().astype(np.int64)
     elif not isinstance(capacity, (int, np.integer)):
         raise ValueError(f"capacity must be an int or ({num_experts},) int64, got {capacity}")

@@ -79,8 +79,9 @@ def solve(
         max_rounds: aim at no more collectives, by fewer price passes; an exact solve may still need
             more for its finish. One rank needs none.
         equal_rows: a promise that in every call with this group all ranks have equally many rows.
-            On a device bounded mode needs it to know sizes without asking; it then compares
-            arguments only when they are new, and takes prices to be equal unseen.
+            On a device bounded mode needs it, with ``fill_padding``, to know sizes without asking.
+            Ranks then compare arguments only when they are new and all come with new ones; values
+            of prices, and of capacities on the device, are taken to be equal unseen.
 
     Returns:
         The assignment and its certificate, on the device of ``scores``.
@@ -97,20 +98,14 @@ def solve(
         try:
             inputs.check(detached, topk, capacity_factor, tolerance, mode, max_rounds)
             on_device = mode == "bounded" and device.can_solve(
-                detached, topk, exchange.size, equal_rows, valid, fill_padding
+                detached, topk, exchange.size, equal_rows, valid is not None, fill_padding
             )
         except (ValueError, TypeError) as error:
             agree(exchange, Own.wrong(str(error)))
             raise  # not reached: agree() raises the same on all ranks
         if on_device:
             return device.solve_bounded(
-                detached if valid is None else detached.masked_fill(~valid[:, None], 0.0),
-                topk,
-                capacity,
-                capacity_factor,
-                prices,
-                tolerance,
-                exchange,
+                detached, topk, capacity, capacity_factor, prices, tolerance, valid, exchange
             )
         try:
             rows = Rows.of(detached, valid, fill_padding)

@@ -17,17 +17,26 @@ class Decoder:
     """Feeds tokens to a model bit by bit and keeps what attention needs of them.
 
     Under price routing each token is routed on its own, so the logits are those of one pass over
-    all tokens.
+    all tokens. With several ranks all of them feed the same tokens.
 
     Args:
         trained: the model.
         batch_size: B.
         max_length: tokens per sequence that fit.
+
+    Raises:
+        ValueError: the model is split into pipeline stages.
     """
 
     def __init__(self, trained: TrainedModel, batch_size: int, max_length: int) -> None:
         from megatron.core.inference.contexts import StaticInferenceContext
 
+        stages = trained.args.pipeline_model_parallel_size
+        if stages > 1:
+            raise ValueError(
+                "decoding needs the whole model on a rank; restore it with "
+                f"--pipeline-model-parallel-size 1 instead of {stages}"
+            )
         self.trained = trained
         self.length = 0
         self.max_length = max_length
@@ -42,12 +51,17 @@ class Decoder:
             tokens_BS: (B, S) int64; S > 1 at first only.
 
         Returns:
-            (B, V) float32 logits of what follows the last of them.
+            (B, V) logits, in float32 at least, of what follows the last of them.
 
         Raises:
-            ValueError: they do not fit.
+            ValueError: they do not fit, or are several after the first call.
         """
         count = tokens_BS.shape[1]
+        if self.length and count > 1:
+            raise ValueError(
+                f"{count} tokens at once, after {self.length}, would see each other; feed them one "
+                "by one"
+            )
         if self.length + count > self.max_length:
             raise ValueError(
                 f"{self.length + count} tokens do not fit into {self.max_length}; build the "
@@ -66,7 +80,7 @@ class Decoder:
             )
         self._context.sequence_len_offset += count
         self.length += count
-        return logits[:, -1, : self.trained.tokenizer.vocab_size].float()
+        return self.trained.wide(logits[:, -1])
 
 
 def sample(

@@ -8,6 +8,7 @@ builder lives in the launch script of their tree.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.util
 import io
@@ -23,12 +24,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_maxscore._patches import PatchSet
+
 # What a machine without Transformer Engine needs.
 WITHOUT_TRANSFORMER_ENGINE = (
     "--transformer-impl local --no-persist-layer-norm --no-bias-swiglu-fusion --no-rope-fusion "
     "--no-masked-softmax-fusion --no-gradient-accumulation-fusion"
 ).split()
 _LATEST = "latest_checkpointed_iteration.txt"
+# Arguments that change what a model computes and that Megatron does not restore. What is not at its
+# default was asked for and stays.
+FURTHER = (
+    "norm_epsilon", "qk_layernorm", "moe_router_dtype", "moe_router_load_balancing_type",
+    "moe_expert_capacity_factor", "moe_token_drop_policy", "moe_apply_probs_on_input",
+    "use_rope_scaling", "rope_scaling_factor", "attention_softmax_in_fp32",
+    "apply_residual_connection_post_layernorm", "window_size", "softmax_type", "glu_linear_offset",
+    "activation_func_clamp_value", "moe_shared_expert_gate", "multi_latent_attention", "bf16",
+    "fp16",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,7 +59,7 @@ class TrainedModel:
     args: Any
 
     def logits(self, tokens_BS: Tensor) -> Tensor:
-        """Return the (B, S, V) float32 logits of whole sequences.
+        """Return the (B, S, V) logits of whole sequences, in float32 at least.
 
         Args:
             tokens_BS: (B, S) int64 on any device. Under price routing padding on the right
@@ -57,7 +70,12 @@ class TrainedModel:
         positions_BS = torch.arange(tokens_BS.shape[1], device=device).expand_as(tokens_BS)
         with torch.no_grad():
             logits = self.model(tokens_BS, positions_BS, None, runtime_gather_output=True)
-        return logits[..., : self.tokenizer.vocab_size].float()
+        return self.wide(logits)
+
+    def wide(self, logits: Tensor) -> Tensor:
+        """Return logits without those that pad the vocabulary, in float32 at least."""
+        logits = logits[..., : self.tokenizer.vocab_size]
+        return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def restore(
@@ -70,9 +88,10 @@ def restore(
     groups are global.
 
     Args:
-        checkpoint: directory that ``--save`` wrote. The model's shape and our options come from it;
-            a tokenizer too, unless ``--tokenizer-model`` names one. None: ``arguments`` say
-            everything, ``--load`` included.
+        checkpoint: directory that ``--save`` wrote. The model's shape and our options come from it,
+            as far as Megatron's ``--use-checkpoint-args`` goes, and :data:`FURTHER`; a tokenizer
+            too, unless ``--tokenizer-model`` names one. None: ``arguments`` say everything,
+            ``--load`` included.
         arguments: further arguments of Megatron's, such as parallel sizes.
         verbose: show what Megatron says while it starts; otherwise only when it fails.
 
@@ -91,13 +110,15 @@ def restore(
                 f"{checkpoint} holds no checkpoint: {_LATEST} is missing; give the directory that "
                 "--save wrote"
             )
-        command += ["--load", str(checkpoint), "--use-checkpoint-args"]
-        if "--tokenizer-model" in command:
+        given = {word.partition("=")[0] for word in command}
+        if "--tokenizer-model" in given:
             command.append("--no-use-tokenizer-model-from-checkpoint-args")
-        if "--micro-batch-size" not in command:
+        if "--micro-batch-size" not in given:
             command += ["--micro-batch-size", "1"]
+        command += ["--load", str(checkpoint), "--use-checkpoint-args"]
     if importlib.util.find_spec("transformer_engine") is None:
-        command += [flag for flag in WITHOUT_TRANSFORMER_ENGINE if flag not in command]
+        # First, so that what is given counts.
+        command = [*WITHOUT_TRANSFORMER_ENGINE, *command]
     command += ["--no-load-optim", "--no-load-rng", "--exit-on-missing-checkpoint"]
     _become_a_rank()
     argv, sys.argv = sys.argv, ["megatron_maxscore", *command]
@@ -143,6 +164,32 @@ def _become_a_rank() -> None:
     )
 
 
+def _parsed(parse: Any) -> Any:
+    """Parse arguments; with ``--use-checkpoint-args`` restore :data:`FURTHER` too."""
+    from megatron.training import arguments, checkpointing
+
+    defaults = arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    during = PatchSet("arguments of a checkpoint")
+
+    def with_further(original: Any) -> Any:
+        def load_args_from_checkpoint(args: Any, *rest: Any, **kwargs: Any) -> Any:
+            result = original(args, *rest, **kwargs)
+            if isinstance(result, tuple):
+                for name in FURTHER:
+                    is_default = getattr(args, name, None) == defaults.get_default(name)
+                    if hasattr(args, name) and hasattr(result[1], name) and is_default:
+                        setattr(args, name, getattr(result[1], name))
+            return result
+
+        return load_args_from_checkpoint
+
+    during.wrap(checkpointing, "load_args_from_checkpoint", with_further)
+    try:
+        return parse()
+    finally:
+        during.undo()
+
+
 def _build() -> TrainedModel:
     from megatron.training import argument_utils
 
@@ -157,7 +204,7 @@ def _build() -> TrainedModel:
     from megatron.training.global_vars import get_tokenizer
     from megatron.training.initialize import initialize_megatron
 
-    args = parse_and_validate_args()
+    args = _parsed(parse_and_validate_args)
     model_path = getattr(args, "tokenizer_model", None)
     if model_path is not None and not os.path.exists(model_path):
         raise ValueError(

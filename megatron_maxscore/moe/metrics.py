@@ -95,7 +95,8 @@ def measured(
     best = best_TK.sum(1).where(counts_T, 0.0).sum()
     loads_E = solution.loads.reshape(-1, solution.loads.shape[-1]).sum(0).double()
     loads_E = loads_E / loads_E.mean().clamp(min=1e-30)
-    low, high = torch.quantile(loads_E, loads_E.new_tensor([0.05, 0.95]))
+    # Numbers and not a tensor of both, whose copy to the device would be waited for.
+    low, high = (torch.quantile(loads_E, share) for share in (0.05, 0.95))
     prices = solution.prices.reshape(-1, solution.prices.shape[-1])
     return {
         "objective": objective / num_tokens,

@@ -9,6 +9,7 @@ Shape letters: T tokens of this rank, E experts, K experts per token.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -55,6 +56,39 @@ class SolveStatistics:
     seconds: float = 0.0
     largest_gap: float | Tensor = 0.0
     bad_tokens: int | Tensor = 0
+
+    def see_gap(self, gap: Tensor) -> None:
+        """Take a solve's gap into account; in place, since a captured graph keeps the place."""
+        if not is_device(gap):
+            self.largest_gap = max(float(self.largest_gap), float(gap))
+        elif isinstance(self.largest_gap, Tensor):
+            torch.maximum(self.largest_gap, gap, out=self.largest_gap)
+        else:
+            self.largest_gap = gap.clamp(min=self.largest_gap)
+
+    def see_bad(self, count: Tensor) -> None:
+        """Add a number of bad tokens, likewise."""
+        if not is_device(count):
+            self.bad_tokens += int(count)
+        elif isinstance(self.bad_tokens, Tensor):
+            self.bad_tokens.add_(count)
+        else:
+            self.bad_tokens = count + self.bad_tokens
+
+    def forget_solves(self) -> None:
+        """Begin to count solves anew."""
+        self.solves, self.seconds = 0, 0.0
+        if isinstance(self.largest_gap, Tensor):
+            self.largest_gap.zero_()
+        else:
+            self.largest_gap = 0.0
+
+    def forget_bad(self) -> None:
+        """Begin to count bad tokens anew."""
+        if isinstance(self.bad_tokens, Tensor):
+            self.bad_tokens.zero_()
+        else:
+            self.bad_tokens = 0
 
 
 def _with_pre_softmax(config: Any) -> Any:
@@ -221,8 +255,7 @@ class MaxScoreRouter(TopKRouter):
             bad_T = ~finite.all(-1).reshape(-1)
             if self._padding is not None:
                 bad_T = bad_T & ~self._padding
-            count = bad_T.sum()
-            self.statistics.bad_tokens += count if is_device(count) else int(count)
+            self.statistics.see_bad(bad_T.sum())
         return torch.where(finite, logits, 0.0)
 
     def _select(self, scores_TE: Tensor, replay: Any) -> tuple[Tensor, Tensor]:
@@ -257,9 +290,7 @@ class MaxScoreRouter(TopKRouter):
     def _shaped(self, gates_TK: Tensor) -> Tensor:
         """Return the chosen experts' gates, annealed and normalised if that is asked for."""
         if self.options.anneal_steps:
-            source = recording.iteration_source
-            step = self._batches if source is None else source() - 1
-            factor = max(4.0 - 3.0 * step / self.options.anneal_steps, 1.0)
+            factor = max(4.0 - 3.0 * self._step() / self.options.anneal_steps, 1.0)
             is_largest_TK = torch.zeros_like(gates_TK, dtype=torch.bool).scatter_(
                 1, gates_TK.detach().argmax(1, keepdim=True), True
             )
@@ -268,6 +299,16 @@ class MaxScoreRouter(TopKRouter):
             tiny = torch.finfo(gates_TK.dtype).tiny
             gates_TK = gates_TK / gates_TK.sum(1, keepdim=True).clamp(min=tiny)
         return gates_TK
+
+    def _step(self) -> float:
+        """Return how many optimizer steps were taken before this one.
+
+        Without Megatron's training loop nobody keeps count but this router, since it was built; in
+        evaluation it then counts as trained to the end.
+        """
+        if recording.iteration_source is not None:
+            return recording.iteration_source() - 1
+        return self._batches if self.training else math.inf
 
     def _recompute_pass(self) -> str | None:
         """Return "first" or "again" inside activation recomputation, else None."""
@@ -316,17 +357,14 @@ class MaxScoreRouter(TopKRouter):
             )  # fmt: skip
         started = time.perf_counter()
         routed, solution = self.scope.solve(
-            scores_TE, self._batch_size, self.topk, self.expert_prices, valid_T
+            scores_TE, self._batch_size, self.topk, self.expert_prices, valid_T, self.training
         )
         if self.training:
             seconds = time.perf_counter() - started
             metrics.record(self, scores_TE, routed.experts_TK, valid_T, solution, seconds)
             self.statistics.seconds += seconds
             self.statistics.solves += 1
-            gap, before = solution.gap.max(), self.statistics.largest_gap
-            self.statistics.largest_gap = (
-                gap.clamp(min=before) if is_device(gap) else max(float(before), float(gap))
-            )
+            self.statistics.see_gap(solution.gap.max())
             self.price_sum += solution.prices.reshape(-1, self.price_sum.numel()).mean(0)
             self.price_count += 1
         return routed

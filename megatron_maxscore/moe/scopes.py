@@ -96,7 +96,13 @@ class Scope:
                 self._place_R = [ranks.index(rank) for rank in others]
 
     def solve(
-        self, scores_TE: Tensor, batch_size: int, topk: int, prices: Tensor, valid_T: Tensor | None
+        self,
+        scores_TE: Tensor,
+        batch_size: int,
+        topk: int,
+        prices: Tensor,
+        valid_T: Tensor | None,
+        is_training: bool,
     ) -> tuple[Routed, FlowSolution]:
         """Assign this rank's tokens; every rank of the scope's group must call it.
 
@@ -106,6 +112,7 @@ class Scope:
             topk: K.
             prices: (E,) warm start, the same on all ranks.
             valid_T: (T,) bool, False = padding, which gets experts too.
+            is_training: outside of it lengths may differ whatever the configuration says.
         """
         options = self.options
         common: dict[str, Any] = dict(
@@ -117,7 +124,7 @@ class Scope:
                 num_tokens, topk, num_experts, self.rank, options.capacity_factor
             )
             solution = solve(scores_TE, topk, capacity=capacity_E, valid=valid_T, **common)
-            return Routed(solution.experts, None, self._may_be_static), solution
+            return Routed(solution.experts, None, self._may_be_static and is_training), solution
         own = self._primary == self.group.rank()
         scores, valid = scores_TE, valid_T
         if options.scope == "sequence":
@@ -131,7 +138,7 @@ class Scope:
             topk,
             capacity_factor=options.capacity_factor,
             group=self.group,
-            equal_rows=self._has_fixed_lengths and not self._has_copies,
+            equal_rows=self._has_fixed_lengths and is_training and not self._has_copies,
             valid=None if valid is None else valid.contiguous(),
             **common,
         )
@@ -143,7 +150,7 @@ class Scope:
         return Routed(
             experts_TK,
             self._loads(solution),
-            self._is_static(num_tokens // batch_size, topk, num_experts),
+            is_training and self._is_static(num_tokens // batch_size, topk, num_experts),
         ), solution
 
     def _is_static(self, length: int, topk: int, num_experts: int) -> bool:

@@ -64,7 +64,7 @@ def raise_on_bad_scores(routers: Sequence[MaxScoreRouter], iteration: int) -> No
         everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, own)
     for router in routers:
-        router.statistics.bad_tokens = 0
+        router.statistics.forget_bad()
     where = "; ".join(
         f"layer {layer} on rank {rank}: {count} tokens"
         for rank, found in enumerate(everyone)

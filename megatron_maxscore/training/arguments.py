@@ -7,11 +7,15 @@ import os
 from typing import Any
 
 from megatron_maxscore._patches import PatchSet
-from megatron_maxscore.moe.config import MaxScoreConfig, check_transformer_config
+from megatron_maxscore.moe.config import (
+    MaxScoreConfig,
+    check_transformer_config,
+    config_fields,
+)
 from megatron_maxscore.releases import names_bound_early
 
-# What a run writes is not restored from the checkpoint of another.
-OF_THIS_RUN = ("maxscore_stats_", "maxscore_record_", "maxscore_export_")
+# What a run writes, and how it evaluates, is not restored from the checkpoint of another.
+OF_THIS_RUN = ("maxscore_stats_", "maxscore_record_", "maxscore_export_", "maxscore_eval_")
 
 
 def hook(patches: PatchSet) -> None:
@@ -107,20 +111,32 @@ def _is_number(text: str) -> bool:
     return True
 
 
+def restore_options(args: Any, saved: Any) -> None:
+    """Take the router type and our options from a checkpoint's arguments.
+
+    What is not at its default stays, since it was asked for. A patched fork calls this from its
+    ``load_args_from_checkpoint``.
+
+    Args:
+        args: parsed arguments, changed in place.
+        saved: those in the checkpoint.
+    """
+    for name, field in config_fields().items():
+        if hasattr(saved, name) and not name.startswith(OF_THIS_RUN):
+            if getattr(args, name, field.default) == field.default:
+                setattr(args, name, getattr(saved, name))
+    if args.moe_router_type == "maxscore" == getattr(saved, "moe_router_type", None):
+        # Megatron restores it only where the default is None, which it is not.
+        args.moe_token_dispatcher_type = saved.moe_token_dispatcher_type
+
+
 def _with_router_type(original: Any) -> Any:
     """Let ``--use-checkpoint-args`` restore the router type and our options."""
 
     def load_args_from_checkpoint(args: Any, *rest: Any, **kwargs: Any) -> Any:
         result = original(args, *rest, **kwargs)
-        saved = result[1] if isinstance(result, tuple) else None
-        for name, value in vars(saved).items() if saved is not None else ():
-            if name == "moe_router_type" or (
-                name.startswith("maxscore_") and not name.startswith(OF_THIS_RUN)
-            ):
-                setattr(args, name, value)
-        if getattr(saved, "moe_router_type", None) == "maxscore":
-            # Megatron restores it only where the default is None, which it is not.
-            args.moe_token_dispatcher_type = saved.moe_token_dispatcher_type
+        if isinstance(result, tuple):
+            restore_options(args, result[1])
         return result
 
     return load_args_from_checkpoint

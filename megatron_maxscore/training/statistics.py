@@ -129,7 +129,7 @@ class _Watch:
         solves = sum(s.solves for s in statistics)
         gap = max((float(s.largest_gap) for s in statistics), default=0.0)
         for s in statistics:
-            s.seconds, s.solves, s.largest_gap = 0.0, 0, 0.0
+            s.forget_solves()
         counts = torch.cat([self.loads_LE.flatten(), self.expected_L, torch.tensor([solves])])
         sums = torch.tensor([seconds, step_seconds], dtype=torch.float64)
         maxima = torch.cat([self.maxvio_L, torch.tensor([gap], dtype=torch.float64)])

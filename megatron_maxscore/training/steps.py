@@ -30,8 +30,11 @@ def _iteration() -> int:
     from megatron.training import get_args
 
     args = get_args()
-    # The loop sets the former; evaluation without training only what the checkpoint says.
-    return int(getattr(args, "curr_iteration", None) or getattr(args, "iteration", None) or 0) + 1
+    current = getattr(args, "curr_iteration", None)
+    if current is not None:
+        return int(current) + 1
+    # Without the loop: the last one that the checkpoint has seen.
+    return max(1, int(getattr(args, "iteration", None) or 0))
 
 
 def _ending_batch(original: Any) -> Any:

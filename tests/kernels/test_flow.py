@@ -151,7 +151,8 @@ def test_ranks_with_equally_many_rows_solve_the_whole(family):
     parts = list(work.scores.split(30))
     for rank in (0, 2):
         exchange = Simulated(parts, rank)
-        found = on_device(parts[rank], 2, group=exchange, equal_rows=True, capacity_factor=1.1)
+        known = dict(group=exchange, equal_rows=True, fill_padding=True)
+        found = on_device(parts[rank], 2, capacity_factor=1.1, **known)
         own = slice(30 * rank, 30 * rank + 30)
         assert torch.equal(found.experts, whole.experts[own])
         assert torch.equal(found.prices, whole.prices) and found.gap == whole.gap
@@ -160,19 +161,29 @@ def test_ranks_with_equally_many_rows_solve_the_whole(family):
             assert found.loads[other].tolist() == part.flatten().bincount(minlength=8).tolist()
         assert exchange.calls == ["arguments", "scores"]
     # What was compared once is not compared again.
-    warm = dict(prices=whole.prices, group=exchange, equal_rows=True)
-    again = on_device(parts[2], 2, capacity_factor=1.1, **warm)
-    assert exchange.calls[2:] == ["scores"] and again.loads.sum() == 180
-    on_device(parts[2], 2, capacity_factor=1.2, **warm)
-    assert exchange.calls[3:] == ["arguments", "scores"]
+    again = on_device(parts[2], 2, capacity_factor=1.1, **known)
+    assert exchange.calls[2:] == ["scores"] and torch.equal(again.experts, found.experts)
+    assert again.experts.untyped_storage().nbytes() == again.experts.nbytes, "others' are kept"
+    known["prices"] = torch.stack([whole.prices] * 2, 1)[:, 1]  # not contiguous
+    mask = torch.ones(30, dtype=torch.bool)
+    warm = on_device(parts[2], 2, capacity_factor=1.1, valid=mask, **known)
+    expected = solve(
+        work.scores, 2, mode="bounded", capacity_factor=1.1, prices=whole.prices.contiguous()
+    )
+    assert torch.equal(warm.experts, expected.experts[60:])
+    assert exchange.calls[3:] == ["arguments", "scores"], "with prices, new"
+    with pytest.raises(ValueError, match="valid must be"):
+        on_device(parts[2], 2, capacity_factor=1.1, valid=mask[:1], **known)
 
 
 def test_ranks_that_may_differ_are_solved_on_the_cpu():
     parts = [torch.randn(10, 4)] * 2
     with mock.patch.object(device, "solve_bounded", side_effect=AssertionError):
-        on_device(parts[0], 2, group=Simulated(parts, 0))
+        on_device(parts[0], 2, group=Simulated(parts, 0), fill_padding=True)
+        # Another rank may have a mask, for which the kernels have no rows without experts.
+        on_device(parts[0], 2, group=Simulated(parts, 0), equal_rows=True)
         with pytest.raises(AssertionError):
-            on_device(parts[0], 2, group=Simulated(parts, 0), equal_rows=True)
+            on_device(parts[0], 2, group=Simulated(parts, 0), equal_rows=True, fill_padding=True)
 
 
 def test_scores_that_are_not_finite_count_as_zero():
@@ -202,6 +213,12 @@ def test_capacities_are_checked():
         on_device(scores, 2, capacity=4)
     with pytest.raises(ValueError, match=r"prices must be \(4,\)"):
         on_device(scores, 2, prices=torch.zeros(5))
+    # On the device their shape is checked here, their values there.
+    with pytest.raises(ValueError, match=r"capacity must be an int or \(4,\) int64"):
+        on_device(scores, 2, capacity=torch.tensor([20]))
+    for values in ([4, 4, 4, 4], [30, 30, -1, 30]):
+        with pytest.raises(RuntimeError, match="capacity holds less"):
+            on_device(scores, 2, capacity=torch.tensor(values))
 
 
 class Waits(TorchDispatchMode):

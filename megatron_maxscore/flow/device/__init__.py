@@ -43,13 +43,14 @@ def can_solve(
     topk: int,
     num_ranks: int,
     equal_rows: bool,
-    valid: Tensor | None,
+    has_mask: bool,
     fill_padding: bool,
 ) -> bool:
     """Return whether a bounded solve runs in the kernels, which depends on no value.
 
     Not float64, not several problems, not ranks that may have different numbers of rows, not rows
-    without experts, not all experts.
+    without experts, not all experts. Ranks of a group decide alike: what only some of them may
+    have, a mask, does not count there.
     """
     return (
         is_device(scores)
@@ -58,7 +59,7 @@ def can_solve(
         and (num_ranks == 1 or equal_rows)
         and scores.shape[0] > 0
         and topk < scores.shape[1]
-        and (valid is None or fill_padding)
+        and (fill_padding or not (has_mask or num_ranks > 1))
     )
 
 
@@ -71,15 +72,20 @@ def capacity_of(
 ) -> tuple[Tensor, bool | None]:
     """Return the (E,) int64 capacities on the device, and whether they are tight if that is known.
 
-    Those that are on the host are checked, and copied once for each set of values.
+    Those that are on the host are checked, and copied once for each set of values. Those on the
+    device are checked there: should they hold too little, CUDA reports a device-side assertion.
 
     Raises:
         ValueError: they are out of range, or hold less than the tokens demand.
     """
     tokens, num_experts = scores_TE.shape
     tokens *= num_ranks
-    if isinstance(capacity, Tensor) and capacity.device == scores_TE.device:
-        return capacity.to(torch.int64).clamp(max=tokens), None
+    if isinstance(capacity, Tensor) and is_device(capacity):
+        inputs.check_capacity(capacity, num_experts)
+        capacity_E = capacity.to(scores_TE.device, torch.int64).clamp(max=tokens)
+        enough = (capacity_E.amin() >= 0) & (capacity_E.sum() >= tokens * topk)
+        torch._assert_async(enough, "capacity holds less than the tokens demand")
+        return capacity_E.contiguous(), None
     if capacity is None:
         capacity = math.ceil(tokens * topk * capacity_factor / num_experts)
     values_E = inputs.capacity_of(capacity, num_experts)
@@ -94,7 +100,7 @@ def capacity_of(
     return _on_device(values, scores_TE.device), supply == demand
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache  # a captured graph may go on reading what it has seen
 def _on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device=device)
 
@@ -106,12 +112,14 @@ def solve_bounded(
     capacity_factor: float,
     prices: Tensor | None,
     tolerance: float,
+    valid_T: Tensor | None,
     exchange: Exchange,
 ) -> FlowSolution:
     """Solve in bounded mode; see :func:`solver.solve_bounded`.
 
     Communicates, with several ranks, one all-gather of the scores; and the first time that ranks
-    come with these arguments, one round in which they compare them.
+    come with these arguments, one round in which they compare them. From then on ranks take each
+    other's arguments for granted: one that comes with others alone makes the collectives differ.
 
     Args:
         scores_TE: (T, E) this rank's; with several ranks all have T rows.
@@ -120,11 +128,12 @@ def solve_bounded(
         capacity_factor: as for ``solve``.
         prices: as for ``solve``; the same on every rank, which is not checked here.
         tolerance: as for ``solve``.
+        valid_T: (T,) bool, False = padding, which gets experts too.
         exchange: between the ranks.
 
     Raises:
-        ValueError: ``prices`` has not one entry for each expert, capacities are out of range or too
-            small, or arguments differ between ranks.
+        ValueError: ``prices`` or ``valid`` have another shape, capacities are out of range or too
+            small, or arguments differ between ranks when they are compared.
     """
     tokens, num_experts = scores_TE.shape
     try:
@@ -133,16 +142,21 @@ def solve_bounded(
         )
         if prices is not None and prices.shape != (num_experts,):
             raise ValueError(f"prices must be ({num_experts},), got shape {tuple(prices.shape)}")
+        inputs.check_valid(valid_T, scores_TE.shape[:1])
     except ValueError as error:
         agree(exchange, Own.wrong(str(error)))
         raise  # not reached: agree() raises the same on all ranks
     if exchange.size > 1:
-        arguments = (topk, num_experts, 1, str(scores_TE.dtype), _comparable(capacity))
-        _agree_once(exchange, tokens, (*arguments, capacity_factor, None, True, tolerance))
+        has_prices = "none" if prices is None else "some"
+        dtype = str(scores_TE.dtype).removeprefix("torch.")
+        arguments = (topk, num_experts, 1, dtype, _comparable(capacity), capacity_factor)
+        _agree_once(exchange, tokens, (*arguments, has_prices, True, tolerance))
+    if valid_T is not None:
+        scores_TE = scores_TE.masked_fill(~valid_T.to(scores_TE.device)[:, None], 0.0)
     solver: Any = importlib.import_module("megatron_maxscore.flow.device.solver")
     if prices is None:
         prices = torch.zeros(num_experts, device=scores_TE.device)
-    warm_E = prices.detach().to(scores_TE.device, torch.float32)
+    warm_E = prices.detach().to(scores_TE.device, torch.float32).contiguous()
     everyone_NE = exchange.gather_tensor(scores_TE.contiguous(), phase="scores")
     solution: FlowSolution = solver.solve_bounded(
         everyone_NE, topk, capacity_E, warm_E, is_tight, tolerance
@@ -161,7 +175,8 @@ def _part_of(solution: FlowSolution, exchange: Exchange, tokens: int) -> FlowSol
     first = exchange.rank * tokens
     return dataclasses.replace(
         solution,
-        experts=solution.experts[first : first + tokens],
+        # A copy: a view would keep all ranks' experts for the backward pass.
+        experts=solution.experts[first : first + tokens].clone(),
         loads=loads.reshape(exchange.size, num_experts),
         rounds=exchange.rounds,
     )

@@ -1,0 +1,82 @@
+"""Sample text from a trained checkpoint, token by token with a key-value cache.
+
+    python tools/generate.py --checkpoint runs/model --prompt "def main("
+    python tools/generate.py --checkpoint runs/model --temperature 0 --tokens 50
+
+MaxScore routes each token by its scores and the learned prices, so the text does not depend on what
+else is generated. Works on CPU. Where the checkpoint's tokenizer has moved, name it:
+``-- --tokenizer-model tokenizer.model``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from megatron_maxscore.inference import TrainedModel, restore, sample  # noqa: E402
+
+# What a half-read character looks like; it waits for its other bytes.
+_INCOMPLETE = "\ufffd"
+
+
+def write(trained: TrainedModel, prompt: str, arguments: argparse.Namespace, seed: int) -> int:
+    """Print a prompt and its continuation as it comes; return how many tokens came."""
+    tokenizer = trained.tokenizer
+    # Without a prompt a document begins.
+    ids = list(tokenizer.tokenize(prompt)) if prompt else [tokenizer.eod]
+    generator = torch.Generator().manual_seed(seed)
+    shown, count = len(tokenizer.detokenize(ids)) if prompt else 0, 0
+    print(prompt, end="", flush=True)
+    start = ids if prompt else []
+    new: list[int] = []
+    for token in sample(
+        trained, ids, arguments.tokens, arguments.temperature, arguments.top_p, generator
+    ):
+        new.append(token)
+        count += 1
+        text = tokenizer.detokenize([*start, *new])
+        if not text.endswith(_INCOMPLETE):
+            print(text[shown:], end="", flush=True)
+            shown = len(text)
+    print(flush=True)
+    return count
+
+
+def main() -> int:
+    """Restore a checkpoint and sample from it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", required=True, help="directory that --save wrote")
+    parser.add_argument("--prompt", default="", help="text to continue (default: a new document)")
+    parser.add_argument("--tokens", type=int, default=100, help="at most (default: 100)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest")
+    parser.add_argument("--top-p", type=float, default=0.95, help="share of probability kept")
+    parser.add_argument("--samples", type=int, default=1, help="how many texts (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first sample")
+    parser.add_argument("megatron", nargs="*", help="further arguments of Megatron's, after --")
+    arguments = parser.parse_args()
+    try:
+        trained = restore(arguments.checkpoint, arguments.megatron)
+        for index in range(arguments.samples):
+            if index:
+                print("-" * 40)
+            write(trained, arguments.prompt, arguments, arguments.seed + index)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,104 @@
+"""Zero-shot evaluation of a checkpoint with EleutherAI's lm-evaluation-harness.
+
+    pip install lm_eval
+    python tools/harness.py --checkpoint runs/model --tasks paper
+    python tools/harness.py --checkpoint runs/model --tasks my_task --include tasks/
+
+``paper`` stands for the ten benchmarks of the MaxScore paper: ARC-Challenge, ARC-Easy, BoolQ,
+HellaSwag, LAMBADA, PIQA, RACE, SciQ, ReCoRD, OpenBookQA. The harness downloads their data the first
+time, under their own licences. Own tasks are YAML files in the harness's format, in --include.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+PAPER = (
+    "arc_challenge", "arc_easy", "boolq", "hellaswag", "lambada_openai", "piqa", "race", "sciq",
+    "record", "openbookqa",
+)  # fmt: skip
+
+
+def table_of(results: dict[str, Any]) -> Table:
+    """Return the table of every task's metrics."""
+    table = Table("task", "metric", "value", "standard error", title="lm-evaluation-harness")
+    for task, metrics in sorted(results.items()):
+        for name, value in metrics.items():
+            metric, _, kind = name.partition(",")
+            if not isinstance(value, float) or metric.endswith("_stderr"):
+                continue
+            error = metrics.get(f"{metric}_stderr,{kind}")
+            shown = f"{error:.4f}" if isinstance(error, float) else "-"
+            table.add_row(task, metric, f"{value:.4f}", shown)
+    return table
+
+
+def main() -> int:
+    """Restore a checkpoint and let the harness evaluate it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", required=True, help="directory that --save wrote")
+    parser.add_argument("--tasks", nargs="+", required=True, help="names, or paper")
+    parser.add_argument("--include", help="directory with further tasks")
+    parser.add_argument("--limit", type=int, help="items of each task at most")
+    parser.add_argument("--fewshot", type=int, default=0, help="examples (default: 0)")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("megatron", nargs="*", help="further arguments of Megatron's, after --")
+    arguments = parser.parse_args()
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+
+        from megatron_maxscore.inference.harness import MaxScoreLM
+    except ImportError as error:
+        print(f"error: {error}; pip install lm_eval", file=sys.stderr)
+        return 2
+    from megatron_maxscore.inference import restore
+
+    tasks = [name for task in arguments.tasks for name in (PAPER if task == "paper" else (task,))]
+    manager = TaskManager(include_path=arguments.include)
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        print(
+            f"error: the harness knows no task {', '.join(unknown)}; lm_eval ls tasks lists them, "
+            "--include adds a directory",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        trained = restore(arguments.checkpoint, arguments.megatron)
+        found = simple_evaluate(
+            model=MaxScoreLM(trained, arguments.batch_size),
+            tasks=tasks,
+            num_fewshot=arguments.fewshot,
+            limit=arguments.limit,
+            task_manager=manager,
+            bootstrap_iters=1000,
+        )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    Console(width=None if sys.stdout.isatty() else 100).print(table_of(found["results"]))
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(found["results"], indent=2, default=str))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
