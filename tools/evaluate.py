@@ -255,9 +255,7 @@ def main() -> int:
     )
     parser.add_argument("--checkpoint", help="directory that --save wrote")
     parser.add_argument("--data", required=True, help="a data set's path without its ending")
-    parser.add_argument(
-        "--sequences", type=int, help="evaluate so many, evenly spaced (default: all)"
-    )
+    parser.add_argument("--sequences", type=int, help="so many, evenly spaced (default: all)")
     parser.add_argument("--decode", type=int, default=4, metavar="N", help="default: 4")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("megatron", nargs="*", help="further arguments of Megatron's, after --")

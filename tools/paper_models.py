@@ -89,12 +89,8 @@ def build(flags: list[str]) -> dict[str, Any]:
     # in the embedding costs none. Attention looks at half of the sequence on average.
     attention = args.num_layers * args.hidden_size * args.seq_length
     flops = 6 * (used - counts["embedding"]) + 3 * 2 * attention
-    return {
-        **counts,
-        "used": used,
-        "flops": flops,
-        "type": type(model.decoder.layers[0].mlp.router).__name__,
-    }
+    router = type(model.decoder.layers[0].mlp.router).__name__
+    return {**counts, "used": used, "flops": flops, "router": router}
 
 
 def main() -> int:
@@ -120,7 +116,7 @@ def main() -> int:
     )  # fmt: skip
     for (size, router), counts in found.items():
         table.add_row(
-            size, router, counts["type"], f"{counts['used'] / 1e6:,.1f} M",
+            size, router, counts["router"], f"{counts['used'] / 1e6:,.1f} M",
             f"{counts['used'] / SIZES[size]:.1%}", f"{counts['all'] / 1e6:,.0f} M",
             f"{counts['routers'] / 1e6:.2f} M", f"{counts['flops'] / 1e6:,.0f}",
         )  # fmt: skip

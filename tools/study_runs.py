@@ -203,8 +203,9 @@ def summary(run: Run, directory: Path, seconds: float) -> dict[str, Any]:
         "evaluation": json.loads((directory / "evaluation.json").read_text()),
     }
     if run.seed == 1:
+        segments = min(SEGMENTS, len(ordered))
         relative = loads_ILE / loads_ILE.mean(2, keepdims=True).clip(1e-9)
-        parts = [part.mean(0).round(3).tolist() for part in np.array_split(relative, SEGMENTS)]
+        parts = [part.mean(0).round(3).tolist() for part in np.array_split(relative, segments)]
         line["load_map"] = parts
     return line
 

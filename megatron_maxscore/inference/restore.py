@@ -35,12 +35,13 @@ _LATEST = "latest_checkpointed_iteration.txt"
 # Arguments that change what a model computes and that Megatron does not restore. What is not at its
 # default was asked for and stays.
 FURTHER = (
-    "norm_epsilon", "qk_layernorm", "moe_router_dtype", "moe_router_load_balancing_type",
+    "layernorm_epsilon", "qk_layernorm", "moe_router_dtype", "moe_router_load_balancing_type",
+    "moe_router_num_groups", "moe_router_group_topk",
     "moe_expert_capacity_factor", "moe_token_drop_policy", "moe_apply_probs_on_input",
     "use_rope_scaling", "rope_scaling_factor", "attention_softmax_in_fp32",
     "apply_residual_connection_post_layernorm", "window_size", "softmax_type", "glu_linear_offset",
     "activation_func_clamp_value", "moe_shared_expert_gate", "multi_latent_attention", "bf16",
-    "fp16",
+    "fp16", "tokenizer_type", "tokenizer_model",
 )  # fmt: skip
 
 
@@ -110,12 +111,11 @@ def restore(
                 f"{checkpoint} holds no checkpoint: {_LATEST} is missing; give the directory that "
                 "--save wrote"
             )
-        given = {word.partition("=")[0] for word in command}
-        if "--tokenizer-model" in given:
-            command.append("--no-use-tokenizer-model-from-checkpoint-args")
-        if "--micro-batch-size" not in given:
+        if "--micro-batch-size" not in {word.partition("=")[0] for word in command}:
             command += ["--micro-batch-size", "1"]
         command += ["--load", str(checkpoint), "--use-checkpoint-args"]
+        # Megatron takes both of the tokenizer's arguments or none; below what is given stays.
+        command.append("--no-use-tokenizer-model-from-checkpoint-args")
     if importlib.util.find_spec("transformer_engine") is None:
         # First, so that what is given counts.
         command = [*WITHOUT_TRANSFORMER_ENGINE, *command]
@@ -179,6 +179,11 @@ def _parsed(parse: Any) -> Any:
                     is_default = getattr(args, name, None) == defaults.get_default(name)
                     if hasattr(args, name) and hasattr(result[1], name) and is_default:
                         setattr(args, name, getattr(result[1], name))
+            if args.tokenizer_model is not None and not os.path.exists(args.tokenizer_model):
+                raise ValueError(
+                    f"the tokenizer {args.tokenizer_model} does not exist; give its path with "
+                    "--tokenizer-model"
+                )
             return result
 
         return load_args_from_checkpoint
@@ -205,12 +210,6 @@ def _build() -> TrainedModel:
     from megatron.training.initialize import initialize_megatron
 
     args = _parsed(parse_and_validate_args)
-    model_path = getattr(args, "tokenizer_model", None)
-    if model_path is not None and not os.path.exists(model_path):
-        raise ValueError(
-            f"the tokenizer {model_path} of the checkpoint does not exist here; give its path "
-            "with --tokenizer-model"
-        )
     initialize_megatron()
     config = argument_utils.gpt_config_from_args(args)
     builder = config.get_builder_cls()(config)

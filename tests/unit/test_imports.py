@@ -26,6 +26,7 @@ ALLOWED = {
         "megatron.core",
     },
     "training": {"megatron_maxscore", "megatron.core", "megatron.training"},
+    "inference": {"megatron_maxscore", "megatron.core", "megatron.training"},
 }
 # An entry for stock scripts, named like the specs it stands beside: it installs the hooks.
 ENTRIES = {"moe/specs.py": "training"}
@@ -52,6 +53,9 @@ def test_direction(layer):
         for name in imports(path):
             if name.split(".")[0] in ("megatron", "megatron_maxscore"):
                 assert any(name.startswith(prefix) for prefix in allowed), (path, name)
+                # What trains and routes does not know who uses it.
+                if layer != "inference":
+                    assert not name.startswith("megatron_maxscore.inference"), (path, name)
                 if layer == "training":
                     assert not name.startswith(FORBIDDEN_IN_TRAINING), (path, name)
 

@@ -1,0 +1,180 @@
+"""A checkpoint trained here, in use: evaluation, decoding, generation, the evaluation harness."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.dist.training_runs import MAXSCORE, MODEL, ROOT, succeed
+
+WORDS = "token expert capacity price residual flow score gap sweep dual bound load".split()
+
+
+def tool(name, *arguments, **kwargs):
+    """Run a tool and return its result."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)],
+        capture_output=True, text=True, timeout=300, cwd=ROOT, **kwargs,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Train a small model for some steps; return its checkpoint and data."""
+    directory = tmp_path_factory.mktemp("inference")
+    texts = directory / "texts"
+    texts.mkdir()
+    generator = np.random.default_rng(0)
+    for index in range(60):
+        lines = [" ".join(generator.choice(WORDS, 8)) for _ in range(40)]
+        (texts / f"{index}.txt").write_text("\n".join(lines))
+    data = directory / "data"
+    done = tool("prepare_data.py", "--input", texts, "--output", data, "--vocab-size", 320)
+    assert done.returncode == 0, done.stderr
+    model = re.sub(r"--mock-data.*--vocab-size 127|--split \S+", "", MODEL)
+    assert "mock" not in model
+    flags = (
+        f"{MAXSCORE} --train-iters 20 --save {directory}/checkpoint --save-interval 20 "
+        f"--norm-epsilon 1e-4 --moe-router-topk-scaling-factor 2 --maxscore-temperature 0.7 "
+        f"--tokenizer-type SentencePieceTokenizer --tokenizer-model {data}/tokenizer.model "
+        f"--train-data-path {data}/train_text_document --valid-data-path {data}/valid_text_document"
+    )
+    result = succeed(directory, 1, flags, model=model)
+    return directory / "checkpoint", data, result
+
+
+def test_evaluation_of_a_checkpoint(trained, tmp_path):
+    checkpoint, data, training = trained
+    output = tmp_path / "found.json"
+    done = tool(
+        "evaluate.py", "--checkpoint", checkpoint, "--data", data / "valid_text_document",
+        "--output", output, "--", "--micro-batch-size", 4,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Falling back" not in done.stderr, "warnings of optional packages"
+    found = json.loads(output.read_text())
+    price, flow = found["rules"]["price"], found["rules"]["flow"]
+    # Megatron's own validation, on other cuts of the same text.
+    assert abs(price["loss"] - training.validation["(price routing)"]) < 0.05
+    assert abs(flow["loss"] - training.validation["(flow routing)"]) < 0.05
+    assert price["tokens"] > 1000
+    for rule in (price, flow):
+        loads = np.array(rule["loads"])
+        assert loads.shape == (2, 8) and (loads.sum(1) == 2 * rule["tokens"]).all()
+        np.testing.assert_allclose(rule["maxvio"], loads.max(1) / loads.mean(1) - 1)
+    # Every batch of the flow is balanced: one token per batch at most above the mean.
+    assert np.ptp(flow["loads"], axis=1).max() <= np.ceil(flow["tokens"] / 256)
+    assert np.ptp(price["loads"]) > np.ptp(flow["loads"])
+    assert 0 < found["comparison"]["kl"] < 0.1 < found["comparison"]["top1_agreement"] <= 1
+    decoding = found["decoding"]
+    assert decoding["sequences"] == 4 and decoding["largest_difference_float64"] < 1e-9
+    for kind in ("", "_float64"):
+        one, other = (decoding[f"loss_{way}{kind}"] for way in ("one_pass", "token_by_token"))
+        assert abs(one - other) < 1e-5
+
+
+def test_generation(trained):
+    checkpoint, data, _ = trained
+    arguments = ("--checkpoint", checkpoint, "--tokens", 12, "--prompt", "token expert")
+    done = tool("generate.py", *arguments, "--temperature", 0, "--samples", 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, other = done.stdout.split("-" * 40)
+    assert one.startswith("token expert") and len(one) > 14 and one.strip() == other.strip()
+    tokenizer = ("--", "--tokenizer-model", data / "tokenizer.model")
+    done = tool("generate.py", *arguments, "--seed", 3, "--samples", 2, *tokenizer)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, other = done.stdout.split("-" * 40)
+    assert one.strip() != other.strip()
+    wrong = tool("generate.py", *arguments, "--", "--tokenizer-model", "nowhere.model")
+    assert wrong.returncode == 2 and "tokenizer nowhere.model does not exist" in wrong.stderr
+    wrong = tool("generate.py", "--checkpoint", data)
+    assert wrong.returncode == 2 and "holds no checkpoint" in wrong.stderr
+
+
+PROBE = """
+import sys, torch
+from megatron_maxscore.inference import Decoder, restore
+from megatron_maxscore.inference.harness import MaxScoreLM
+
+trained = restore(sys.argv[1], ["--micro-batch-size=3"])
+args = trained.args
+assert args.micro_batch_size == 3 and args.layernorm_epsilon == 1e-4
+assert args.moe_router_type == "maxscore" and args.maxscore_temperature == 0.7
+assert args.maxscore_eval_routing == "both" and args.moe_token_dispatcher_type == "alltoall"
+
+model = MaxScoreLM(trained, batch_size=3)
+from lm_eval.api.instance import Instance
+pairs = [("token", " expert"), ("", "capacity price"), (("flow score " * 8).strip(), " gap"), ("a", " b c")]
+requests = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
+for (logprob, greedy), (context, continuation) in zip(
+    model.loglikelihood(requests, disable_tqdm=True), pairs
+):
+    given = model.tok_encode(context) or [model.eot_token_id]
+    whole = model.tok_encode(context + continuation) if context else given + model.tok_encode(continuation)
+    # One by one and without padding, by another path: the cache.
+    decoder, total, is_greedy = Decoder(trained, 1, 200), 0.0, True
+    for place, token in enumerate(whole[:-1]):
+        row = decoder.feed(torch.tensor([[token]]))[0].log_softmax(0)
+        if place + 1 >= len(given):
+            total += float(row[whole[place + 1]])
+            is_greedy &= int(row.argmax()) == whole[place + 1]
+    assert abs(total - logprob) < 1e-3, (total, logprob)
+    assert is_greedy == greedy
+text = "token expert capacity " * 40
+rolling = Instance("loglikelihood_rolling", {}, (text,), 0)
+assert -1000 < model.loglikelihood_rolling([rolling], disable_tqdm=True)[0] < -10
+wish = Instance("generate_until", {}, ("token", {"until": ["\\n"], "max_gen_toks": 20}), 0)
+(answer,) = model.generate_until([wish], disable_tqdm=True)
+assert "\\n" not in answer
+try:
+    decoder.feed(torch.tensor([[1, 2]]))
+except ValueError as error:
+    assert "see each other" in str(error)
+else:
+    raise AssertionError("several tokens after the first")
+print("OK")
+"""
+
+
+def test_restored_arguments_and_scores(trained):
+    checkpoint, _, _ = trained
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, str(checkpoint)],
+        capture_output=True, text=True, cwd=ROOT, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0 and "OK" in done.stdout, done.stderr[-3000:]
+
+
+def test_harness_on_a_local_task(trained, tmp_path):
+    checkpoint, _, _ = trained
+    items = [
+        {"question": "token", "choices": [" expert", " \u6f22\u5b57\u6f22\u5b57"], "answer": 0},
+        {"question": "flow", "choices": [" \u00e9\u00e9\u00e9\u00e9", " score"], "answer": 1},
+        {"question": "gap", "choices": [" ZZZZZZ", " load"], "answer": 1},
+    ]
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
+    (tasks / "local_items.yaml").write_text(
+        "task: local_items\ndataset_path: json\n"
+        f"dataset_kwargs:\n  data_files:\n    test: {tasks}/items.jsonl\n"
+        "test_split: test\noutput_type: multiple_choice\n"
+        "doc_to_text: '{{question}}'\ndoc_to_choice: '{{choices}}'\ndoc_to_target: answer\n"
+        "metric_list:\n  - metric: acc\n"
+    )
+    environment = {
+        **os.environ, "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"),
+    }  # fmt: skip
+    output = tmp_path / "found.json"
+    arguments = ("--checkpoint", checkpoint, "--include", tasks, "--output", output)
+    done = tool("harness.py", *arguments, "--tasks", "local_items", env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    # Words of the text are likelier than letters that it does not have.
+    assert json.loads(output.read_text())["local_items"]["acc,none"] == 1.0
+    assert "local_items" in done.stdout
