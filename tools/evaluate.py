@@ -4,7 +4,7 @@
     python tools/evaluate.py --data data/valid_text_document -- MEGATRON_ARGUMENTS --load runs/model
 
 A MaxScore router routes by prices, which is causal, and by the flow, which sees the micro-batch
-(``--micro-batch-size`` sequences in an order that does not depend on the rule). Both see the same
+(as many sequences as in training, unless ``--micro-batch-size`` says otherwise). Both see the same
 batches, so their next-token distributions are compared too: mean KL divergence (flow from price)
 and how often the likeliest token is the same. ``--decode N`` feeds N sequences token by token
 through the key-value cache and compares with one pass. Stock routers have their own rule, and with
@@ -91,10 +91,10 @@ def sequences_of(path: str, length: int) -> torch.Tensor:
 
 
 def routers_of(trained: TrainedModel) -> list[Any]:
-    """Return the routers of the model's MoE layers."""
+    """Return the routers of the decoder's MoE layers, without multi-token prediction's."""
     from megatron.core.transformer.moe.router import Router
 
-    return [module for module in trained.model.modules() if isinstance(module, Router)]
+    return [module for module in trained.model.decoder.modules() if isinstance(module, Router)]
 
 
 def rules_of(trained: TrainedModel) -> list[str]:
@@ -280,7 +280,8 @@ def main() -> int:
         "rules": rules,
         "comparison": comparison,
     }
-    if arguments.decode:
+    # Where tokens compete for capacity, decoding is another rule.
+    if arguments.decode and "no drops" not in rules:
         result["decoding"] = decode(trained, sequences[: arguments.decode])
     if dist.get_rank() == 0:
         report(result)

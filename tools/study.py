@@ -6,10 +6,11 @@
     python tools/study.py --families custom --input my/texts --purposes tuning core
 
 Every arm starts from the same weights and sees the same data in the same order; what differs are
-the router's flags. Each core arm gets the same tuning: three values of its own knob, then two more
-learning rates for the best of them, on a seed that does not count later. Runs go through the
-launcher and Megatron's training loop. Results are appended to --results; what is there is not
-repeated, and a killed run goes on from its last checkpoint. At the end the report is written.
+the router's flags. Each core arm gets the same tuning: three values of its own knob, one more if
+the best is at an end, then two more learning rates, on a seed that does not count later. Runs go
+through the launcher and Megatron's training loop. Results are appended to --results; what is there
+is not repeated, and a killed run goes on from its last checkpoint. At the end the report is
+written.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,62 +37,94 @@ from tools.study_arms import (  # noqa: E402
     Run,
     Size,
 )
+from tools.study_results import compared_loss  # noqa: E402
 from tools.study_runs import Results, RunError, carry_out_all  # noqa: E402
 
-TUNING_SEED = 100
+# No seed is used for two purposes.
+TUNING_SEED, FIRST_EXPLORATORY_SEED = 100, 11
 PURPOSES = ("tuning", "core", "exploratory")
 # What a run takes besides its steps: two starts, validation on the way, evaluation at the end.
-OVERHEAD_SECONDS = 60.0
+OVERHEAD_SECONDS = 90.0
 
 
-def causal_loss(line: dict) -> float:
-    """Return a result's validation loss by the router's own causal rule."""
-    return next(iter(line["evaluation"]["rules"].values()))["loss"]
+@dataclass(frozen=True)
+class Study:
+    """One family's runs: which there are, and what their results so far decide.
 
+    Attributes:
+        family: text.
+        size: model and length.
+        data: digest of the text's data sets.
+        results: so far.
+    """
 
-def best(runs: list[Run], results: Results) -> Run | None:
-    """Return the run with the lowest validation loss, None unless all are done."""
-    lines = [results.of(run) for run in runs]
-    if any(line is None for line in lines):
-        return None
-    return min(zip(runs, lines, strict=True), key=lambda pair: causal_loss(pair[1]))[0]
+    family: str
+    size: Size
+    data: str
+    results: Results
 
+    def run(self, arm: Arm, value: str, rate: str, seed: int, purpose: str) -> Run:
+        """Return one run."""
+        return Run(self.family, self.size, arm, value, rate, seed, purpose, self.data)
 
-def tuning_of(arm: Arm, family: str, size: Size, results: Results) -> tuple[list[Run], Run | None]:
-    """Return an arm's tuning runs as far as they are known, and the best when all are done."""
+    def best(self, runs: list[Run]) -> Run | None:
+        """Return the run with the lowest validation loss, None unless all are done."""
+        lines = [self.results.of(run) for run in runs]
+        if any(line is None for line in lines):
+            return None
+        return min(zip(runs, lines, strict=True), key=lambda pair: compared_loss(pair[1]))[0]
 
-    def run(value: str, rate: str) -> Run:
-        return Run(family, size, arm, value, rate, TUNING_SEED, "tuning")
+    def tuning_of(self, arm: Arm) -> tuple[list[Run], Run | None]:
+        """Return an arm's tuning runs as far as they are known, and the best when all are done.
 
-    runs = [run(value, LEARNING_RATES[0]) for value in arm.values]
-    first = best(runs, results)
-    if first is None:
-        return runs, None
-    runs += [run(first.value, rate) for rate in LEARNING_RATES[1:]]
-    return runs, best(runs, results)
+        Three values of the knob; should the best be the first or the last, the value beyond it;
+        then the other learning rates with the best.
+        """
 
+        def runs_of(values: list[str], rates: tuple[str, ...]) -> list[Run]:
+            return [self.run(arm, v, r, TUNING_SEED, "tuning") for v in values for r in rates]
 
-def settings(arm: Arm, family: str, size: Size, results: Results) -> tuple[str, str] | None:
-    """Return the value and the learning rate that an arm is compared with, None if not known."""
-    if size.name == "quick":
-        return next(iter(arm.values)), LEARNING_RATES[0]
-    chosen = tuning_of(ARMS[arm.follows] if arm.follows else arm, family, size, results)[1]
-    if chosen is None:
-        return None
-    return (next(iter(arm.values)) if arm.follows else chosen.value), chosen.learning_rate
+        ends = arm.reserve
+        values = [value for value in arm.values if value not in ends]
+        runs = runs_of(values, LEARNING_RATES[:1])
+        first = self.best(runs)
+        if first is None:
+            return runs, None
+        beyond = dict(zip((values[0], values[-1]), ends, strict=True)).get(first.value)
+        if beyond:
+            runs += runs_of([beyond], LEARNING_RATES[:1])
+            first = self.best(runs)
+            if first is None:
+                return runs, None
+        runs += runs_of([first.value], LEARNING_RATES[1:])
+        return runs, self.best(runs)
 
+    def setting(self, arm: Arm) -> tuple[str, str] | None:
+        """Return the value and learning rate that an arm is compared with, None if not known."""
+        if self.size.name == "quick":
+            return arm.usual, LEARNING_RATES[0]
+        chosen = self.tuning_of(ARMS[arm.follows] if arm.follows else arm)[1]
+        return None if chosen is None else (chosen.value, chosen.learning_rate)
 
-def comparison(
-    arms: list[Arm], family: str, size: Size, results: Results, seeds: range, purpose: str
-) -> list[Run]:
-    """Return the runs of arms whose settings are known, seed by seed."""
-    found = []
-    for seed in seeds:
-        for arm in arms:
-            setting = settings(arm, family, size, results)
-            if setting is not None:
-                found.append(Run(family, size, arm, *setting, seed, purpose))
-    return found
+    def comparison(self, arms: Sequence[Arm], seeds: Iterable[int], purpose: str) -> list[Run]:
+        """Return the runs of all arms, seed by seed.
+
+        Raises:
+            ValueError: an arm is not tuned.
+        """
+        settings = {arm.name: self.setting(arm) for arm in arms}
+        missing = {arm.follows or arm.name for arm in arms if settings[arm.name] is None}
+        if missing:
+            raise ValueError(
+                f"{self.family}: {', '.join(sorted(missing))} not tuned yet; add tuning to "
+                "--purposes, for these arms too"
+            )
+        return [
+            self.run(arm, *found, seed, purpose)
+            for seed in seeds
+            for arm in arms
+            if (found := settings[arm.name]) is not None
+        ]
 
 
 def minutes(runs: list[Run], results: Results, jobs: int) -> float:
@@ -103,45 +138,75 @@ def minutes(runs: list[Run], results: Results, jobs: int) -> float:
 
 
 def carry_out(arguments: argparse.Namespace, results: Results) -> None:
-    """Carry out what was asked for."""
+    """Carry out what was asked for.
+
+    Raises:
+        ValueError: nothing was asked for, or an arm is not tuned.
+    """
     size = SIZES["quick" if arguments.quick else "small"]
     options = (arguments.data, arguments.output / "runs", results, arguments.jobs, arguments.keep)
-    core = [arm for arm in CORE if not arguments.arms or arm.name in arguments.arms]
-    others = [arm for arm in EXPLORATORY if not arguments.arms or arm.name in arguments.arms]
-    seeds = range(1, arguments.seeds + 1)
+    wanted = {
+        # The core's MaxScore again, at the exploratory seeds, is what variants are compared with.
+        "core": [arm for arm in CORE if not arguments.arms or arm.name in arguments.arms],
+        "exploratory": [
+            arm
+            for arm in (ARMS["maxscore"], *EXPLORATORY)
+            if not arguments.arms or arm.name in (*arguments.arms, "maxscore")
+        ],
+    }
+    wanted["tuning"] = wanted["core"]
+    if not any(wanted[purpose] for purpose in arguments.purposes):
+        raise ValueError(
+            f"--arms {' '.join(arguments.arms)} has no runs for --purposes "
+            f"{' '.join(arguments.purposes)}; variants are exploratory"
+        )
+    seeds = {
+        "core": range(1, arguments.seeds + 1),
+        "exploratory": range(FIRST_EXPLORATORY_SEED, FIRST_EXPLORATORY_SEED + arguments.seeds),
+    }
     for family in arguments.families:
-        study_data.prepare(family, arguments.data, arguments.input)
+        directory = study_data.prepare(family, arguments.data, arguments.input)
+        study = Study(family, size, study_data.digest(directory), results)
+        say_the_plan(study, wanted, arguments)
         if "tuning" in arguments.purposes and not arguments.quick:
-            count = sum(len(arm.values) + len(LEARNING_RATES) - 1 for arm in core)
-            print(f"{family}, tuning: {count} runs of {size.iterations} steps", flush=True)
-            # The other learning rates are tried when the knob's values are done.
-            for _ in range(2):
-                runs = [r for arm in core for r in tuning_of(arm, family, size, results)[0]]
-                say_how_long(runs, results, arguments.jobs)
+            # Values, one beyond them, learning rates: each depends on those before.
+            for _ in range(3):
+                runs = [run for arm in wanted["tuning"] for run in study.tuning_of(arm)[0]]
+                say_how_long(f"{family}, tuning", runs, results, arguments.jobs)
                 carry_out_all(runs, *options)
-        for purpose, arms in (("core", core), ("exploratory", others)):
-            if purpose not in arguments.purposes:
-                continue
-            runs = comparison(arms, family, size, results, seeds, purpose)
-            missing = {arm.name for arm in arms} - {run.arm.name for run in runs}
-            if missing:
-                raise ValueError(
-                    f"{family}: {', '.join(sorted(missing))} not tuned yet; add tuning to "
-                    "--purposes"
-                )
-            print(f"{family}, {purpose}: {len(runs)} runs of {size.iterations} steps", flush=True)
-            say_how_long(runs, results, arguments.jobs)
-            carry_out_all(runs, *options)
+        for purpose in ("core", "exploratory"):
+            if purpose in arguments.purposes:
+                runs = study.comparison(wanted[purpose], seeds[purpose], purpose)
+                say_how_long(f"{family}, {purpose}", runs, results, arguments.jobs)
+                carry_out_all(runs, *options)
 
 
-def say_how_long(runs: list[Run], results: Results, jobs: int) -> None:
+def say_the_plan(study: Study, wanted: dict, arguments: argparse.Namespace) -> None:
+    """Print how long all of it will take, before anything is known of it."""
+    count = 0.0
+    for purpose in arguments.purposes:
+        for arm in wanted[purpose]:
+            values = [value for value in arm.values if value not in arm.reserve]
+            tuning = 0 if arguments.quick else len(values) + len(LEARNING_RATES)
+            count += tuning if purpose == "tuning" else arguments.seeds * arm.ranks
+    size = study.size
+    hours = count * (size.iterations * size.seconds_per_step + OVERHEAD_SECONDS) / 3600
+    print(
+        f"{study.family}: {' and '.join(arguments.purposes)}, {count:.0f} runs of "
+        f"{size.iterations} steps at most, {hours / arguments.jobs:.1f} hours with "
+        f"{arguments.jobs} at a time where a core takes {size.seconds_per_step:g} s per step; "
+        "less if some are done",
+        flush=True,
+    )
+
+
+def say_how_long(what: str, runs: list[Run], results: Results, jobs: int) -> None:
     """Print how many runs are left and how long they will take."""
     left = sum(results.of(run) is None for run in runs)
     if left:
         print(
-            f"{len(runs) - left} done before, {left} to do, {jobs} at a time: about "
-            f"{minutes(runs, results, jobs):.0f} minutes where a core takes "
-            f"{runs[0].size.seconds_per_step:g} s per step",
+            f"{what}: {len(runs) - left} done, {left} to do, about "
+            f"{minutes(runs, results, jobs):.0f} minutes",
             flush=True,
         )
 
@@ -175,11 +240,13 @@ def main() -> int:
         setattr(arguments, name, getattr(arguments, name).resolve())
     arguments.output.mkdir(parents=True, exist_ok=True)
     default = "quick.jsonl" if arguments.quick else "results.jsonl"
-    results = Results(arguments.results or arguments.output / default)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        results = Results(arguments.results or arguments.output / default)
         if not arguments.report_only:
             carry_out(arguments, results)
+        if not results.lines:
+            raise ValueError(f"{results.path} has no results to report")
         directory = arguments.report or arguments.output
         study_report.write(results.lines, directory)
     except (ValueError, RunError) as error:

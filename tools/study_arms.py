@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import Any
 
 AUX = "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff"
 NO_AUX = "--moe-router-load-balancing-type none"
@@ -17,6 +18,8 @@ MAXSCORE = (
 )
 DEFAULT = f"{MAXSCORE} --maxscore-scope local {NO_AUX} --moe-router-topk-scaling-factor 4"
 LOCAL = f"{MAXSCORE} --maxscore-scope local {NO_AUX}"
+# Part of every run's key: results of another revision of the study do not count.
+REVISION = 1
 # The first is used while the knob is tuned.
 LEARNING_RATES = ("2e-3", "1e-3", "4e-3")
 
@@ -30,8 +33,11 @@ class Arm:
         title: in tables.
         flags: of the router.
         knob: name of what is tuned, beside the learning rate.
-        values: its values, flags each, the usual one first.
-        follows: arm whose tuned learning rate is used, for arms that are not tuned.
+        values: its values in order, flags each.
+        usual: the value that is taken without tuning.
+        reserve: values below and above the others, tried if the best is at an end; "" for none.
+        follows: arm whose tuned value and learning rate are used, for arms that are not tuned.
+        against: arm that a variant is compared with, in pairs.
         ranks: processes; with two the experts are spread over both.
         script: training script.
     """
@@ -41,7 +47,10 @@ class Arm:
     flags: str
     knob: str = ""
     values: dict[str, str] = field(default_factory=lambda: {"": ""})
+    usual: str = ""
+    reserve: tuple[str, str] = ("", "")
     follows: str = ""
+    against: str = "maxscore"
     ranks: int = 1
     script: str = "examples/pretrain_gpt.py"
 
@@ -50,67 +59,110 @@ def _numbers(flag: str, *values: str) -> dict[str, str]:
     return {value: f"{flag} {value}" for value in values}
 
 
-_AUX_VALUES = {value: f"{AUX} {value}" for value in ("1e-2", "1e-3", "1e-1")}
+_AUX_VALUES = {value: f"{AUX} {value}" for value in ("1e-4", "1e-3", "1e-2", "1e-1", "1")}
+_AUX_TUNING: dict[str, Any] = {
+    "knob": "aux loss coefficient", "values": _AUX_VALUES, "usual": "1e-2",
+    "reserve": ("1e-4", "1"),
+}  # fmt: skip
+_TEMPERATURES = _numbers("--maxscore-temperature", "0.25", "0.5", "1.0", "2.0", "4.0")
 CORE = (
     Arm(
-        "maxscore", "MaxScore", DEFAULT, "temperature",
-        _numbers("--maxscore-temperature", "1.0", "0.5", "2.0"),
+        "maxscore", "MaxScore", DEFAULT, "temperature", _TEMPERATURES, "1.0", ("0.25", "4.0")
     ),
-    Arm("dropless", "dropless top-k, aux loss", "", "aux loss coefficient", _AUX_VALUES),
+    Arm("dropless", "dropless top-k, aux loss", "", **_AUX_TUNING),
     Arm(
-        "gshard", "top-k, capacity 1, drops", "--moe-expert-capacity-factor 1.0",
-        "aux loss coefficient", _AUX_VALUES,
+        "gshard", "top-k, capacity 1, drops", "--moe-expert-capacity-factor 1.0", **_AUX_TUNING
     ),
     Arm(
         "bias", "top-k, expert bias",
         f"{NO_AUX} --moe-router-enable-expert-bias --moe-router-score-function sigmoid",
-        "bias update rate", _numbers("--moe-router-bias-update-rate", "1e-3", "3e-3", "1e-2"),
+        "bias update rate",
+        _numbers("--moe-router-bias-update-rate", "3e-4", "1e-3", "3e-3", "1e-2", "3e-2"),
+        "1e-3", ("3e-4", "3e-2"),
     ),
     Arm(
-        "sinkhorn", "sinkhorn", "--moe-router-load-balancing-type sinkhorn",
-        "z-loss coefficient", {"0": ""} | _numbers("--moe-z-loss-coeff", "1e-3", "1e-2"),
+        "sinkhorn", "sinkhorn", "--moe-router-load-balancing-type sinkhorn", "z-loss coefficient",
+        {"0": ""} | _numbers("--moe-z-loss-coeff", "1e-3", "1e-2", "1e-1"), "0", ("", "1e-1"),
     ),
     Arm(
         "quantile", "quantile balancing", "--moe-router-load-balancing-type quantile_balancing",
-        "EMA of its bias", _numbers("--moe-router-quantile-balancing-ema", "0.0", "0.5", "0.9"),
+        "EMA of its bias",
+        _numbers("--moe-router-quantile-balancing-ema", "0.0", "0.5", "0.9", "0.97"), "0.0",
+        ("", "0.97"),
     ),
 )  # fmt: skip
 _SCALED = "--moe-router-topk-scaling-factor 4"
 _TWO_RANKS = "--expert-model-parallel-size 2 --micro-batch-size 4"
-EXPLORATORY = tuple(
-    Arm(name, title, flags, follows="maxscore", ranks=ranks, script=script)
-    for name, title, flags, ranks, script in (
-        ("sequence", "scope sequence",
-         f"{MAXSCORE} --maxscore-scope sequence {NO_AUX} {_SCALED}", 1, Arm.script),
-        ("local2", "scope local, 2 ranks of 1,024 tokens", f"{DEFAULT} {_TWO_RANKS}", 2,
-         Arm.script),
-        ("group2", "scope group, 2 ranks of 1,024 tokens",
-         f"{MAXSCORE} --maxscore-scope group {NO_AUX} {_SCALED} {_TWO_RANKS}", 2, Arm.script),
-        ("bounded", "bounded mode", f"{DEFAULT} --maxscore-mode bounded", 1, Arm.script),
-        ("softmax", "softmax variant", f"{DEFAULT} --maxscore-variant softmax", 1, Arm.script),
-        ("scores", "flow maximises SoftTopk", f"{DEFAULT} --maxscore-objective scores", 1,
-         Arm.script),
-        ("normalized", "SoftTopk gates normalised", f"{LOCAL} --maxscore-normalize-gates", 1,
-         Arm.script),
-        ("score_gate", "top-k's softmax gates", f"{LOCAL} --maxscore-gate score", 1, Arm.script),
-        ("sigmoid_gate", "sigmoid gates, flow maximises them",
-         f"{LOCAL} --maxscore-gate score --moe-router-score-function sigmoid "
-         "--maxscore-objective scores", 1, Arm.script),
-        ("unscaled", "gates not scaled by E/k^2", LOCAL, 1, Arm.script),
-        ("aux", "with aux loss 1e-2",
-         f"{DEFAULT} --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2", 1,
-         Arm.script),
-        ("zloss", "with z-loss 1e-3", f"{DEFAULT} --moe-z-loss-coeff 1e-3", 1, Arm.script),
-        ("capacity125", "capacity factor 1.25", f"{DEFAULT} --maxscore-capacity-factor 1.25", 1,
-         Arm.script),
-        ("annealed", "softmax, annealed second gate (authors' code)",
-         f"{DEFAULT} --maxscore-variant softmax --maxscore-anneal-steps ITERATIONS", 1, Arm.script),
-        ("greedy", "greedy, then Hungarian (authors' code), per sequence",
-         f"{MAXSCORE} --maxscore-scope sequence {NO_AUX} {_SCALED}", 1, "tools/study_greedy.py"),
-        ("decay0", "prices of the last batch only", f"{DEFAULT} --maxscore-price-decay 0", 1,
-         Arm.script),
-        ("decay99", "price decay 0.99", f"{DEFAULT} --maxscore-price-decay 0.99", 1, Arm.script),
+_SEQUENCE = f"{MAXSCORE} --maxscore-scope sequence {NO_AUX} {_SCALED}"
+# As the authors' code: softmax (k softmax times 1/2), all but the largest gate annealed, aux loss.
+_ANNEALED = (
+    f"{MAXSCORE} --maxscore-variant softmax --maxscore-anneal-steps ITERATIONS {AUX} 1e-2 "
+    "--moe-router-topk-scaling-factor 0.5 --maxscore-temperature 1"
+)
+
+
+def _variant(name: str, title: str, flags: str, **options: Any) -> Arm:
+    """Return a variant of MaxScore: at its tuned temperature, unless its flags say another."""
+    return Arm(
+        name, title, flags, CORE[0].knob, CORE[0].values, CORE[0].usual, follows="maxscore",
+        **options,
+    )  # fmt: skip
+
+
+def _control(name: str, title: str, follows: str, flags: str) -> Arm:
+    """Return a baseline with another gate, at its tuned setting."""
+    arm = next(arm for arm in CORE if arm.name == follows)
+    return Arm(
+        name, title, f"{arm.flags} {flags}", arm.knob, arm.values, arm.usual, follows=follows
     )
+
+
+EXPLORATORY = (
+    _variant("sequence", "scope sequence", _SEQUENCE),
+    _variant(
+        "local2", "scope local, 2 ranks of 1,024 tokens", f"{DEFAULT} {_TWO_RANKS}", ranks=2,
+        against="local2",
+    ),
+    _variant(
+        "group2", "scope group, 2 ranks of 1,024 tokens",
+        f"{MAXSCORE} --maxscore-scope group {NO_AUX} {_SCALED} {_TWO_RANKS}", ranks=2,
+        against="local2",
+    ),
+    _variant("bounded", "bounded mode", f"{DEFAULT} --maxscore-mode bounded"),
+    _variant("softmax", "softmax variant", f"{DEFAULT} --maxscore-variant softmax"),
+    _variant("scores", "flow maximises SoftTopk", f"{DEFAULT} --maxscore-objective scores"),
+    _variant("normalized", "SoftTopk gates normalised", f"{LOCAL} --maxscore-normalize-gates"),
+    _variant("score_gate", "top-k's softmax gates", f"{LOCAL} --maxscore-gate score"),
+    _variant(
+        "sigmoid_gate", "sigmoid gates, flow maximises them",
+        f"{LOCAL} --maxscore-gate score --moe-router-score-function sigmoid "
+        "--maxscore-objective scores",
+    ),
+    _variant("unscaled", "gates not scaled by E/k^2", LOCAL),
+    _variant("aux", "with aux loss 1e-2", f"{DEFAULT} {AUX} 1e-2"),
+    _variant("zloss", "with z-loss 1e-3", f"{DEFAULT} --moe-z-loss-coeff 1e-3"),
+    _variant(
+        "capacity125", "capacity factor 1.25", f"{DEFAULT} --maxscore-capacity-factor 1.25"
+    ),
+    _variant("annealed", "softmax, annealed second gate, aux loss, as the authors' code",
+             f"{_ANNEALED} --maxscore-scope sequence"),
+    _variant(
+        "greedy", "the authors' greedy, then Hungarian, per sequence", _SEQUENCE,
+        script="tools/study_greedy.py",
+    ),
+    _variant("decay0", "prices of the last batch only", f"{DEFAULT} --maxscore-price-decay 0"),
+    _variant("decay99", "price decay 0.99", f"{DEFAULT} --maxscore-price-decay 0.99"),
+    # What of the difference is the gates', and what the flow's.
+    _variant(
+        "unconstrained", "MaxScore's gates, top-k routing (capacity 8), aux loss 1e-1",
+        f"{DEFAULT} --maxscore-capacity-factor 8 {AUX} 1e-1",
+    ),
+    _control("dropless_x2", "dropless top-k, gates times 2", "dropless",
+             "--moe-router-topk-scaling-factor 2"),
+    _control("dropless_x4", "dropless top-k, gates times 4", "dropless",
+             "--moe-router-topk-scaling-factor 4"),
+    _control("bias_x25", "expert bias, gates times 2.5 (as DeepSeek-V3)", "bias",
+             "--moe-router-topk-scaling-factor 2.5"),
 )  # fmt: skip
 ARMS = {arm.name: arm for arm in (*CORE, *EXPLORATORY)}
 
@@ -146,8 +198,8 @@ _MODEL = """
     --lr-warmup-fraction 0.1 --weight-decay 0.1 --clip-grad 1.0 --log-interval 1
 """
 SIZES = {
-    "small": Size("small", _MODEL, 300, 4096, 1.0),
-    "quick": Size("quick", _MODEL, 40, 4096, 1.0, valid_sequences=64),
+    "small": Size("small", _MODEL, 300, 4096, 1.1),
+    "quick": Size("quick", _MODEL, 30, 4096, 1.1, valid_sequences=48),
 }
 FAMILIES = {
     "code": "the sources of this Python's standard library (PSF licence)",
@@ -169,6 +221,7 @@ class Run:
         learning_rate: peak.
         seed: of weights and of the data's order.
         purpose: what it counts for: tuning, core or exploratory.
+        data: digest of tokenizer and data sets.
     """
 
     family: str
@@ -178,6 +231,7 @@ class Run:
     learning_rate: str
     seed: int
     purpose: str
+    data: str = ""
 
     @property
     def flags(self) -> str:
@@ -185,16 +239,20 @@ class Run:
         size = self.size
         text = (
             f"{size.flags} --train-iters {size.iterations} --lr-decay-iters {size.iterations} "
-            f"--lr {self.learning_rate} --seed {self.seed} {self.arm.flags} "
-            f"{self.arm.values[self.value]}"
+            f"--lr {self.learning_rate} --seed {self.seed} {self.arm.values[self.value]} "
+            f"{self.arm.flags}"
         )
         return " ".join(text.replace("ITERATIONS", str(size.iterations)).split())
 
     @property
     def key(self) -> str:
-        """Return what identifies the run: equal keys give equal results."""
+        """Return what identifies the run.
+
+        It does not have the versions of this repository, Megatron and torch, which a result names.
+        """
         arm, size = self.arm, self.size
-        text = f"{self.family} {arm.script} {arm.ranks} {size.valid_sequences} {self.flags}"
+        text = f"{REVISION} {self.family} {self.data} {arm.script} {arm.ranks} {size.name} "
+        text += f"{size.valid_sequences} {self.flags}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 import tarfile
@@ -29,14 +30,24 @@ def prepare(family: str, data: Path, inputs: list[str]) -> Path:
     """
     directory = data / family
     if family == "prose":
-        if not (directory / "prepared.json").exists():
+        made_of, record = f"{PROSE_PACKAGE} {VOCABULARY} {VALID_SHARE}", directory / "made_of.txt"
+        if not record.exists() or record.read_text() != made_of:
             with tempfile.TemporaryDirectory() as scratch:
                 _prepare([_documentation(Path(scratch))], directory, family)
+            record.write_text(made_of)
         return directory
     if family == "custom" and not inputs:
         raise ValueError("--families custom needs --input with text files or directories")
     _prepare([Path(path) for path in inputs] if family == "custom" else [], directory, family)
     return directory
+
+
+def digest(directory: Path) -> str:
+    """Return a digest of a family's tokenizer and data sets."""
+    total = hashlib.sha256()
+    for name in ("tokenizer.model", "train_text_document.bin", "valid_text_document.bin"):
+        total.update((directory / name).read_bytes())
+    return total.hexdigest()[:12]
 
 
 def _prepare(inputs: list[Path], directory: Path, family: str) -> None:

@@ -7,7 +7,10 @@ line is there is not repeated; one that was killed goes on from its last checkpo
 
 from __future__ import annotations
 
+import fcntl
+import importlib.metadata
 import json
+import math
 import os
 import re
 import shutil
@@ -16,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +37,17 @@ LOCAL = """
 # Checkpoints of a run that is under way; how often the validation curve gets a point, and of how
 # many global batches.
 SAVE_EVERY, CURVE_POINTS, CURVE_BATCHES = 100, 6, 4
+# Sequences that are also decoded token by token.
+DECODED = 4
 # Segments of the load maps, over training.
 SEGMENTS = 30
 _STEP = re.compile(
     r"iteration +(\d+)/.*elapsed time per iteration \(ms\): ([\d.]+).* lm loss: ([-+.\deE]+)"
 )
-_VALID = re.compile(r"validation loss at iteration (\d+) on validation set.*? lm loss value: (\S+)")
+# On the way, that is; the one at the end is of other samples.
+_VALID = re.compile(r"validation loss at iteration (\d+)(?: \([a-z ]+\))? \| lm loss value: (\S+)")
+# What Megatron and our router say when they give up on a run.
+_DIVERGED = re.compile(r"NaN|\bnan\b|inf in|infinite", re.IGNORECASE)
 
 
 class RunError(RuntimeError):
@@ -47,25 +55,90 @@ class RunError(RuntimeError):
 
 
 class Results:
-    """The file of results: one JSON object per line, written whole or not at all."""
+    """The file of results: one JSON object per line, written whole or not at all.
+
+    Raises:
+        ValueError: the file is not what this writes; names the line.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self.lines: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.lines = self._read()
+
+    def _read(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        lines = []
+        for number, text in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                line = json.loads(text)
+                line["key"], line["purpose"], line["evaluation"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{self.path}, line {number}, is no result of this study ({error!r}); mend or "
+                    "move the file"
+                ) from None
+            lines.append(line)
+        return lines
 
     def of(self, run: Run) -> dict[str, Any] | None:
         """Return the result of a run, None if it is still to do."""
         return next((line for line in self.lines if line["key"] == run.key), None)
 
     def add(self, line: dict[str, Any]) -> None:
-        """Append a result."""
-        with self._lock:
-            self.lines.append(line)
+        """Append a result, beside those that other processes have written meanwhile."""
+        with self._lock, self.path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.lines = [*self._read(), line]
             partial = self.path.with_suffix(".partial")
             partial.write_text("".join(json.dumps(each) + "\n" for each in self.lines))
             partial.replace(self.path)
+
+
+class Processes:
+    """Processes under way, so that all can be ended and none starts afterwards."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen] = set()
+        self.is_over = False
+
+    def start(self, command: list[str]) -> subprocess.Popen:
+        """Start a command.
+
+        Raises:
+            RunError: no more are to start.
+        """
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        with self._lock:
+            if self.is_over:
+                raise RunError("stopped before it began")
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+            )
+            self._running.add(process)
+            return process
+
+    def end(self, process: subprocess.Popen) -> None:
+        """End one process; torchrun ends its ranks."""
+        process.terminate()
+        with self._lock:
+            self._running.discard(process)
+
+    def end_all(self) -> None:
+        """End all, and let none start."""
+        with self._lock:
+            self.is_over = True
+            for process in self._running:
+                process.terminate()
 
 
 def data_flags(run: Run, data: Path, directory: Path) -> list[str]:
@@ -102,6 +175,7 @@ def evaluation_command(run: Run, data: Path, directory: Path) -> list[str]:
         *(sys.executable, str(ROOT / "tools" / "evaluate.py")),
         *("--data", str(data / run.family / "valid_text_document")),
         *(("--sequences", str(sequences)) if sequences else ()),
+        *("--decode", str(DECODED if "maxscore" in run.flags else 0)),
         *("--output", str(directory / "evaluation.json"), "--"),
         *run.flags.split(),
         *(LOCAL.split()),
@@ -112,25 +186,19 @@ def evaluation_command(run: Run, data: Path, directory: Path) -> list[str]:
 
 
 def _execute(
-    command: list[str], log: Path, running: set, follow: Callable[[str], None] | None = None
+    command: list[str],
+    log: Path,
+    processes: Processes,
+    follow: Callable[[str], None] | None = None,
 ) -> None:
     """Run a command, append its output to a log, hand each line to ``follow``.
 
     Raises:
         RunError: it did not end with 0.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    with log.open("a", encoding="utf-8") as file:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        )
-        running.add(process)
+    # Line by line: a checkpoint must not outlive the log of its steps.
+    with log.open("a", encoding="utf-8", buffering=1) as file:
+        process = processes.start(command)
         assert process.stdout is not None
         try:
             for line in process.stdout:
@@ -139,8 +207,7 @@ def _execute(
                     follow(line)
             status = process.wait()
         finally:
-            process.terminate()
-            running.discard(process)
+            processes.end(process)
     if status:
         tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-25:])
         raise RunError(f"exit status {status}; the whole log is {log}\n{tail}")
@@ -153,6 +220,28 @@ def _by_iteration(lines: Iterator[str], pattern: re.Pattern) -> dict[int, tuple[
         if match := pattern.search(line):
             found[int(match[1])] = match.groups()[1:]
     return dict(sorted(found.items()))
+
+
+def _about(run: Run) -> dict[str, Any]:
+    """Return what a line of results says of its run."""
+    return {
+        "key": run.key,
+        "purpose": run.purpose,
+        "family": run.family,
+        "size": run.size.name,
+        "arm": run.arm.name,
+        "value": run.value,
+        "learning_rate": run.learning_rate,
+        "seed": run.seed,
+        "iterations": run.size.iterations,
+        "tokens": run.size.iterations * run.size.tokens_per_step,
+        "data": run.data,
+        "flags": run.flags,
+        "versions": {
+            name: importlib.metadata.version(name)
+            for name in ("megatron-maxscore", "megatron-core", "torch")
+        },
+    }
 
 
 def summary(run: Run, directory: Path, seconds: float) -> dict[str, Any]:
@@ -168,6 +257,7 @@ def summary(run: Run, directory: Path, seconds: float) -> dict[str, Any]:
         entry = json.loads(line)
         stats[entry["iteration"]] = entry
     wanted = range(1, run.size.iterations + 1)
+    evaluation = json.loads((directory / "evaluation.json").read_text())
     if list(steps) != list(wanted) or sorted(stats) != list(wanted):
         raise RunError(f"{directory} lacks steps; remove it and start again")
     losses = np.array([float(values[1]) for values in steps.values()])
@@ -180,17 +270,7 @@ def summary(run: Run, directory: Path, seconds: float) -> dict[str, Any]:
     solve = sum(entry["solve_seconds"] for entry in ordered[1:])
     step = sum(entry["step_seconds"] for entry in ordered[1:])
     line = {
-        "key": run.key,
-        "purpose": run.purpose,
-        "family": run.family,
-        "size": run.size.name,
-        "arm": run.arm.name,
-        "value": run.value,
-        "learning_rate": run.learning_rate,
-        "seed": run.seed,
-        "iterations": run.size.iterations,
-        "tokens": run.size.iterations * run.size.tokens_per_step,
-        "flags": run.flags,
+        **_about(run),
         "train_loss": [round(float(x), 4) for x in losses],
         "curve": {i: round(float(values[0]), 5) for i, values in valid.items()},
         "maxvio_mean": float(maxvio_IL.mean()),
@@ -200,7 +280,7 @@ def summary(run: Run, directory: Path, seconds: float) -> dict[str, Any]:
         "solve_share": float(solve / step) if any(e["solves"] for e in ordered) else None,
         "ms_per_step": float(np.median([float(v[0]) for v in list(steps.values())[1:]])),
         "seconds": round(seconds, 1),
-        "evaluation": json.loads((directory / "evaluation.json").read_text()),
+        "evaluation": evaluation,
     }
     if run.seed == 1:
         segments = min(SEGMENTS, len(ordered))
@@ -210,15 +290,21 @@ def summary(run: Run, directory: Path, seconds: float) -> dict[str, Any]:
     return line
 
 
-def carry_out(run: Run, data: Path, output: Path, running: set, step: Callable) -> dict[str, Any]:
+def carry_out(
+    run: Run, data: Path, output: Path, processes: Processes, step: Callable
+) -> dict[str, Any]:
     """Train, evaluate and summarise one run.
 
     Args:
         run: what to do.
         data: directory with a directory per family.
         output: directory for the runs' directories.
-        running: processes under way, for whoever ends them.
+        processes: what is under way, for whoever ends it.
         step: called with the number of the iteration that is done and its loss.
+
+    Returns:
+        The line of results. A run whose loss or scores become infinite or NaN has "diverged" in it
+        and an infinite loss.
     """
     directory = output / run.key
     directory.mkdir(parents=True, exist_ok=True)
@@ -232,9 +318,15 @@ def carry_out(run: Run, data: Path, output: Path, running: set, step: Callable) 
             step(int(match[1]), float(match[3]))
             clock.write_text(str(before + time.monotonic() - started))
 
-    _execute(training_command(run, data, directory), directory / "log", running, follow)
+    try:
+        _execute(training_command(run, data, directory), directory / "log", processes, follow)
+    except RunError as error:
+        if processes.is_over or not _DIVERGED.search(str(error)):
+            raise
+        lost = {"rules": {"own": {"loss": math.inf}}, "comparison": {}}
+        return {**_about(run), "diverged": str(error)[-2000:], "evaluation": lost}
     command = evaluation_command(run, data, directory)
-    _execute(command, directory / "evaluation.log", running)
+    _execute(command, directory / "evaluation.log", processes)
     return summary(run, directory, before + time.monotonic() - started)
 
 
@@ -257,8 +349,7 @@ def carry_out_all(
     todo = [run for run in runs if results.of(run) is None]
     if not todo:
         return
-    running: set = set()
-    failed = threading.Event()
+    processes = Processes()
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -271,38 +362,34 @@ def carry_out_all(
         total = bars.add_task("all steps", total=sum(r.size.iterations for r in todo), note="")
 
         def one(run: Run) -> None:
-            if failed.is_set():
-                return
-            bar = bars.add_task(run.title, total=run.size.iterations, note="starting")
+            steps = run.size.iterations
+            bar = bars.add_task(run.title, total=steps, note="starting")
             done = 0
 
             def step(iteration: int, loss: float) -> None:
                 nonlocal done
-                bars.update(bar, completed=iteration, note=f"loss {loss:.3f}")
+                note = f"loss {loss:.3f}" if iteration < steps else "evaluating"
+                bars.update(bar, completed=iteration, note=note)
                 bars.advance(total, iteration - done)
                 done = iteration
 
-            try:
-                line = carry_out(run, data, output, running, step)
-            except BaseException:
-                failed.set()
-                for process in list(running):
-                    process.terminate()
-                raise
+            line = carry_out(run, data, output, processes, step)
             results.add(line)
-            causal = next(iter(line["evaluation"]["rules"].values()))["loss"]
             bars.remove_task(bar)
+            # A run that was only evaluated had its steps behind it.
+            bars.advance(total, steps - done)
+            causal = next(iter(line["evaluation"]["rules"].values()))["loss"]
             bars.console.print(f"{run.title}: validation loss {causal:.4f}", highlight=False)
             if not keep:
                 shutil.rmtree(output / run.key)
 
         with ThreadPoolExecutor(jobs) as pool:
-            futures = [pool.submit(one, run) for run in todo]
+            futures = {pool.submit(one, run): run for run in todo}
             try:
-                for future in futures:
-                    future.result()
-            except BaseException:
-                failed.set()
-                for process in list(running):
-                    process.terminate()
-                raise
+                for future in as_completed(futures):
+                    if error := future.exception():
+                        raise RunError(f"{futures[future].title}: {error}") from error
+            finally:
+                # The first to fail is told of; what else ends, ends for that.
+                processes.end_all()
+                pool.shutdown(cancel_futures=True)

@@ -31,12 +31,7 @@ class Decoder:
     def __init__(self, trained: TrainedModel, batch_size: int, max_length: int) -> None:
         from megatron.core.inference.contexts import StaticInferenceContext
 
-        stages = trained.args.pipeline_model_parallel_size
-        if stages > 1:
-            raise ValueError(
-                "decoding needs the whole model on a rank; restore it with "
-                f"--pipeline-model-parallel-size 1 instead of {stages}"
-            )
+        trained.check_is_whole()
         self.trained = trained
         self.length = 0
         self.max_length = max_length

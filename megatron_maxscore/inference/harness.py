@@ -36,6 +36,8 @@ class MaxScoreLM(TemplateLM):
         self, trained: TrainedModel, batch_size: int = 16, max_length: int | None = None
     ) -> None:
         super().__init__()
+        # Neighbours in a batch must not compete for capacity: nothing is dropped here.
+        trained.model.config.moe_expert_capacity_factor = None
         self.trained = trained
         self.batch_size = batch_size
         self.max_length = max_length or trained.args.max_position_embeddings

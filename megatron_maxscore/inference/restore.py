@@ -41,7 +41,7 @@ FURTHER = (
     "use_rope_scaling", "rope_scaling_factor", "attention_softmax_in_fp32",
     "apply_residual_connection_post_layernorm", "window_size", "softmax_type", "glu_linear_offset",
     "activation_func_clamp_value", "moe_shared_expert_gate", "multi_latent_attention", "bf16",
-    "fp16", "tokenizer_type", "tokenizer_model",
+    "fp16", "tokenizer_type", "tokenizer_model", "micro_batch_size",
 )  # fmt: skip
 
 
@@ -66,12 +66,22 @@ class TrainedModel:
             tokens_BS: (B, S) int64 on any device. Under price routing padding on the right
                 changes nothing to its left.
         """
+        self.check_is_whole()
         device = next(self.model.parameters()).device
         tokens_BS = tokens_BS.to(device)
         positions_BS = torch.arange(tokens_BS.shape[1], device=device).expand_as(tokens_BS)
         with torch.no_grad():
             logits = self.model(tokens_BS, positions_BS, None, runtime_gather_output=True)
         return self.wide(logits)
+
+    def check_is_whole(self) -> None:
+        """Raise a ValueError if the model is split into pipeline stages."""
+        stages = self.args.pipeline_model_parallel_size
+        if stages > 1:
+            raise ValueError(
+                "inference needs the whole model on a rank; restore it with "
+                f"--pipeline-model-parallel-size 1 instead of {stages}"
+            )
 
     def wide(self, logits: Tensor) -> Tensor:
         """Return logits without those that pad the vocabulary, in float32 at least."""
@@ -111,8 +121,6 @@ def restore(
                 f"{checkpoint} holds no checkpoint: {_LATEST} is missing; give the directory that "
                 "--save wrote"
             )
-        if "--micro-batch-size" not in {word.partition("=")[0] for word in command}:
-            command += ["--micro-batch-size", "1"]
         command += ["--load", str(checkpoint), "--use-checkpoint-args"]
         # Megatron takes both of the tokenizer's arguments or none; below what is given stays.
         command.append("--no-use-tokenizer-model-from-checkpoint-args")

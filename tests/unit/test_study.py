@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tools import study, study_report, study_runs
+from tools import study_report, study_results, study_runs
+from tools.study import Study, minutes
 from tools.study_arms import ARMS, CORE, EXPLORATORY, LEARNING_RATES, SIZES, Run
 
 SIZE = dataclasses.replace(SIZES["quick"], iterations=20)
@@ -51,50 +52,64 @@ def test_paired_interval_is_students():
     ours = {seed: 4.0 + generator.normal(0, 0.1) for seed in range(6)}
     theirs = {seed: value + 0.05 + generator.normal(0, 0.02) for seed, value in ours.items()}
     theirs[99] = 1.0  # a seed that only one side has does not count
-    mean, half, count = study_report.paired(ours, theirs)
-    differences = [ours[seed] - theirs[seed] for seed in range(6)]
-    expected = stats.ttest_1samp(differences, 0.0).confidence_interval(0.95)
-    assert count == 6
-    np.testing.assert_allclose([mean - half, mean + half], [expected.low, expected.high])
-    assert study_report.verdict(mean, half) == "lower"
-    assert study_report.verdict(-mean, half) == "higher"
-    assert study_report.verdict(0.0, half) == "no difference shown"
-    assert np.isnan(study_report.paired({1: 2.0}, {1: 3.0})[1])
+    for intervals in (1, 5):
+        mean, half, count = study_results.paired(ours, theirs, intervals)
+        differences = [ours[seed] - theirs[seed] for seed in range(6)]
+        test = stats.ttest_1samp(differences, 0.0)
+        expected = test.confidence_interval(1 - 0.05 / intervals)
+        assert count == 6
+        np.testing.assert_allclose([mean - half, mean + half], [expected.low, expected.high])
+    half = study_results.paired(ours, theirs)[1]
+    assert study_results.verdict(mean, half) == "lower"
+    assert study_results.verdict(-mean, half) == "higher"
+    assert study_results.verdict(0.0, half) == "no difference shown"
+    assert np.isnan(study_results.paired({1: 2.0}, {1: 3.0})[1])
 
 
-def test_tuning_gives_every_core_arm_as_many_runs_and_takes_the_best(tmp_path):
-    counts = set()
-    for arm in CORE:
-        results = study_runs.Results(tmp_path / f"{arm.name}.jsonl")
-        first, best = study.tuning_of(arm, "prose", SIZE, results)
-        assert best is None and study.settings(arm, "prose", SIZE, results) is not None
-        lost = dict(zip(arm.values, (4.2, 4.0, 4.1), strict=True))
-        for run in first:
-            results.add(result(run, lost[run.value]))
-        both, best = study.tuning_of(arm, "prose", SIZE, results)
-        assert best is None and {run.learning_rate for run in both} == set(LEARNING_RATES)
-        value = list(arm.values)[1]
-        for run in both[len(first) :]:
-            assert run.value == value, "other learning rates are tried for the best value"
-            results.add(result(run, 3.9 if run.learning_rate == "4e-3" else 5.0))
-        both, best = study.tuning_of(arm, "prose", SIZE, results)
-        assert (best.value, best.learning_rate) == (value, "4e-3")
-        counts.add(len(both))
-    assert len(counts) == 1, "the same budget for every arm"
+def tuned(study: Study, arm, losses: dict, rates=None) -> None:
+    """Give an arm made-up tuning results until it is tuned."""
+    for _ in range(4):
+        for run in study.tuning_of(arm)[0]:
+            if study.results.of(run) is None:
+                loss = losses[run.value] + (rates or {}).get(run.learning_rate, 0.0)
+                study.results.add(result(run, loss))
 
 
-def test_exploratory_arms_take_the_default_and_the_tuned_learning_rate(tmp_path):
+@pytest.mark.parametrize("arm", CORE, ids=lambda arm: arm.name)
+def test_tuning_extends_the_grid_at_its_ends_and_takes_the_best(tmp_path, arm):
     size = dataclasses.replace(SIZES["small"], iterations=20)
-    results = study_runs.Results(tmp_path / "results.jsonl")
-    arm = next(arm for arm in EXPLORATORY if arm.name == "softmax")
-    assert study.settings(arm, "prose", size, results) is None
-    for _ in range(2):
-        for run in study.tuning_of(ARMS["maxscore"], "prose", size, results)[0]:
-            if results.of(run) is None:
-                good = run.value == "0.5" and run.learning_rate == "1e-3"
-                results.add(result(run, 3.0 if good else 4.0 - 0.1 * (run.value == "0.5")))
-    assert study.settings(arm, "prose", size, results) == ("", "1e-3")
-    assert study.settings(ARMS["maxscore"], "prose", size, results) == ("0.5", "1e-3")
+    values = [value for value in arm.values if value not in arm.reserve]
+    assert len(values) == 3 and arm.usual in values
+    for place in range(3):
+        study = Study("prose", size, "d", study_runs.Results(tmp_path / f"{place}.jsonl"))
+        first, best = study.tuning_of(arm)
+        assert [run.value for run in first] == values and best is None
+        assert study.setting(arm) is None
+        losses = {value: 4.0 + abs(i - place) for i, value in enumerate(values)}
+        beyond = {0: arm.reserve[0], 1: "", 2: arm.reserve[1]}[place]
+        losses |= {value: 3.9 for value in arm.reserve if value}
+        tuned(study, arm, losses, {"1e-3": -0.2, "4e-3": 0.5})
+        runs, best = study.tuning_of(arm)
+        expected = beyond or values[place]
+        assert (best.value, best.learning_rate) == (expected, "1e-3") == study.setting(arm)
+        assert len(runs) == 3 + bool(beyond) + len(LEARNING_RATES) - 1
+        assert {run.seed for run in runs} == {100}
+
+
+def test_variants_take_the_tuned_setting_of_what_they_follow(tmp_path):
+    size = dataclasses.replace(SIZES["small"], iterations=20)
+    study = Study("prose", size, "d", study_runs.Results(tmp_path / "results.jsonl"))
+    variants = [ARMS["softmax"], ARMS["dropless_x2"]]
+    with pytest.raises(ValueError, match="dropless, maxscore not tuned yet"):
+        study.comparison(variants, [1], "exploratory")
+    tuned(study, ARMS["maxscore"], {"0.5": 3.9, "1.0": 4.0, "2.0": 4.1, "0.25": 4.2})
+    tuned(study, ARMS["dropless"], {"1e-3": 4.0, "1e-2": 4.1, "1e-1": 3.9, "1": 3.8})
+    softmax, control = study.comparison(variants, [1], "exploratory")
+    assert "--maxscore-temperature 0.5" in softmax.flags and "--maxscore-variant" in softmax.flags
+    assert control.flags.endswith("--moe-router-topk-scaling-factor 2")
+    assert "--moe-aux-loss-coeff 1 " in control.flags
+    quick = dataclasses.replace(study, size=SIZES["quick"])
+    assert quick.setting(ARMS["dropless"]) == ("1e-2", LEARNING_RATES[0])
 
 
 def test_a_run_is_known_by_what_decides_its_result(tmp_path):
@@ -107,12 +122,24 @@ def test_a_run_is_known_by_what_decides_its_result(tmp_path):
     assert results.of(dataclasses.replace(run, size=slower)) is not None
     for change in (
         dict(seed=2), dict(family="code"), dict(learning_rate="1e-3"), dict(value="0.5"),
-        dict(arm=ARMS["gshard"], value="1e-2"), dict(arm=ARMS["softmax"], value=""),
+        dict(arm=ARMS["gshard"], value="1e-2"), dict(arm=ARMS["softmax"]), dict(data="other"),
         dict(size=dataclasses.replace(SIZE, iterations=21)),
     ):  # fmt: skip
         assert results.of(dataclasses.replace(run, **change)) is None, change
-    assert study.minutes([run], results, jobs=2) == 0
-    assert study.minutes([dataclasses.replace(run, seed=2)], results, jobs=2) > 0
+    assert minutes([run], results, jobs=2) == 0
+    assert minutes([dataclasses.replace(run, seed=2)], results, jobs=2) > 0
+
+
+def test_results_of_several_processes_and_of_others(tmp_path):
+    run = Run("prose", SIZE, ARMS["maxscore"], "1.0", "2e-3", 1, "core")
+    path = tmp_path / "made" / "results.jsonl"
+    one, other = study_runs.Results(path), study_runs.Results(path)
+    one.add(result(run, 4.0))
+    other.add(result(dataclasses.replace(run, seed=2), 4.1))
+    assert len(study_runs.Results(path).lines) == 2 == len(other.lines)
+    path.write_text(path.read_text() + '{"key": "abc"}\n')
+    with pytest.raises(ValueError, match="line 3, is no result of this study"):
+        study_runs.Results(path)
 
 
 def test_every_arm_has_its_own_flags():
@@ -120,9 +147,14 @@ def test_every_arm_has_its_own_flags():
     for arm in (*CORE, *EXPLORATORY):
         for value in arm.values:
             run = Run("code", SIZES["small"], arm, value, "2e-3", 1, "core")
-            key = (run.flags, arm.script, arm.ranks)
-            assert key not in flags, (arm.name, flags[key])
-            flags[key] = arm.name
+            # What is given last counts.
+            words, given = run.flags.split(), {}
+            for place, word in enumerate(words):
+                if word.startswith("--"):
+                    given[word] = words[place + 1 : place + 2]
+            key = (str(sorted(given.items())), arm.script, arm.ranks)
+            if flags.setdefault(key, arm.name) != arm.name:
+                raise AssertionError((arm.name, flags[key]))
             assert "ITERATIONS" not in run.flags
 
 
@@ -130,10 +162,10 @@ def made_up(tmp_path):
     """Return results of all core arms and two others, five seeds, and one tuning run."""
     generator = np.random.default_rng(1)
     lines = []
-    for place, arm in enumerate((*CORE, ARMS["softmax"], ARMS["sequence"])):
-        purpose = "core" if arm in CORE else "exploratory"
+    variants = [(arm, "exploratory") for arm in (CORE[0], ARMS["softmax"], ARMS["sequence"])]
+    for place, (arm, purpose) in enumerate([*((arm, "core") for arm in CORE), *variants]):
         for seed in range(1, 6):
-            run = Run("prose", SIZE, arm, next(iter(arm.values)), "2e-3", seed, purpose)
+            run = Run("prose", SIZE, arm, arm.usual, "2e-3", seed, purpose)
             base = 4.0 + 0.03 * place + 0.1 * seed
             lines.append(result(run, base + generator.normal(0, 0.005)))
     run = Run("prose", SIZE, ARMS["gshard"], "1e-2", "2e-3", 100, "tuning")
@@ -144,14 +176,17 @@ def test_report_says_what_the_results_say(tmp_path):
     lines = made_up(tmp_path)
     study_report.write(lines, tmp_path)
     text = (tmp_path / "report.md").read_text()
-    assert text.count("PASS") == 7 and "MISSED" not in text
-    gshard = [study_report.own_loss(li) for li in lines if li["arm"] == "gshard" and li["seed"] < 9]
+    assert text.count("PASS") == 8 and "MISSED" not in text
+    gshard = [
+        study_results.own_loss(li) for li in lines if li["arm"] == "gshard" and li["seed"] < 9
+    ]
     assert f"{np.mean(gshard):.4f} ± {stats.sem(gshard):.4f}" in text
-    assert text.index("Tuning") > text.index("Variants of MaxScore")
+    assert text.index("Tuning") > text.index("Variants and controls")
+    assert "| softmax variant | MaxScore | 5 |" in text
     with (tmp_path / "runs.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(lines) and float(rows[0]["loss_own_rule"]) == pytest.approx(
-        study_report.own_loss(lines[0])
+        study_results.own_loss(lines[0])
     )
     for name in ("prose_quick_curves.png", "prose_quick_loads.png"):
         assert (tmp_path / name).stat().st_size > 10_000
@@ -165,32 +200,70 @@ def test_report_says_so_where_a_baseline_is_better(tmp_path):
             line["evaluation"]["rules"]["own"]["loss"] -= 0.5
         if line["arm"] == "maxscore":
             line["evaluation"]["rules"]["price"]["maxvio"][2] = 0.4
-    core = study_report.by_arm(lines, "core")
-    bars = study_report.bars(core)
+    bars = study_report.bars(study_results.by_arm(lines, "core"))
     missed = [bar for bar in bars if bar.startswith("- MISSED")]
-    assert len(missed) == 2 and "expert bias" in missed[0] and "maxvio" in missed[1]
+    assert len(missed) == 3 and "best of the others, top-k, expert bias" in missed[0]
+    assert "4 of 5" in missed[1] and "maxvio" in missed[2]
+    few = [line for line in lines if line["seed"] < 5]
+    assert "not judged" in study_report.bars(study_results.by_arm(few, "core"))[0]
+
+
+def test_results_at_another_setting_and_diverged_runs_do_not_count(tmp_path):
+    lines = made_up(tmp_path)
+    older = Run("prose", SIZE, ARMS["bias"], "1e-2", "4e-3", 1, "core")
+    lost = Run("prose", SIZE, ARMS["quantile"], "0.5", "4e-3", 100, "tuning")
+    lines.insert(0, result(older, 9.0))
+    lines.append(
+        {"key": lost.key, "purpose": "tuning", "family": "prose", "size": "quick", "seed": 100,
+         "arm": "quantile", "value": "0.5", "learning_rate": "4e-3", "iterations": 20, "tokens": 1,
+         "flags": lost.flags, "diverged": "loss is NaN",
+         "evaluation": {"rules": {"own": {"loss": float("inf")}}, "comparison": {}}}
+    )  # fmt: skip
+    assert [line["seed"] for line in study_results.by_arm(lines, "core")["bias"]] == [1, 2, 3, 4, 5]
+    study_report.write(lines, tmp_path)
+    assert (
+        "Diverged, and not in the tables: quantile lr 4e-3" in (tmp_path / "report.md").read_text()
+    )
+
+
+def test_of_drops_the_lower_loss_is_compared():
+    run = Run("prose", SIZE, ARMS["gshard"], "1e-2", "2e-3", 1, "core")
+    line = result(run, 4.0)
+    line["evaluation"]["rules"]["no drops"] = {"loss": 3.9}
+    assert study_results.compared_loss(line) == 3.9 and study_results.own_loss(line) == 4.0
+    line = result(Run("prose", SIZE, ARMS["maxscore"], "1.0", "2e-3", 1, "core"), 4.0)
+    line["evaluation"]["rules"]["flow"]["loss"] = 3.0
+    assert study_results.compared_loss(line) == 4.0, "MaxScore by prices"
 
 
 def test_summary_keeps_the_last_of_steps_that_a_resumed_run_repeats(tmp_path):
     run = Run("code", SIZE, ARMS["gshard"], "1e-2", "2e-3", 1, "core")
     log, lines = [], []
     for iteration in [*range(1, 13), *range(9, 21)]:
-        loss = 5.0 + iteration + (100 if iteration < 13 and len(log) < 12 else 0)
+        loss = 5.0 + iteration + (100 if iteration < 13 and len(lines) < 12 else 0)
         log.append(
             f" [2026-01-01] iteration {iteration:8}/      20 | consumed samples: 1 | elapsed time "
             f"per iteration (ms): 10.0 | lm loss: {loss:.6E} | grad norm: 1.0"
         )
+        if iteration % 10 == 0:
+            log.append(
+                f" validation loss at iteration {iteration} | lm loss value: 6.5E+00 | lm PPL"
+            )
         lines.append(
             {"iteration": iteration, "loads": [[4] * 16] * 4, "dropped": [0] * 4,
              "maxvio": [0.5] * 4, "largest_gap": 0.0, "solves": 0, "solve_seconds": 0.0,
              "step_seconds": 1.0}
         )  # fmt: skip
+    log.append(
+        " validation loss at iteration 20 on validation set | lm loss value: 9.9E+00 | lm PPL"
+    )
     (tmp_path / "log").write_text("\n".join(log))
     (tmp_path / "stats.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (tmp_path / "evaluation.json").write_text("{}")
     line = study_runs.summary(run, tmp_path, 5.0)
     expected = [105.0 + i if i < 9 else 5.0 + i for i in range(1, 21)]
     assert line["train_loss"] == expected and line["solve_share"] is None
-    (tmp_path / "log").write_text("\n".join(log[:-1]))
+    assert line["curve"] == {10: 6.5, 20: 6.5}
+    (tmp_path / "log").write_text("\n".join(log[:-3]))
     with pytest.raises(study_runs.RunError, match="lacks steps"):
         study_runs.summary(run, tmp_path, 5.0)
