@@ -25,14 +25,16 @@ paper_model() {
 
 # paper_router ROUTER: maxscore, authors, gshard, dropless or deepseek.
 paper_router() {
-  local maxscore="--moe-router-type maxscore --maxscore-mode exact --moe-router-topk-scaling-factor 4"
+  local maxscore="--moe-router-type maxscore --maxscore-mode exact"
   case "$1" in
-    # Our defaults.
-    maxscore) echo "$maxscore --maxscore-scope local --moe-router-load-balancing-type none" ;;
-    # As the released code: a problem for each sequence, softmax, second gate annealed over 30,000
-    # steps, GShard's loss; but with the optimal assignment instead of greedy, then Hungarian.
+    # Our defaults; 4 = E / k^2.
+    maxscore) echo "$maxscore --maxscore-scope local --moe-router-load-balancing-type none" \
+      "--moe-router-topk-scaling-factor 4" ;;
+    # Near the released code: a problem for each sequence, softmax (k softmax times 1/2), the smaller
+    # gate annealed over 30,000 steps, an aux loss; but with the optimal assignment instead of
+    # greedy, then Hungarian, and with the loss over both choices instead of the first.
     authors) echo "$maxscore --maxscore-scope sequence --maxscore-variant softmax" \
-      "--maxscore-anneal-steps 30000" \
+      "--maxscore-anneal-steps 30000 --moe-router-topk-scaling-factor 0.5" \
       "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2" ;;
     gshard) echo "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2" \
       "--moe-expert-capacity-factor 1.0" ;;

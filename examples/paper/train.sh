@@ -5,7 +5,8 @@
 #   ROUTER  maxscore, authors, gshard, dropless or deepseek
 # The data directory is what tools/prepare_data.py --vocab-size 32000 writes. On several nodes start it
 # on each with NNODES, NODE_RANK and MASTER_ADDR set; examples/paper/slurm.sh does so. GPUS (8),
-# EXPERT_PARALLEL (as many), MICRO_BATCH (16), GLOBAL_BATCH (512) and STEPS (30000) may be set, and
+# EXPERT_PARALLEL (as many), MICRO_BATCH (16), GLOBAL_BATCH (512, a multiple of MICRO_BATCH times all
+# GPUs) and STEPS (30000, more than 2,048 of warm-up) may be set, and
 # SCRIPT=/path/to/your/pretrain_gpt.py for a Megatron-LM checkout.
 set -euo pipefail
 USAGE="usage: $0 SIZE ROUTER DATA_DIRECTORY CHECKPOINT_DIRECTORY [MEGATRON ARGUMENTS]"

@@ -97,6 +97,48 @@ def test_generation(trained):
     assert wrong.returncode == 2 and "holds no checkpoint" in wrong.stderr
 
 
+def test_a_killed_run_of_the_study_goes_on_and_ends_alike(trained, tmp_path, monkeypatch):
+    from tools import study_runs
+    from tools.study_arms import ARMS, Run, Size
+
+    monkeypatch.setattr(study_runs, "SAVE_EVERY", 2)
+    monkeypatch.setattr(study_runs, "CURVE_POINTS", 3)
+    _, data, _ = trained
+    flags = re.sub(r"--mock-data.*--vocab-size 127|--split \S+|--(seed|lr) \S+", "", MODEL)
+    flags = re.sub(r"--eval-\S+ \S+", "", flags) + "--min-lr 1e-4"
+    size = Size("tiny", " ".join(flags.split()), 6, 512, 0.1, valid_sequences=8)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "custom").symlink_to(data)
+    run = Run("custom", size, ARMS["maxscore"], "1.0", "2e-3", 1, "core")
+
+    class Killed(Exception):
+        pass
+
+    seen = []
+
+    def step(iteration, loss):
+        seen.append(iteration)
+        if iteration == 5 and len(seen) == 5:
+            raise Killed
+
+    def carry_out(output):
+        processes = study_runs.Processes()
+        return study_runs.carry_out(run, tmp_path / "data", output, processes, step)
+
+    with pytest.raises(Killed):
+        carry_out(tmp_path / "killed")
+    resumed = carry_out(tmp_path / "killed")
+    assert seen in ([1, 2, 3, 4, 5, 5, 6], [1, 2, 3, 4, 5, 3, 4, 5, 6]), "from a checkpoint"
+    whole = carry_out(tmp_path / "whole")
+    for name in ("curve", "evaluation", "load_map", "maxvio_mean", "dropped"):
+        assert resumed[name] == whole[name], name
+    # Megatron's log has the mean of a process's first two steps for the second one.
+    assert resumed["train_loss"][:5] == whole["train_loss"][:5]
+    assert abs(np.mean(whole["train_loss"][4:]) - resumed["train_loss"][5]) < 1e-4
+    assert list(whole["curve"]) == [2, 4, 6] and whole["maxvio_max"] == 0.0
+    assert set(whole["evaluation"]["rules"]) == {"price", "flow"}
+
+
 PROBE = """
 import sys, torch
 from megatron_maxscore.inference import Decoder, restore
