@@ -26,10 +26,6 @@ _Result = TypeVar("_Result")
 _PACKED = 1 << 16
 
 
-# torch 2.14 has renamed it.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
 class Exchange:
     """One rank alone; the base of exchanges between ranks.
 
@@ -105,7 +101,7 @@ class GroupExchange(Exchange):
         own = torch.frombuffer(bytearray(payload.ljust(longest, b"\0")), dtype=torch.uint8)
         everyone = torch.empty(self.size * longest, dtype=torch.uint8, device=self._device)
         with self._round(phase, longest):
-            _all_gather(everyone, own.to(self._device), group=self.group)
+            _all_gather(everyone, own.to(self._device), self.group)
             data = everyone.cpu().numpy().tobytes()
         return [data[r * longest : r * longest + size] for r, size in enumerate(sizes)]
 
@@ -113,7 +109,7 @@ class GroupExchange(Exchange):
         """See the base class."""
         everyone = own.new_empty((self.size * own.shape[0], *own.shape[1:]))
         with self._round(phase, own.numel() * own.element_size()):
-            _all_gather(everyone, own, group=self.group)
+            _all_gather(everyone, own, self.group)
         return everyone
 
     def sum(self, counts: list[np.ndarray], below: int, *, phase: str) -> list[np.ndarray]:
@@ -136,6 +132,12 @@ class GroupExchange(Exchange):
             where = f"round {self.rounds} of flow.solve, rank {self.rank} of {self.size}"
             cause = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise LostRankError(phase, where, cause) from error
+
+
+def _all_gather(everyone: Tensor, own: Tensor, group: Any) -> None:
+    # torch 2.14 has renamed it. Looked up here: it may be wrapped after this module is imported.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(everyone, own, group=group)
 
 
 def pack(flat: np.ndarray, below: int) -> np.ndarray:
