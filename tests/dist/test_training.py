@@ -26,7 +26,10 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+# The last one is trained in by another test too.
+@pytest.mark.parametrize(
+    "layout", [*list(LAYOUTS)[:-1], pytest.param("TP2xPP2", marks=pytest.mark.full)]
+)
 def test_trains_in_every_layout(tmp_path, layout):
     result = succeed(tmp_path, 4, f"{MAXSCORE} {LAYOUTS[layout]} --train-iters 6")
     losses = [float.fromhex(text) for text in result.losses]
@@ -66,7 +69,7 @@ def balanced_losses(tmp_path, flags, iterations, recomputes, scope="group"):
     ("layout", "scope", "recomputes"),
     [
         ("TP2xEP2", "group", ["none", "selective"]),
-        ("EP4", "group", ["none", "full"]),
+        pytest.param("EP4", "group", ["none", "full"], marks=pytest.mark.full),
         ("TP2xEP2", "sequence", ["none"]),
     ],
 )
@@ -202,6 +205,7 @@ def test_wrong_options_end_every_rank_with_one_line(tmp_path, flags, words):
         assert word in result.errors[0]
 
 
+@pytest.mark.full
 @on_every_release
 def test_exported_bias_serves_stock_in_evaluation(tmp_path, release):
     flags = "--expert-model-parallel-size 2 --ckpt-format torch_dist --train-iters 20"
@@ -229,6 +233,7 @@ def test_exported_bias_serves_stock_in_evaluation(tmp_path, release):
     assert len(again.losses) == 2
 
 
+@pytest.mark.full
 @on_every_release
 def test_another_number_of_experts_is_refused_before_training(tmp_path, release):
     flags = f"{MAXSCORE} --expert-model-parallel-size 2 --ckpt-format torch_dist --train-iters 2"
