@@ -258,6 +258,7 @@ def summary(run: Run, directory: Path, seconds: float) -> dict[str, Any]:
         stats[entry["iteration"]] = entry
     wanted = range(1, run.size.iterations + 1)
     evaluation = json.loads((directory / "evaluation.json").read_text())
+    evaluation.pop("data", None)  # a path of this machine
     if list(steps) != list(wanted) or sorted(stats) != list(wanted):
         raise RunError(f"{directory} lacks steps; remove it and start again")
     losses = np.array([float(values[1]) for values in steps.values()])
