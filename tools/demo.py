@@ -32,6 +32,10 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from megatron_maxscore.releases import WITHOUT_TRANSFORMER_ENGINE  # noqa: E402
+
 TENSOR_EXPERT = (
     "--tensor-model-parallel-size 2 --sequence-parallel "
     "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1"
@@ -49,11 +53,7 @@ TRAINING = """
     --lr-warmup-fraction 0.1 --weight-decay 0.1 --clip-grad 1.0 --seed 1234
     --log-interval 1 --eval-interval 100000 --eval-iters 20
 """
-# What a machine without Transformer Engine, Apex and a GPU needs.
-LOCAL = """
-    --transformer-impl local --no-persist-layer-norm --no-bias-swiglu-fusion --no-rope-fusion
-    --no-masked-softmax-fusion --no-gradient-accumulation-fusion --num-workers 0
-"""
+LOCAL = " ".join([*WITHOUT_TRANSFORMER_ENGINE, "--num-workers 0"])
 # Top-k needs an auxiliary loss to balance; this is its usual coefficient.
 STOCK_ROUTER = "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2"
 # SoftTopk sums to k over all E experts, so about k * k / E reaches the chosen ones while logits are

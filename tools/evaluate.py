@@ -38,7 +38,12 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from megatron_maxscore.inference import Decoder, TrainedModel, restore  # noqa: E402
+from megatron_maxscore.inference import (  # noqa: E402
+    Decoder,
+    TrainedModel,
+    add_arguments,
+    restore,
+)
 
 
 @dataclass
@@ -253,12 +258,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", help="directory that --save wrote")
+    add_arguments(parser, required=False)
     parser.add_argument("--data", required=True, help="a data set's path without its ending")
     parser.add_argument("--sequences", type=int, help="so many, evenly spaced (default: all)")
     parser.add_argument("--decode", type=int, default=4, metavar="N", help="default: 4")
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("megatron", nargs="*", help="further arguments of Megatron's, after --")
     arguments = parser.parse_args()
     if arguments.checkpoint is None and "--load" not in arguments.megatron:
         parser.error("give --checkpoint, or all of Megatron's arguments with --load after --")

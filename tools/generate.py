@@ -20,7 +20,7 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from megatron_maxscore.inference import TrainedModel, restore, sample  # noqa: E402
+from megatron_maxscore.inference import TrainedModel, add_arguments, restore, sample  # noqa: E402
 
 # What a half-read character looks like; it waits for its other bytes.
 _INCOMPLETE = "\ufffd"
@@ -54,14 +54,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", required=True, help="directory that --save wrote")
+    add_arguments(parser)
     parser.add_argument("--prompt", default="", help="text to continue (default: a new document)")
     parser.add_argument("--tokens", type=int, default=100, help="at most (default: 100)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest")
     parser.add_argument("--top-p", type=float, default=0.95, help="share of probability kept")
     parser.add_argument("--samples", type=int, default=1, help="how many texts (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the first sample")
-    parser.add_argument("megatron", nargs="*", help="further arguments of Megatron's, after --")
     arguments = parser.parse_args()
     try:
         trained = restore(arguments.checkpoint, arguments.megatron)

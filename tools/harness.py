@@ -24,6 +24,8 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from megatron_maxscore.inference import add_arguments, restore  # noqa: E402
+
 PAPER = (
     "arc_challenge", "arc_easy", "boolq", "hellaswag", "lambada_openai", "piqa", "race", "sciq",
     "record", "openbookqa",
@@ -49,14 +51,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", required=True, help="directory that --save wrote")
+    add_arguments(parser)
     parser.add_argument("--tasks", nargs="+", required=True, help="names, or paper")
     parser.add_argument("--include", help="directory with further tasks")
     parser.add_argument("--limit", type=int, help="items of each task at most")
     parser.add_argument("--fewshot", type=int, default=0, help="examples (default: 0)")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("megatron", nargs="*", help="further arguments of Megatron's, after --")
     arguments = parser.parse_args()
     try:
         from lm_eval import simple_evaluate
@@ -66,8 +67,6 @@ def main() -> int:
     except ImportError as error:
         print(f"error: {error}; pip install lm_eval", file=sys.stderr)
         return 2
-    from megatron_maxscore.inference import restore
-
     tasks = [name for task in arguments.tasks for name in (PAPER if task == "paper" else (task,))]
     manager = TaskManager(include_path=arguments.include)
     unknown = [task for task in tasks if task not in manager.all_tasks]

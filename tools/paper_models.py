@@ -62,7 +62,7 @@ def build(flags: list[str]) -> dict[str, Any]:
     from megatron.training.arguments import parse_and_validate_args
     from megatron.training.initialize import initialize_megatron
 
-    from megatron_maxscore.inference.restore import WITHOUT_TRANSFORMER_ENGINE
+    from megatron_maxscore.releases import WITHOUT_TRANSFORMER_ENGINE
 
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost")
     os.environ.setdefault("MASTER_PORT", "29577")

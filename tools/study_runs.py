@@ -27,13 +27,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from megatron_maxscore.releases import WITHOUT_TRANSFORMER_ENGINE
 from tools.study_arms import Run
 
 ROOT = Path(__file__).resolve().parents[1]
-LOCAL = """
-    --transformer-impl local --no-persist-layer-norm --no-bias-swiglu-fusion --no-rope-fusion
-    --no-masked-softmax-fusion --no-gradient-accumulation-fusion --num-workers 0
-"""
 # Checkpoints of a run that is under way; how often the validation curve gets a point, and of how
 # many global batches.
 SAVE_EVERY, CURVE_POINTS, CURVE_BATCHES = 100, 6, 4
@@ -158,7 +155,7 @@ def training_command(run: Run, data: Path, directory: Path) -> list[str]:
     return [
         *f"{sys.executable} -m torch.distributed.run --standalone".split(),
         *f"--nproc-per-node {run.arm.ranks} -m megatron_maxscore.launch --cpu".split(),
-        *(run.arm.script, *run.flags.split(), *LOCAL.split()),
+        *(run.arm.script, *run.flags.split(), *WITHOUT_TRANSFORMER_ENGINE, "--num-workers", "0"),
         *data_flags(run, data, directory),
         *("--eval-interval", str(max(1, size.iterations // CURVE_POINTS))),
         *("--eval-iters", str(CURVE_BATCHES)),
@@ -178,7 +175,6 @@ def evaluation_command(run: Run, data: Path, directory: Path) -> list[str]:
         *("--decode", str(DECODED if "maxscore" in run.flags else 0)),
         *("--output", str(directory / "evaluation.json"), "--"),
         *run.flags.split(),
-        *(LOCAL.split()),
         *("--expert-model-parallel-size", "1"),
         *data_flags(run, data, directory),
         *("--load", str(directory / "checkpoint")),

@@ -25,12 +25,8 @@ import torch
 from torch import Tensor
 
 from megatron_maxscore._patches import PatchSet
+from megatron_maxscore.releases import WITHOUT_TRANSFORMER_ENGINE
 
-# What a machine without Transformer Engine needs.
-WITHOUT_TRANSFORMER_ENGINE = (
-    "--transformer-impl local --no-persist-layer-norm --no-bias-swiglu-fusion --no-rope-fusion "
-    "--no-masked-softmax-fusion --no-gradient-accumulation-fusion"
-).split()
 _LATEST = "latest_checkpointed_iteration.txt"
 # Arguments that change what a model computes and that Megatron does not restore. What is not at its
 # default was asked for and stays.
@@ -89,14 +85,23 @@ class TrainedModel:
         return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def restore(
-    checkpoint: str | Path | None, arguments: Sequence[str] = (), verbose: bool = False
-) -> TrainedModel:
+def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Add ``--checkpoint`` and Megatron's own arguments, which follow ``--``, to a tool's parser.
+
+    Args:
+        parser: of the tool.
+        required: whether there is no other way to name a checkpoint.
+    """
+    parser.add_argument("--checkpoint", required=required, help="directory that --save wrote")
+    parser.add_argument("megatron", nargs="*", help="further arguments of Megatron's, after --")
+
+
+def restore(checkpoint: str | Path | None, arguments: Sequence[str] = ()) -> TrainedModel:
     """Load a checkpoint for inference.
 
     A process that torchrun has not started becomes a group of one rank. Where there is no CUDA
     device Megatron runs on the CPU. It may be called once per process: Megatron's arguments and
-    groups are global.
+    groups are global. What Megatron says while it starts is shown only if it fails.
 
     Args:
         checkpoint: directory that ``--save`` wrote. The model's shape and our options come from it,
@@ -104,7 +109,6 @@ def restore(
             too, unless ``--tokenizer-model`` names one. None: ``arguments`` say everything,
             ``--load`` included.
         arguments: further arguments of Megatron's, such as parallel sizes.
-        verbose: show what Megatron says while it starts; otherwise only when it fails.
 
     Returns:
         The model in evaluation mode, in which MaxScore routes by prices.
@@ -130,7 +134,7 @@ def restore(
     command += ["--no-load-optim", "--no-load-rng", "--exit-on-missing-checkpoint"]
     _become_a_rank()
     argv, sys.argv = sys.argv, ["megatron_maxscore", *command]
-    said = None if verbose else io.StringIO()
+    said = io.StringIO()
     try:
         with _quiet(said):
             enable_if_needed()
@@ -142,19 +146,15 @@ def restore(
     except ValueError:
         raise
     except BaseException:
-        if said is not None:
-            sys.stderr.write(said.getvalue())
+        sys.stderr.write(said.getvalue())
         raise
     finally:
         sys.argv = argv
 
 
 @contextlib.contextmanager
-def _quiet(said: io.StringIO | None) -> Iterator[None]:
-    """Keep what is printed, and drop the warnings of optional packages, unless ``said`` is None."""
-    if said is None:
-        yield
-        return
+def _quiet(said: io.StringIO) -> Iterator[None]:
+    """Keep what is printed, and drop the warnings of optional packages."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(said):
         warnings.simplefilter("ignore")
         yield

@@ -68,7 +68,7 @@ def capacity_of(
     topk: int,
     capacity: int | Tensor | None,
     capacity_factor: float,
-    num_ranks: int = 1,
+    num_ranks: int,
 ) -> tuple[Tensor, bool | None]:
     """Return the (E,) int64 capacities on the device, and whether they are tight if that is known.
 
@@ -186,7 +186,7 @@ def _comparable(capacity: int | Tensor | None) -> Any:
     if not isinstance(capacity, Tensor):
         return capacity
     # Values on a device are not read.
-    return "on the device" if capacity.is_cuda else tuple(capacity.tolist())
+    return "on the device" if is_device(capacity) else tuple(capacity.tolist())
 
 
 # What the ranks of a group have found to be the same on all of them.
