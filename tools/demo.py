@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,19 +33,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from megatron_maxscore.releases import WITHOUT_TRANSFORMER_ENGINE  # noqa: E402
+from tools.processes import STEP, Processes, RunError, execute  # noqa: E402
+from tools.study_arms import MODEL  # noqa: E402
 
 TENSOR_EXPERT = (
     "--tensor-model-parallel-size 2 --sequence-parallel "
     "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1"
 )
 PIPELINE_EXPERT = "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2"
-MODEL = """
-    --num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 256
-    --max-position-embeddings 256 --position-embedding-type rope --normalization RMSNorm --swiglu
-    --disable-bias-linear --attention-dropout 0 --hidden-dropout 0
-    --num-experts 16 --moe-router-topk 2 --moe-ffn-hidden-size 128
-    --moe-token-dispatcher-type alltoall
-"""
 TRAINING = """
     --micro-batch-size 4 --global-batch-size 8 --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine
     --lr-warmup-fraction 0.1 --weight-decay 0.1 --clip-grad 1.0 --seed 1234
@@ -100,29 +93,26 @@ def command(run: Run, data: Path, output: Path) -> list[str]:
     ]
 
 
-def follow(lines: Iterator[str], run: Run) -> Iterator[int]:
-    """Read a run's log, keep losses and times, yield each finished iteration."""
-    number = r"([-+.\deE]+)"
-    step = re.compile(
-        rf"iteration +(\d+)/.*elapsed time per iteration \(ms\): {number}.* lm loss: {number}"
-    )
-    valid = re.compile(rf"validation loss at .* on validation set(.*?) \| lm loss value: {number}")
-    for line in lines:
-        if match := step.search(line):
-            run.step_ms.append(float(match[2]))
-            run.losses.append(float(match[3]))
-            yield int(match[1])
-        elif match := valid.search(line):
-            run.validation[match[1].strip(" ()").removesuffix(" routing") or "price"] = float(
-                match[2]
-            )
+_VALID = re.compile(r"validation loss at .* on validation set(.*?) \| lm loss value: (\S+)")
+
+
+def follow(line: str, run: Run) -> int | None:
+    """Read a line of a run's log, keep losses and times; return the iteration it ends."""
+    if match := STEP.search(line):
+        run.step_ms.append(float(match[2]))
+        run.losses.append(float(match[3]))
+        return int(match[1])
+    if match := _VALID.search(line):
+        rule = match[1].strip(" ()").removesuffix(" routing") or "price"
+        run.validation[rule] = float(match[2])
+    return None
 
 
 def train(run: Run, data: Path, output: Path, console: Console) -> None:
     """Run one training; on failure show the end of its log and exit."""
     log_path, stats_path = output / f"{run.name}.log", output / f"{run.name}.jsonl"
-    stats_path.unlink(missing_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    for path in (log_path, stats_path):
+        path.unlink(missing_ok=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -130,35 +120,20 @@ def train(run: Run, data: Path, output: Path, console: Console) -> None:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with log_path.open("w", encoding="utf-8") as log, Progress(*columns, console=console) as bar:
+    with Progress(*columns, console=console) as bar:
         task = bar.add_task(run.title, total=run.iterations, loss="")
-        process = subprocess.Popen(
-            command(run, data, output),
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        )
-        assert process.stdout is not None
 
-        def tee(stream: Iterator[str]) -> Iterator[str]:
-            for line in stream:
-                log.write(line)
-                yield line
+        def show(line: str) -> None:
+            if iteration := follow(line, run):
+                bar.update(task, completed=iteration, loss=f"{run.losses[-1]:.3f}")
 
         try:
-            for iteration in follow(tee(process.stdout), run):
-                bar.update(task, completed=iteration, loss=f"{run.losses[-1]:.3f}")
-            status = process.wait()
-        finally:
-            process.terminate()
-    if status != 0 or len(run.losses) != run.iterations or not run.validation:
-        tail = log_path.read_text(encoding="utf-8").splitlines()[-30:]
-        console.print("\n".join(tail), markup=False, highlight=False)
-        console.print(f"error: {run.title} failed; the whole log is {log_path}", markup=False)
-        raise SystemExit(1)
+            execute(command(run, data, output), log_path, Processes(), show)
+            if len(run.losses) != run.iterations or not run.validation:
+                raise RunError(f"steps or validation are missing in {log_path}")
+        except RunError as error:
+            console.print(f"error: {run.title} failed: {error}", markup=False, highlight=False)
+            raise SystemExit(1) from None
     run.statistics = [json.loads(line) for line in stats_path.read_text().splitlines()]
 
 

@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tools import study_data, study_report  # noqa: E402
+from tools.processes import RunError  # noqa: E402
 from tools.study_arms import (  # noqa: E402
     ARMS,
     CORE,
@@ -38,7 +39,7 @@ from tools.study_arms import (  # noqa: E402
     Size,
 )
 from tools.study_results import compared_loss  # noqa: E402
-from tools.study_runs import Results, RunError, carry_out_all  # noqa: E402
+from tools.study_runs import Results, carry_out_all  # noqa: E402
 
 # No seed is used for two purposes.
 TUNING_SEED, FIRST_EXPLORATORY_SEED = 100, 11
@@ -183,7 +184,7 @@ def carry_out(arguments: argparse.Namespace, results: Results) -> None:
 
 def say_the_plan(study: Study, wanted: dict, arguments: argparse.Namespace) -> None:
     """Print how long all of it will take, before anything is known of it."""
-    count = 0.0
+    count = 0
     for purpose in arguments.purposes:
         for arm in wanted[purpose]:
             values = [value for value in arm.values if value not in arm.reserve]
@@ -192,7 +193,7 @@ def say_the_plan(study: Study, wanted: dict, arguments: argparse.Namespace) -> N
     size = study.size
     hours = count * (size.iterations * size.seconds_per_step + OVERHEAD_SECONDS) / 3600
     print(
-        f"{study.family}: {' and '.join(arguments.purposes)}, {count:.0f} runs of "
+        f"{study.family}: {' and '.join(arguments.purposes)}, {count} runs of "
         f"{size.iterations} steps at most, {hours / arguments.jobs:.1f} hours with "
         f"{arguments.jobs} at a time where a core takes {size.seconds_per_step:g} s per step; "
         "less if some are done",

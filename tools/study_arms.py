@@ -176,7 +176,7 @@ class Size:
         flags: of the model and of training.
         iterations: training steps.
         tokens_per_step: of one step.
-        seconds_per_step: on one core of the machine named in docs/study.md, for the estimate.
+        seconds_per_step: on one core, for the estimate of what is to come.
         valid_sequences: evaluated at the end, None for all.
     """
 
@@ -188,18 +188,24 @@ class Size:
     valid_sequences: int | None = None
 
 
-_MODEL = """
+# Also the demo's.
+MODEL = """
     --num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 256
     --max-position-embeddings 256 --position-embedding-type rope --normalization RMSNorm --swiglu
     --disable-bias-linear --attention-dropout 0 --hidden-dropout 0
     --num-experts 16 --moe-router-topk 2 --moe-ffn-hidden-size 128
     --moe-token-dispatcher-type alltoall
+"""
+_TRAINED = (
+    MODEL
+    + """
     --micro-batch-size 8 --global-batch-size 16 --lr-decay-style cosine --min-lr 2e-4
     --lr-warmup-fraction 0.1 --weight-decay 0.1 --clip-grad 1.0 --log-interval 1
 """
+)
 SIZES = {
-    "small": Size("small", _MODEL, 300, 4096, 1.1),
-    "quick": Size("quick", _MODEL, 30, 4096, 1.1, valid_sequences=48),
+    "small": Size("small", _TRAINED, 300, 4096, 1.1),
+    "quick": Size("quick", _TRAINED, 30, 4096, 1.1, valid_sequences=48),
 }
 FAMILIES = {
     "code": "the sources of this Python's standard library (PSF licence)",

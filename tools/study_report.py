@@ -14,6 +14,7 @@ from tools.study_pictures import curves, load_maps
 from tools.study_results import (
     Lines,
     by_arm,
+    compared_loss,
     decoding_difference,
     losses,
     own_loss,
@@ -120,15 +121,15 @@ def tuning_table(lines: Lines) -> str:
     """Return the table of tuning runs, the best of each arm marked."""
     rows = []
     for name, own in by_arm(lines, "tuning").items():
-        least = min(map(own_loss, own))
-        for line in sorted(own, key=lambda li: (li["learning_rate"], own_loss(li))):
-            mark = " **taken**" if own_loss(line) == least else ""
+        least = min(map(compared_loss, own))
+        for line in sorted(own, key=lambda li: (li["learning_rate"], compared_loss(li))):
+            mark = " **taken**" if compared_loss(line) == least else ""
             rows.append(
                 [
                     ARMS[name].title,
                     f"{ARMS[name].knob} {line['value']}",
                     line["learning_rate"],
-                    f"{own_loss(line):.4f}{mark}",
+                    f"{compared_loss(line):.4f}{mark}",
                 ]
             )
     return _markdown(["router", "setting", "learning rate", "validation loss"], rows)

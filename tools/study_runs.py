@@ -11,10 +11,8 @@ import fcntl
 import importlib.metadata
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -28,6 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megatron_maxscore.releases import WITHOUT_TRANSFORMER_ENGINE
+from tools.processes import STEP, Processes, RunError, execute
 from tools.study_arms import Run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,17 +37,10 @@ SAVE_EVERY, CURVE_POINTS, CURVE_BATCHES = 100, 6, 4
 DECODED = 4
 # Segments of the load maps, over training.
 SEGMENTS = 30
-_STEP = re.compile(
-    r"iteration +(\d+)/.*elapsed time per iteration \(ms\): ([\d.]+).* lm loss: ([-+.\deE]+)"
-)
 # On the way, that is; the one at the end is of other samples.
-_VALID = re.compile(r"validation loss at iteration (\d+)(?: \([a-z ]+\))? \| lm loss value: (\S+)")
-# What Megatron and our router say when they give up on a run.
-_DIVERGED = re.compile(r"NaN|\bnan\b|inf in|infinite", re.IGNORECASE)
-
-
-class RunError(RuntimeError):
-    """A run failed; its text ends with the log's last lines."""
+_VALID = re.compile(r"validation loss at iteration (\d+) \| lm loss value: (\S+)")
+# What Megatron and our router say when they give up on a run; "nan" alone is in every step's line.
+_DIVERGED = re.compile(r"found (?:NaN|Inf)|[Uu]nexpected result (?:nan|inf)|were NaN or infinite")
 
 
 class Results:
@@ -94,50 +86,6 @@ class Results:
             partial.replace(self.path)
 
 
-class Processes:
-    """Processes under way, so that all can be ended and none starts afterwards."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._running: set[subprocess.Popen] = set()
-        self.is_over = False
-
-    def start(self, command: list[str]) -> subprocess.Popen:
-        """Start a command.
-
-        Raises:
-            RunError: no more are to start.
-        """
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        with self._lock:
-            if self.is_over:
-                raise RunError("stopped before it began")
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-            )
-            self._running.add(process)
-            return process
-
-    def end(self, process: subprocess.Popen) -> None:
-        """End one process; torchrun ends its ranks."""
-        process.terminate()
-        with self._lock:
-            self._running.discard(process)
-
-    def end_all(self) -> None:
-        """End all, and let none start."""
-        with self._lock:
-            self.is_over = True
-            for process in self._running:
-                process.terminate()
-
-
 def data_flags(run: Run, data: Path, directory: Path) -> list[str]:
     """Return the flags that name tokenizer and data sets."""
     return [
@@ -181,34 +129,6 @@ def evaluation_command(run: Run, data: Path, directory: Path) -> list[str]:
     ]
 
 
-def _execute(
-    command: list[str],
-    log: Path,
-    processes: Processes,
-    follow: Callable[[str], None] | None = None,
-) -> None:
-    """Run a command, append its output to a log, hand each line to ``follow``.
-
-    Raises:
-        RunError: it did not end with 0.
-    """
-    # Line by line: a checkpoint must not outlive the log of its steps.
-    with log.open("a", encoding="utf-8", buffering=1) as file:
-        process = processes.start(command)
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                file.write(line)
-                if follow is not None:
-                    follow(line)
-            status = process.wait()
-        finally:
-            processes.end(process)
-    if status:
-        tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-25:])
-        raise RunError(f"exit status {status}; the whole log is {log}\n{tail}")
-
-
 def _by_iteration(lines: Iterator[str], pattern: re.Pattern) -> dict[int, tuple[str, ...]]:
     """Return the last match for each iteration; a resumed run repeats some."""
     found = {}
@@ -247,7 +167,7 @@ def summary(run: Run, directory: Path, seconds: float) -> dict[str, Any]:
         RunError: steps are missing.
     """
     text = (directory / "log").read_text(encoding="utf-8").splitlines()
-    steps, valid = _by_iteration(iter(text), _STEP), _by_iteration(iter(text), _VALID)
+    steps, valid = _by_iteration(iter(text), STEP), _by_iteration(iter(text), _VALID)
     stats = {}
     for line in (directory / "stats.jsonl").read_text().splitlines():
         entry = json.loads(line)
@@ -311,19 +231,19 @@ def carry_out(
     started = time.monotonic()
 
     def follow(line: str) -> None:
-        if match := _STEP.search(line):
+        if match := STEP.search(line):
             step(int(match[1]), float(match[3]))
             clock.write_text(str(before + time.monotonic() - started))
 
     try:
-        _execute(training_command(run, data, directory), directory / "log", processes, follow)
+        execute(training_command(run, data, directory), directory / "log", processes, follow)
     except RunError as error:
         if processes.is_over or not _DIVERGED.search(str(error)):
             raise
         lost = {"rules": {"own": {"loss": math.inf}}, "comparison": {}}
         return {**_about(run), "diverged": str(error)[-2000:], "evaluation": lost}
     command = evaluation_command(run, data, directory)
-    _execute(command, directory / "evaluation.log", processes)
+    execute(command, directory / "evaluation.log", processes)
     return summary(run, directory, before + time.monotonic() - started)
 
 

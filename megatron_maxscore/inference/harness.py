@@ -47,11 +47,6 @@ class MaxScoreLM(TemplateLM):
         """The end of a document, which also stands before texts without a context."""
         return int(self.trained.tokenizer.eod)
 
-    @property
-    def tokenizer_name(self) -> str:
-        """The tokenizer's name, in the harness's cache keys."""
-        return str(self.trained.args.tokenizer_model)
-
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:

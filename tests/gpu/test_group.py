@@ -6,21 +6,8 @@ import pytest
 import torch
 
 from megatron_maxscore.flow import solve
-from megatron_maxscore.flow.exchange import Exchange
+from tests.simulated_rank import Simulated
 from tools.workloads import workload
-
-
-class Simulated(Exchange):
-    """One of several ranks whose scores are known here."""
-
-    def __init__(self, parts, rank):
-        self.parts, self.size, self.rank = parts, len(parts), rank
-
-    def gather(self, payload, sizes=None, *, phase):
-        return [payload] * self.size
-
-    def gather_tensor(self, own, *, phase):
-        return torch.cat(self.parts)
 
 
 @pytest.mark.parametrize("family", ["iid", "skewed, sigma 4", "40 repeated tokens"])

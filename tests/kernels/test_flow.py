@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from megatron_maxscore.flow import device, sample, solve
 from megatron_maxscore.flow.device import solver as launcher
-from megatron_maxscore.flow.exchange import Exchange
+from tests.simulated_rank import Simulated
 from tools.workloads import FAMILIES, workload
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -124,24 +124,6 @@ def test_many_units_end_in_rounds_over_all_rows():
     with mock.patch.object(launcher._Launcher, "run", run):
         assert_same(scores, 4)
     assert states[0][launcher.layout.ALL_ROUNDS.value] > 0
-
-
-class Simulated(Exchange):
-    """A rank among others whose scores are known, and who pass the same arguments."""
-
-    def __init__(self, parts, rank):
-        self.parts, self.size, self.rank, self.calls = parts, len(parts), rank, []
-
-    def gather(self, payload, sizes=None, *, phase):
-        self.calls.append(phase)
-        self.rounds += 1
-        return [payload] * self.size
-
-    def gather_tensor(self, own, *, phase):
-        assert torch.equal(own, self.parts[self.rank])
-        self.calls.append(phase)
-        self.rounds += 1
-        return torch.cat(self.parts)
 
 
 @pytest.mark.parametrize("family", ["iid", "40 repeated tokens"])

@@ -226,6 +226,31 @@ def test_results_at_another_setting_and_diverged_runs_do_not_count(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("words", "diverged"),
+    [
+        ("ValueError: Unexpected result nan (message='found NaN in local forward loss')", True),
+        ("error: router scores were NaN or infinite in iteration 7", True),
+        ("RuntimeError: out of memory", False),
+    ],
+)
+def test_only_a_run_that_diverged_counts_as_such(tmp_path, monkeypatch, words, diverged):
+    run = Run("code", SIZE, ARMS["gshard"], "1e-2", "2e-3", 1, "core")
+    # Every step's line has a nan in it.
+    text = f"iteration 6/ 20 | lm loss: 5.0 | number of nan iterations: 0 |\n{words}"
+
+    def fails(command, log, processes, follow=None):
+        raise study_runs.RunError(text)
+
+    monkeypatch.setattr(study_runs, "execute", fails)
+    arguments = (run, tmp_path, tmp_path, study_runs.Processes(), lambda *step: None)
+    if diverged:
+        assert words in study_runs.carry_out(*arguments)["diverged"]
+    else:
+        with pytest.raises(study_runs.RunError, match="out of memory"):
+            study_runs.carry_out(*arguments)
+
+
 def test_of_drops_the_lower_loss_is_compared():
     run = Run("prose", SIZE, ARMS["gshard"], "1e-2", "2e-3", 1, "core")
     line = result(run, 4.0)

@@ -1,0 +1,92 @@
+"""Starts training runs and the like, several at a time, and ends them together."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+# A step in Megatron's log: its number, milliseconds, loss.
+STEP = re.compile(
+    r"iteration +(\d+)/.*elapsed time per iteration \(ms\): ([\d.]+).* lm loss: ([-+.\deE]+)"
+)
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class RunError(RuntimeError):
+    """A run failed; its text ends with the log's last lines."""
+
+
+class Processes:
+    """Processes under way, so that all can be ended and none starts afterwards."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen] = set()
+        self.is_over = False
+
+    def start(self, command: list[str]) -> subprocess.Popen:
+        """Start a command.
+
+        Raises:
+            RunError: no more are to start.
+        """
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        with self._lock:
+            if self.is_over:
+                raise RunError("stopped before it began")
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+            )
+            self._running.add(process)
+            return process
+
+    def end(self, process: subprocess.Popen) -> None:
+        """End one process; torchrun ends its ranks."""
+        process.terminate()
+        with self._lock:
+            self._running.discard(process)
+
+    def end_all(self) -> None:
+        """End all, and let none start."""
+        with self._lock:
+            self.is_over = True
+            for process in self._running:
+                process.terminate()
+
+
+def execute(
+    command: list[str],
+    log: Path,
+    processes: Processes,
+    follow: Callable[[str], None] | None = None,
+) -> None:
+    """Run a command, append its output to a log, hand each line to ``follow``.
+
+    Raises:
+        RunError: it did not end with 0.
+    """
+    # Line by line: a checkpoint must not outlive the log of its steps.
+    with log.open("a", encoding="utf-8", buffering=1) as file:
+        process = processes.start(command)
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                file.write(line)
+                if follow is not None:
+                    follow(line)
+            status = process.wait()
+        finally:
+            processes.end(process)
+    if status:
+        tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-25:])
+        raise RunError(f"exit status {status}; the whole log is {log}\n{tail}")
