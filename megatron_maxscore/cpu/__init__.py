@@ -44,7 +44,7 @@ def enable() -> None:
     if is_enabled():
         return
     # torch.compile on these wrappers gains nothing on CPU and costs seconds of start-up.
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    _compile(False)
     for part in (devices, streams, rng, collectives, megatron_fixes):
         for answer in part.ANSWERS:
             answer(_patches)
@@ -53,8 +53,19 @@ def enable() -> None:
 def disable() -> None:
     """Remove every answer; a second call does nothing."""
     if is_enabled():
-        os.environ.pop("TORCHDYNAMO_DISABLE", None)
+        _compile(True)
     _patches.undo()
+
+
+def _compile(allowed: bool) -> None:
+    """Let ``torch.compile`` compile, or run functions as they are; also those made before."""
+    if allowed:
+        os.environ.pop("TORCHDYNAMO_DISABLE", None)
+    else:
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    # Reads the environment only when it is imported, which Megatron may have done.
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].config.disable = not allowed
 
 
 def enable_if_needed(forced: bool = False) -> bool:

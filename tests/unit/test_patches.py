@@ -44,6 +44,11 @@ from megatron_maxscore import cpu
 # Importing these replaces a few attributes of torch for good, with or without CPU mode.
 import megatron.core.tensor_parallel.random, megatron.core.transformer.torch_norm
 import megatron.core.datasets.utils
+def refuse(*_): raise AssertionError("compiled")
+# As functions of Megatron that was imported before.
+compiled = torch.compile(lambda x: x + 1, backend=refuse)
+# The first call of any such function replaces Module.__init__.
+torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(1))
 watched = {
     (owner.__name__, name): vars(owner).get(name)
     for owner in (torch, torch.cuda, dist, torch.Tensor, torch.nn.Module)
@@ -53,6 +58,7 @@ assert not cpu.is_enabled()
 cpu.enable(); cpu.enable()
 assert cpu.is_enabled() and torch.cuda.is_available()
 x = torch.zeros(3, device="cuda")
+assert compiled(x).sum() == 3
 assert x.device.type == "cpu" and x.cuda(0).to("cuda:1").device.type == "cpu"
 assert torch.tensor([1.0], device=torch.cuda.current_device()).type() == "torch.cuda.FloatTensor"
 assert torch.nn.Linear(2, 2).cuda().to(torch.device("cuda", 3)).weight.device.type == "cpu"
@@ -68,7 +74,7 @@ with torch.cuda.stream(torch.cuda.Stream()):
     start.record(); end.record()
 assert start.elapsed_time(end) >= 0
 cpu.disable(); cpu.disable()
-assert not cpu.is_enabled()
+assert not cpu.is_enabled() and not torch._dynamo.config.disable
 for owner in (torch, torch.cuda, dist, torch.Tensor, torch.nn.Module):
     for name in list(vars(owner)):
         if (owner.__name__, name) in watched:

@@ -68,7 +68,7 @@ def test_paired_interval_is_students():
 
 def tuned(study: Study, arm, losses: dict, rates=None) -> None:
     """Give an arm made-up tuning results until it is tuned."""
-    for _ in range(4):
+    for _ in range(5):
         for run in study.tuning_of(arm)[0]:
             if study.results.of(run) is None:
                 loss = losses[run.value] + (rates or {}).get(run.learning_rate, 0.0)
@@ -88,11 +88,16 @@ def test_tuning_extends_the_grid_at_its_ends_and_takes_the_best(tmp_path, arm):
         losses = {value: 4.0 + abs(i - place) for i, value in enumerate(values)}
         beyond = {0: arm.reserve[0], 1: "", 2: arm.reserve[1]}[place]
         losses |= {value: 3.9 for value in arm.reserve if value}
-        tuned(study, arm, losses, {"1e-3": -0.2, "4e-3": 0.5})
-        runs, best = study.tuning_of(arm)
-        expected = beyond or values[place]
-        assert (best.value, best.learning_rate) == (expected, "1e-3") == study.setting(arm)
-        assert len(runs) == 3 + bool(beyond) + len(LEARNING_RATES) - 1
+        # The last is only tried where twice the learning rate is better.
+        for rates, rate in (({"1e-3": -0.2, "4e-3": 0.5}, "1e-3"), ({"4e-3": -0.1}, "4e-3"),
+                            ({"4e-3": -0.1, "8e-3": -0.3, "1e-3": -0.9}, "8e-3")):  # fmt: skip
+            path = tmp_path / f"{place} {rate}.jsonl"
+            study = Study("prose", size, "d", study_runs.Results(path))
+            tuned(study, arm, losses, rates)
+            runs, best = study.tuning_of(arm)
+            expected = beyond or values[place]
+            assert (best.value, best.learning_rate) == (expected, rate) == study.setting(arm)
+            assert len(runs) == 3 + bool(beyond) + 2
         assert {run.seed for run in runs} == {100}
 
 
@@ -103,7 +108,7 @@ def test_variants_take_the_tuned_setting_of_what_they_follow(tmp_path):
     with pytest.raises(ValueError, match="dropless, maxscore not tuned yet"):
         study.comparison(variants, [1], "exploratory")
     tuned(study, ARMS["maxscore"], {"0.5": 3.9, "1.0": 4.0, "2.0": 4.1, "0.25": 4.2})
-    tuned(study, ARMS["dropless"], {"1e-3": 4.0, "1e-2": 4.1, "1e-1": 3.9, "1": 3.8})
+    tuned(study, ARMS["dropless"], {"1e-1": 3.9, "1e-2": 4.1, "1": 3.8, "10": 4.0})
     softmax, control = study.comparison(variants, [1], "exploratory")
     assert "--maxscore-temperature 0.5" in softmax.flags and "--maxscore-variant" in softmax.flags
     assert control.flags.endswith("--moe-router-topk-scaling-factor 2")
