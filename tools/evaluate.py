@@ -7,9 +7,10 @@ A MaxScore router routes by prices, which is causal, and by the flow, which sees
 (as many sequences as in training, unless ``--micro-batch-size`` says otherwise). Both see the same
 batches, so their next-token distributions are compared too: mean KL divergence (flow from price)
 and how often the likeliest token is the same. ``--decode N`` feeds N sequences token by token
-through the key-value cache and compares with one pass. Stock routers have their own rule, and with
-a capacity factor also "no drops". Expert loads, maxvio and dropped assignments are counted from the
-routing map, over the whole data set.
+through the key-value cache and compares with one pass. Stock routers have their own rule, with
+a capacity factor also "no drops"; sinkhorn, which Megatron leaves out in evaluation, also "as in
+training". Expert loads, maxvio and dropped assignments are counted from the routing map, over the
+whole data set; also the mean of the batches' maxvio, and of the sum of a token's gates.
 
 Prints a table; ``--output`` writes all of it as JSON. Under torchrun, data-parallel ranks share the
 batches.
@@ -54,25 +55,39 @@ class Tally:
         loss: sum of the tokens' losses, in nats.
         tokens: how many.
         loads: (E,) int64 per MoE layer.
+        maxvio: sum over the batches, per MoE layer.
+        gates: sum of all gates, per MoE layer.
+        batches: how many.
         assigned: what was to be assigned per layer: tokens times k.
     """
 
     loss: float = 0.0
     tokens: int = 0
     loads: dict[int, torch.Tensor] = field(default_factory=dict)
+    maxvio: dict[int, float] = field(default_factory=dict)
+    gates: dict[int, float] = field(default_factory=dict)
+    batches: int = 0
     assigned: int = 0
 
     def summary(self) -> dict[str, Any]:
         """Return means, loads and what follows from them."""
-        loads_LE = torch.stack([self.loads[layer] for layer in sorted(self.loads)]).double()
-        mean_L = loads_LE.mean(1, keepdim=True)
+        layers = sorted(self.loads)
+        loads_LE = torch.stack([self.loads[layer] for layer in layers]).double()
         return {
             "loss": self.loss / self.tokens,
             "tokens": self.tokens,
             "loads": loads_LE.long().tolist(),
-            "maxvio": (loads_LE.amax(1, keepdim=True) / mean_L - 1.0).flatten().tolist(),
+            "maxvio": [maxvio(loads_E) for loads_E in loads_LE],
+            "maxvio_per_batch": [self.maxvio[layer] / self.batches for layer in layers],
+            "gate_sum": [self.gates[layer] / self.tokens for layer in layers],
             "dropped": 1.0 - float(loads_LE.sum()) / (self.assigned * len(self.loads)),
         }
+
+
+def maxvio(loads_E: torch.Tensor) -> float:
+    """Return by how much the most loaded expert is above the mean, 0 where nothing is routed."""
+    loads_E = loads_E.double()
+    return float(loads_E.max() / loads_E.mean().clamp(min=1e-9)) - 1.0 if loads_E.any() else 0.0
 
 
 def sequences_of(path: str, length: int) -> torch.Tensor:
@@ -108,6 +123,8 @@ def rules_of(trained: TrainedModel) -> list[str]:
         return ["price", "flow"]
     if trained.args.moe_expert_capacity_factor is not None:
         return ["own", "no drops"]
+    if trained.args.moe_router_load_balancing_type == "sinkhorn":
+        return ["own", "as in training"]
     return ["own"]
 
 
@@ -121,10 +138,14 @@ def under(rule: str, trained: TrainedModel) -> Iterator[None]:
     with evaluation_routing(rule) if rule in ("price", "flow") else nullcontext():
         if rule == "no drops":
             config.moe_expert_capacity_factor = None
+        for router in routers_of(trained) if rule == "as in training" else ():
+            router.train()
         try:
             yield
         finally:
             config.moe_expert_capacity_factor = factor
+            for router in routers_of(trained):
+                router.eval()
 
 
 @contextmanager
@@ -135,6 +156,8 @@ def counting(trained: TrainedModel, tally: Tally) -> Iterator[None]:
         loads = output[1].sum(0).long().cpu()
         layer = int(router.layer_number)
         tally.loads[layer] = tally.loads.get(layer, 0) + loads
+        tally.maxvio[layer] = tally.maxvio.get(layer, 0.0) + maxvio(loads)
+        tally.gates[layer] = tally.gates.get(layer, 0.0) + float(output[0].double().sum())
 
     handles = [router.register_forward_hook(count) for router in routers_of(trained)]
     try:
@@ -173,6 +196,7 @@ def evaluate(
                 logits = trained.logits(tokens).cpu().log_softmax(-1)
             tally.loss -= float(logits.gather(2, labels[..., None]).double().sum())
             tally.tokens += labels.numel()
+            tally.batches += 1
             tally.assigned += labels.numel() * trained.model.config.moe_router_topk
             found.append(logits)
         if len(found) == 2:
@@ -200,7 +224,10 @@ def _add_up(tallies: dict[str, Tally], comparison: dict[str, float], group: Any)
         tally.loss = sum(other.loss for other in others)
         tally.tokens = sum(other.tokens for other in others)
         tally.assigned = sum(other.assigned for other in others)
-        tally.loads = {k: sum(other.loads[k] for other in others) for k in tally.loads}
+        tally.batches = sum(other.batches for other in others)
+        for name in ("loads", "maxvio", "gates"):
+            sums = {k: sum(getattr(other, name)[k] for other in others) for k in tally.loads}
+            setattr(tally, name, sums)
     for key in comparison:
         comparison[key] = sum(theirs[1][key] for theirs in gathered)
 
@@ -249,6 +276,10 @@ def table_of(result: dict[str, Any]) -> Table:
     row("perplexity", [f"{math.exp(r['loss']):.2f}" for r in rules.values()])
     row("maxvio per layer, mean", [f"{np.mean(r['maxvio']):.4f}" for r in rules.values()])
     row("maxvio per layer, max", [f"{np.max(r['maxvio']):.4f}" for r in rules.values()])
+    row(
+        "maxvio of a batch, mean", [f"{np.mean(r['maxvio_per_batch']):.4f}" for r in rules.values()]
+    )
+    row("sum of a token's gates, mean", [f"{np.mean(r['gate_sum']):.3f}" for r in rules.values()])
     row("dropped assignments", [f"{r['dropped']:.2%}" for r in rules.values()])
     return table
 

@@ -17,7 +17,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class RunError(RuntimeError):
-    """A run failed; its text ends with the log's last lines."""
+    """A run failed; its text ends with the log's last lines.
+
+    Attributes:
+        log: all that the run has said.
+    """
+
+    def __init__(self, text: str, log: str = "") -> None:
+        super().__init__(text)
+        self.log = log
 
 
 class Processes:
@@ -75,6 +83,7 @@ def execute(
     Raises:
         RunError: it did not end with 0.
     """
+    said = []
     # Line by line: a checkpoint must not outlive the log of its steps.
     with log.open("a", encoding="utf-8", buffering=1) as file:
         process = processes.start(command)
@@ -82,11 +91,12 @@ def execute(
         try:
             for line in process.stdout:
                 file.write(line)
+                said.append(line)
                 if follow is not None:
                     follow(line)
             status = process.wait()
         finally:
             processes.end(process)
     if status:
-        tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-25:])
-        raise RunError(f"exit status {status}; the whole log is {log}\n{tail}")
+        tail = "".join(said[-25:])
+        raise RunError(f"exit status {status}; the whole log is {log}\n{tail}", "".join(said))

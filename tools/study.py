@@ -2,15 +2,16 @@
 
     python tools/study.py --quick                    # ten minutes, to see it work
     python tools/study.py                            # the core study: tuning, then five seeds
+    python tools/study.py --purposes tuning ablation # is it the flow or the gates
     python tools/study.py --purposes exploratory     # variants of MaxScore
     python tools/study.py --families custom --input my/texts --purposes tuning core
 
 Every arm starts from the same weights and sees the same data in the same order; what differs are
-the router's flags. Each core arm gets the same tuning: three values of its own knob, one more if
-the best is at an end, then two more learning rates, on a seed that does not count later. Runs go
-through the launcher and Megatron's training loop. Results are appended to --results; what is there
-is not repeated, and a killed run goes on from its last checkpoint. At the end the report is
-written.
+the router's flags. Each arm gets the same tuning, on a seed that does not count later: its own
+knob, the learning rate, a factor on its gates, each until the neighbours of the best are worse.
+Runs go through the launcher and Megatron's training loop. Results are appended to --results; what
+is there is not repeated, and a killed run goes on from its last checkpoint. At the end the report
+is written.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -28,10 +30,13 @@ sys.path.insert(0, str(ROOT))
 from tools import study_data, study_report  # noqa: E402
 from tools.processes import RunError  # noqa: E402
 from tools.study_arms import (  # noqa: E402
+    ABLATION,
     ARMS,
     CORE,
     EXPLORATORY,
     FAMILIES,
+    FIRST_RATE,
+    GAINS,
     LEARNING_RATES,
     SIZES,
     Arm,
@@ -43,9 +48,19 @@ from tools.study_runs import Results, carry_out_all  # noqa: E402
 
 # No seed is used for two purposes.
 TUNING_SEED, FIRST_EXPLORATORY_SEED = 100, 11
-PURPOSES = ("tuning", "core", "exploratory")
+PURPOSES = ("tuning", "core", "ablation", "exploratory")
+# An arm's tuning runs, beside the first values of its knob, if its best is not far.
+FURTHER_RUNS = 5
 # What a run takes besides its steps: two starts, validation on the way, evaluation at the end.
 OVERHEAD_SECONDS = 90.0
+
+
+class Setting(NamedTuple):
+    """What an arm is run with: its knob's value, learning rate, factor on its gates."""
+
+    value: str
+    learning_rate: str
+    gain: str
 
 
 @dataclass(frozen=True)
@@ -64,9 +79,12 @@ class Study:
     data: str
     results: Results
 
-    def run(self, arm: Arm, value: str, rate: str, seed: int, purpose: str) -> Run:
+    def run(self, arm: Arm, setting: Setting, seed: int, purpose: str) -> Run:
         """Return one run."""
-        return Run(self.family, self.size, arm, value, rate, seed, purpose, self.data)
+        return Run(
+            self.family, self.size, arm, setting.value, setting.learning_rate, seed, purpose,
+            self.data, setting.gain,
+        )  # fmt: skip
 
     def best(self, runs: list[Run]) -> Run | None:
         """Return the run with the lowest validation loss, None unless all are done."""
@@ -78,40 +96,42 @@ class Study:
     def tuning_of(self, arm: Arm) -> tuple[list[Run], Run | None]:
         """Return an arm's tuning runs as far as they are known, and the best when all are done.
 
-        Three values of the knob at the first learning rate; should the best be the first or the
-        last, the value beyond it; then twice that learning rate, and four times if that is better,
-        else half.
+        Three values of the knob first. Then along the knob, the learning rate and the factor on the
+        gates, one after the other: the next above the best and the next below, until both are
+        worse.
         """
-        ends = arm.reserve
-        values = [value for value in arm.values if value not in ends]
-        usual, half, twice, four_times = LEARNING_RATES
-        runs = [self.run(arm, value, usual, TUNING_SEED, "tuning") for value in values]
-
-        def best_and(next_of: Callable[[Run], tuple[str, str] | None]) -> Run | None:
-            """Return the best; where something is to be tried after it, add that first."""
-            best = self.best(runs)
-            after = next_of(best) if best else None
-            if after:
-                runs.append(self.run(arm, *after, TUNING_SEED, "tuning"))
+        ladders = {
+            "value": tuple(arm.values),
+            "learning_rate": LEARNING_RATES,
+            "gain": GAINS if arm.gate_scale else ("1",),
+        }
+        runs = [
+            self.run(arm, Setting(value, FIRST_RATE, "1"), TUNING_SEED, "tuning")
+            for value in arm.values
+            if value not in arm.reserve
+        ]
+        best = self.best(runs)
+        for name, ladder in ladders.items():
+            while best is not None:
+                place = ladder.index(getattr(best, name))
+                beside = [ladder[i] for i in (place + 1, place - 1) if 0 <= i < len(ladder)]
+                untried = [
+                    run for each in beside if (run := replace(best, **{name: each})) not in runs
+                ]
+                if not untried:
+                    break
+                runs.append(untried[0])
                 best = self.best(runs)
-            return best
+        return runs, best
 
-        beyond = dict(zip((values[0], values[-1]), ends, strict=True))
-        for next_of in (
-            lambda best: (beyond[best.value], usual) if beyond.get(best.value) else None,
-            lambda best: (best.value, twice),
-            lambda best: (best.value, half if best.learning_rate == usual else four_times),
-        ):
-            if best_and(next_of) is None:
-                return runs, None
-        return runs, self.best(runs)
-
-    def setting(self, arm: Arm) -> tuple[str, str] | None:
-        """Return the value and learning rate that an arm is compared with, None if not known."""
+    def setting(self, arm: Arm) -> Setting | None:
+        """Return what an arm is compared at, None if it is not known yet."""
         if self.size.name == "quick":
-            return arm.usual, LEARNING_RATES[0]
+            return Setting(arm.usual, FIRST_RATE, "1")
         chosen = self.tuning_of(ARMS[arm.follows] if arm.follows else arm)[1]
-        return None if chosen is None else (chosen.value, chosen.learning_rate)
+        if chosen is None:
+            return None
+        return Setting(chosen.value, chosen.learning_rate, chosen.gain)
 
     def comparison(self, arms: Sequence[Arm], seeds: Iterable[int], purpose: str) -> list[Run]:
         """Return the runs of all arms, seed by seed.
@@ -127,7 +147,7 @@ class Study:
                 "--purposes, for these arms too"
             )
         return [
-            self.run(arm, *found, seed, purpose)
+            self.run(arm, found, seed, purpose)
             for seed in seeds
             for arm in arms
             if (found := settings[arm.name]) is not None
@@ -155,6 +175,7 @@ def carry_out(arguments: argparse.Namespace, results: Results) -> None:
     wanted = {
         # The core's MaxScore again, at the exploratory seeds, is what variants are compared with.
         "core": [arm for arm in CORE if not arguments.arms or arm.name in arguments.arms],
+        "ablation": [arm for arm in ABLATION if not arguments.arms or arm.name in arguments.arms],
         "exploratory": [
             arm
             for arm in (ARMS["maxscore"], *EXPLORATORY)
@@ -162,13 +183,17 @@ def carry_out(arguments: argparse.Namespace, results: Results) -> None:
         ],
     }
     wanted["tuning"] = wanted["core"]
+    if "ablation" in arguments.purposes:
+        wanted["tuning"] = wanted["core"] * ("core" in arguments.purposes) + wanted["ablation"]
     if not any(wanted[purpose] for purpose in arguments.purposes):
         raise ValueError(
             f"--arms {' '.join(arguments.arms)} has no runs for --purposes "
             f"{' '.join(arguments.purposes)}; variants are exploratory"
         )
     seeds = {
+        # Ablations are paired with the core.
         "core": range(1, arguments.seeds + 1),
+        "ablation": range(1, arguments.seeds + 1),
         "exploratory": range(FIRST_EXPLORATORY_SEED, FIRST_EXPLORATORY_SEED + arguments.seeds),
     }
     for family in arguments.families:
@@ -176,16 +201,21 @@ def carry_out(arguments: argparse.Namespace, results: Results) -> None:
         study = Study(family, size, study_data.digest(directory), results)
         say_the_plan(study, wanted, arguments)
         if "tuning" in arguments.purposes and not arguments.quick:
-            # Values, one beyond them, two learning rates: each depends on those before.
-            for _ in range(4):
-                runs = [run for arm in wanted["tuning"] for run in study.tuning_of(arm)[0]]
-                say_how_long(f"{family}, tuning", runs, results, arguments.jobs)
-                carry_out_all(runs, *options)
-        for purpose in ("core", "exploratory"):
+            # What is tried next depends on what was.
+            while left := tuning_left(study, wanted["tuning"]):
+                say_how_long(f"{family}, tuning", left, results, arguments.jobs)
+                carry_out_all(left, *options)
+        for purpose in PURPOSES[1:]:
             if purpose in arguments.purposes:
                 runs = study.comparison(wanted[purpose], seeds[purpose], purpose)
                 say_how_long(f"{family}, {purpose}", runs, results, arguments.jobs)
                 carry_out_all(runs, *options)
+
+
+def tuning_left(study: Study, arms: Sequence[Arm]) -> list[Run]:
+    """Return the tuning runs that can be done now."""
+    runs = [run for arm in arms for run in study.tuning_of(arm)[0]]
+    return [run for run in runs if study.results.of(run) is None]
 
 
 def say_the_plan(study: Study, wanted: dict, arguments: argparse.Namespace) -> None:
@@ -194,13 +224,13 @@ def say_the_plan(study: Study, wanted: dict, arguments: argparse.Namespace) -> N
     for purpose in arguments.purposes:
         for arm in wanted[purpose]:
             values = [value for value in arm.values if value not in arm.reserve]
-            tuning = 0 if arguments.quick else len(values) + 3
+            tuning = 0 if arguments.quick else len(values) + FURTHER_RUNS
             count += tuning if purpose == "tuning" else arguments.seeds * arm.ranks
     size = study.size
     hours = count * (size.iterations * size.seconds_per_step + OVERHEAD_SECONDS) / 3600
     print(
         f"{study.family}: {' and '.join(arguments.purposes)}, {count} runs of "
-        f"{size.iterations} steps at most, {hours / arguments.jobs:.1f} hours with "
+        f"{size.iterations} steps or so, {hours / arguments.jobs:.1f} hours with "
         f"{arguments.jobs} at a time where a core takes {size.seconds_per_step:g} s per step; "
         "less if some are done",
         flush=True,

@@ -11,17 +11,20 @@ from typing import Any
 
 AUX = "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff"
 NO_AUX = "--moe-router-load-balancing-type none"
-# E / k^2 with 16 experts, top-2: what makes SoftTopk's gates sum to about 1 (docs/routing.md).
 MAXSCORE = (
     "--moe-router-type maxscore --maxscore-mode exact --maxscore-eval-routing price "
     "--moe-token-dispatcher-type alltoall"
 )
-DEFAULT = f"{MAXSCORE} --maxscore-scope local {NO_AUX} --moe-router-topk-scaling-factor 4"
-LOCAL = f"{MAXSCORE} --maxscore-scope local {NO_AUX}"
+DEFAULT = f"{MAXSCORE} --maxscore-scope local {NO_AUX}"
+# E / k^2 with 16 experts, top-2: SoftTopk's gates then sum to 1 where all scores are equal, and to
+# more the further apart they are (docs/routing.md).
+SCALE = 4.0
 # Part of every run's key: results of another revision of the study do not count.
 REVISION = 1
-# The first is used while the knob is tuned; then half, twice and four times as much.
-LEARNING_RATES = ("2e-3", "1e-3", "4e-3", "8e-3")
+# What tuning climbs on, from the first: learning rates, and factors on top of an arm's gate scale.
+LEARNING_RATES = ("1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2")
+FIRST_RATE = "2e-3"
+GAINS = ("0.5", "1", "2", "4")
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class Arm:
         values: its values in order, flags each.
         usual: the value that is taken without tuning.
         reserve: values below and above the others, tried if the best is at an end; "" for none.
-        follows: arm whose tuned value and learning rate are used, for arms that are not tuned.
+        gate_scale: what the gates are multiplied by, before tuning; None if the router cannot.
+        follows: arm whose tuned setting is used, for arms that are not tuned.
         against: arm that a variant is compared with, in pairs.
         ranks: processes; with two the experts are spread over both.
         script: training script.
@@ -49,6 +53,7 @@ class Arm:
     values: dict[str, str] = field(default_factory=lambda: {"": ""})
     usual: str = ""
     reserve: tuple[str, str] = ("", "")
+    gate_scale: float | None = 1.0
     follows: str = ""
     against: str = "maxscore"
     ranks: int = 1
@@ -67,7 +72,8 @@ _AUX_TUNING: dict[str, Any] = {
 _TEMPERATURES = _numbers("--maxscore-temperature", "0.125", "0.25", "0.5", "1.0", "2.0")
 CORE = (
     Arm(
-        "maxscore", "MaxScore", DEFAULT, "temperature", _TEMPERATURES, "0.5", ("0.125", "2.0")
+        "maxscore", "MaxScore", DEFAULT, "temperature", _TEMPERATURES, "0.5", ("0.125", "2.0"),
+        gate_scale=SCALE,
     ),
     Arm("dropless", "dropless top-k, aux loss", "", **_AUX_TUNING),
     Arm(
@@ -83,6 +89,8 @@ CORE = (
     Arm(
         "sinkhorn", "sinkhorn", "--moe-router-load-balancing-type sinkhorn", "z-loss coefficient",
         {"0": ""} | _numbers("--moe-z-loss-coeff", "1e-3", "1e-2", "1e-1"), "0", ("", "1e-1"),
+        # Megatron's sinkhorn ignores the factor.
+        gate_scale=None,
     ),
     Arm(
         "quantile", "quantile balancing", "--moe-router-load-balancing-type quantile_balancing",
@@ -91,30 +99,37 @@ CORE = (
         ("", "0.97"),
     ),
 )  # fmt: skip
-_SCALED = "--moe-router-topk-scaling-factor 4"
+# What of a difference is the flow's, and what the gates': tuned as the core arms, at their seeds.
+_NO_AUX_VALUES = {"0": NO_AUX} | {value: f"{AUX} {value}" for value in ("1e-2", "1e-1", "1")}
+ABLATION = (
+    Arm(
+        "flow_plain_gates", "flow, top-k's softmax gates",
+        f"{MAXSCORE} --maxscore-scope local --maxscore-gate score", "aux loss coefficient",
+        _NO_AUX_VALUES, "0", ("", "1"),
+    ),
+    # A capacity of all tokens: the flow is top-k.
+    Arm(
+        "plain_soft_gates", "top-k, SoftTopk gates, aux loss",
+        f"{MAXSCORE} --maxscore-scope local --maxscore-capacity-factor 8 "
+        "--maxscore-temperature 0.25",
+        gate_scale=SCALE, **_AUX_TUNING,
+    ),
+)  # fmt: skip
 _TWO_RANKS = "--expert-model-parallel-size 2 --micro-batch-size 4"
-_SEQUENCE = f"{MAXSCORE} --maxscore-scope sequence {NO_AUX} {_SCALED}"
+_SEQUENCE = f"{MAXSCORE} --maxscore-scope sequence {NO_AUX}"
 # As the authors' code: softmax (k softmax times 1/2), all but the largest gate annealed, aux loss.
 _ANNEALED = (
     f"{MAXSCORE} --maxscore-variant softmax --maxscore-anneal-steps ITERATIONS {AUX} 1e-2 "
-    "--moe-router-topk-scaling-factor 0.5 --maxscore-temperature 1"
+    "--maxscore-temperature 1"
 )
 
 
-def _variant(name: str, title: str, flags: str, **options: Any) -> Arm:
-    """Return a variant of MaxScore: at its tuned temperature, unless its flags say another."""
+def _variant(name: str, title: str, flags: str, gate_scale: float = SCALE, **options: Any) -> Arm:
+    """Return a variant of MaxScore: at its tuned setting, unless its flags say another."""
     return Arm(
         name, title, flags, CORE[0].knob, CORE[0].values, CORE[0].usual, follows="maxscore",
-        **options,
+        gate_scale=gate_scale, **options,
     )  # fmt: skip
-
-
-def _control(name: str, title: str, follows: str, flags: str) -> Arm:
-    """Return a baseline with another gate, at its tuned setting."""
-    arm = next(arm for arm in CORE if arm.name == follows)
-    return Arm(
-        name, title, f"{arm.flags} {flags}", arm.knob, arm.values, arm.usual, follows=follows
-    )
 
 
 EXPLORATORY = (
@@ -125,21 +140,18 @@ EXPLORATORY = (
     ),
     _variant(
         "group2", "scope group, 2 ranks of 1,024 tokens",
-        f"{MAXSCORE} --maxscore-scope group {NO_AUX} {_SCALED} {_TWO_RANKS}", ranks=2,
-        against="local2",
+        f"{MAXSCORE} --maxscore-scope group {NO_AUX} {_TWO_RANKS}", ranks=2, against="local2",
     ),
     _variant("bounded", "bounded mode", f"{DEFAULT} --maxscore-mode bounded"),
     _variant("softmax", "softmax variant", f"{DEFAULT} --maxscore-variant softmax"),
     _variant("scores", "flow maximises SoftTopk", f"{DEFAULT} --maxscore-objective scores"),
-    _variant("normalized", "SoftTopk gates normalised", f"{LOCAL} --maxscore-normalize-gates"),
-    _variant("score_gate", "top-k's softmax gates", f"{LOCAL} --maxscore-gate score"),
+    _variant("normalized", "SoftTopk gates normalised", f"{DEFAULT} --maxscore-normalize-gates",
+             gate_scale=1.0),
     _variant(
         "sigmoid_gate", "sigmoid gates, flow maximises them",
-        f"{LOCAL} --maxscore-gate score --moe-router-score-function sigmoid "
-        "--maxscore-objective scores",
+        f"{DEFAULT} --maxscore-gate score --moe-router-score-function sigmoid "
+        "--maxscore-objective scores", gate_scale=1.0,
     ),
-    _variant("unscaled", "gates not scaled by E/k^2", LOCAL),
-    _variant("doubled", "gates scaled by 2 E/k^2", f"{LOCAL} --moe-router-topk-scaling-factor 8"),
     _variant("aux", "with aux loss 1e-2", f"{DEFAULT} {AUX} 1e-2"),
     _variant("aux_tenth", "with aux loss 1e-1", f"{DEFAULT} {AUX} 1e-1"),
     _variant("aux_one", "with aux loss 1", f"{DEFAULT} {AUX} 1"),
@@ -148,26 +160,15 @@ EXPLORATORY = (
         "capacity125", "capacity factor 1.25", f"{DEFAULT} --maxscore-capacity-factor 1.25"
     ),
     _variant("annealed", "softmax, annealed second gate, aux loss, as the authors' code",
-             f"{_ANNEALED} --maxscore-scope sequence"),
+             f"{_ANNEALED} --maxscore-scope sequence", gate_scale=0.5, against="sequence"),
     _variant(
         "greedy", "the authors' greedy, then Hungarian, per sequence", _SEQUENCE,
-        script="tools/study_greedy.py",
+        against="sequence", script="tools/study_greedy.py",
     ),
     _variant("decay0", "prices of the last batch only", f"{DEFAULT} --maxscore-price-decay 0"),
     _variant("decay99", "price decay 0.99", f"{DEFAULT} --maxscore-price-decay 0.99"),
-    # What of the difference is the gates', and what the flow's.
-    _variant(
-        "unconstrained", "MaxScore's gates, top-k routing (capacity 8), aux loss 1e-1",
-        f"{DEFAULT} --maxscore-capacity-factor 8 {AUX} 1e-1",
-    ),
-    _control("dropless_x2", "dropless top-k, gates times 2", "dropless",
-             "--moe-router-topk-scaling-factor 2"),
-    _control("dropless_x4", "dropless top-k, gates times 4", "dropless",
-             "--moe-router-topk-scaling-factor 4"),
-    _control("bias_x25", "expert bias, gates times 2.5 (as DeepSeek-V3)", "bias",
-             "--moe-router-topk-scaling-factor 2.5"),
 )  # fmt: skip
-ARMS = {arm.name: arm for arm in (*CORE, *EXPLORATORY)}
+ARMS = {arm.name: arm for arm in (*CORE, *ABLATION, *EXPLORATORY)}
 
 
 @dataclass(frozen=True)
@@ -233,8 +234,9 @@ class Run:
         value: of the arm's knob.
         learning_rate: peak.
         seed: of weights and of the data's order.
-        purpose: what it counts for: tuning, core or exploratory.
+        purpose: what it counts for: tuning, core, ablation or exploratory.
         data: digest of tokenizer and data sets.
+        gain: factor on top of the arm's gate scale, one of :data:`GAINS`.
     """
 
     family: str
@@ -245,6 +247,7 @@ class Run:
     seed: int
     purpose: str
     data: str = ""
+    gain: str = "1"
 
     @property
     def flags(self) -> str:
@@ -255,6 +258,9 @@ class Run:
             f"--lr {self.learning_rate} --seed {self.seed} {self.arm.values[self.value]} "
             f"{self.arm.flags}"
         )
+        scale = (self.arm.gate_scale or 1.0) * float(self.gain)
+        if scale != 1.0:
+            text += f" --moe-router-topk-scaling-factor {scale:g}"
         return " ".join(text.replace("ITERATIONS", str(size.iterations)).split())
 
     @property
@@ -272,4 +278,7 @@ class Run:
     def title(self) -> str:
         """Return a short name for people."""
         setting = f" {self.arm.knob} {self.value}" if self.value else ""
-        return f"{self.family} {self.arm.name}{setting} lr {self.learning_rate} seed {self.seed}"
+        gain = f" gates times {self.gain}" if self.gain != "1" else ""
+        return (
+            f"{self.family} {self.arm.name}{setting} lr {self.learning_rate}{gain} seed {self.seed}"
+        )

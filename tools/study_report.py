@@ -59,6 +59,7 @@ def main_table(arms: dict[str, Lines]) -> str:
                 f"{np.mean(own):.4f} ± {_number(standard_error(own))}",
                 other,
                 f"{np.mean([max(own_rule(li)['maxvio']) for li in lines]):.2f}",
+                f"{np.mean([own_rule(li).get('gate_sum', math.nan) for li in lines]):.2f}",
                 f"{np.mean(late):.4f}",
                 f"{np.mean([li['maxvio_mean'] for li in lines]):.3f}",
                 f"{np.max([li['maxvio_max'] for li in lines]):.2f}",
@@ -69,8 +70,9 @@ def main_table(arms: dict[str, Lines]) -> str:
         )
     headings = [
         "router", "seeds", "validation loss, own rule ± standard error", "other rule",
-        "maxvio in validation, worst layer", "training loss, last tenth *",
-        "maxvio in training, mean", "maxvio in training, max", "dropped in training",
+        "maxvio over the validation text, worst layer", "sum of a token's gates",
+        "training loss, last tenth *", "maxvio of a micro-batch in training, mean", "and max",
+        "dropped in training",
         "solver's share of the step", "ms per step",
     ]  # fmt: skip
     return _markdown(headings, rows)
@@ -117,22 +119,53 @@ def variants_table(arms: dict[str, Lines]) -> str:
     return _markdown(["variant", "against", "seeds", "variant minus that", "its loss is"], rows)
 
 
+def ablation_table(arms: dict[str, Lines]) -> str:
+    """Return the table of what the flow does with either gate, and a gate with either routing."""
+    rows = []
+    for what, first, second in (
+        ("the flow, with SoftTopk gates", "maxscore", "plain_soft_gates"),
+        ("the flow, with top-k's gates", "flow_plain_gates", "dropless"),
+        ("SoftTopk gates, with the flow", "maxscore", "flow_plain_gates"),
+        ("SoftTopk gates, with top-k", "plain_soft_gates", "dropless"),
+    ):
+        if first not in arms or second not in arms:
+            continue
+        mean, half, count = paired(losses(arms[first]), losses(arms[second]))
+        rows.append(
+            [
+                what,
+                f"{ARMS[first].title} - {ARMS[second].title}",
+                str(count),
+                f"{mean:+.4f} ± {_number(half)}",
+                verdict(mean, half),
+            ]
+        )
+    headings = ["effect of", "difference", "seeds", "loss", "the first is"]
+    return _markdown(headings, rows)
+
+
 def tuning_table(lines: Lines) -> str:
     """Return the table of tuning runs, the best of each arm marked."""
     rows = []
     for name, own in by_arm(lines, "tuning").items():
         least = min(map(compared_loss, own))
-        for line in sorted(own, key=lambda li: (li["learning_rate"], compared_loss(li))):
+        for line in sorted(own, key=lambda li: (float(li["learning_rate"]), compared_loss(li))):
             mark = " **taken**" if compared_loss(line) == least else ""
             rows.append(
                 [
                     ARMS[name].title,
                     f"{ARMS[name].knob} {line['value']}",
                     line["learning_rate"],
+                    line.get("gain", "1"),
                     f"{compared_loss(line):.4f}{mark}",
+                    f"{max(own_rule(line)['maxvio']):.2f}",
                 ]
             )
-    return _markdown(["router", "setting", "learning rate", "validation loss"], rows)
+    headings = [
+        "router", "setting", "learning rate", "gates times", "validation loss",
+        "maxvio over the validation text, worst layer",
+    ]  # fmt: skip
+    return _markdown(headings, rows)
 
 
 def inference_table(arms: dict[str, Lines]) -> str:
@@ -170,9 +203,9 @@ def inference_table(arms: dict[str, Lines]) -> str:
 def write_csv(lines: Lines, path: Path) -> None:
     """Write one row per run."""
     names = [
-        "family", "size", "purpose", "arm", "value", "learning_rate", "seed", "iterations",
-        "tokens", "loss_own_rule", "loss_other_rule", "train_loss_last_tenth", "maxvio_mean",
-        "maxvio_mean_late", "maxvio_max", "dropped", "valid_maxvio_own_rule", "kl",
+        "family", "size", "data", "purpose", "arm", "value", "learning_rate", "gain", "seed",
+        "iterations", "tokens", "loss_own_rule", "loss_other_rule", "train_loss_last_tenth",
+        "maxvio_mean", "maxvio_mean_late", "maxvio_max", "dropped", "valid_maxvio_own_rule", "kl",
         "top1_agreement", "solve_share", "ms_per_step", "seconds", "flags",
     ]  # fmt: skip
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -263,6 +296,9 @@ def write(lines: Lines, directory: Path) -> None:
     groups: dict[tuple[str, str], Lines] = defaultdict(list)
     for line in lines:
         groups[line["family"], line["size"]].append(line)
+    for key, own in groups.items():
+        # Of a family whose text has changed, what was done with the last one.
+        groups[key] = [line for line in own if line.get("data") == own[-1].get("data")]
     parts = ["# Which router trains best\n", _explanation()]
     for (family, size), own in sorted(groups.items()):
         parts += _section(family, size, own, directory)
@@ -279,7 +315,7 @@ def _explanation() -> str:
         "prices, which are causal; top-k with or without its capacity, which is not, or its bias. "
         "Losses are in nats per token over the whole validation set. Differences are paired by "
         "seed, with 95 % confidence intervals (Student's t), and also so that all of a table hold "
-        "together (Bonferroni); of top-k with drops the lower of its two losses is compared.\n\n"
+        "together (Bonferroni); of a baseline with two rules the lower loss is compared.\n\n"
         "\\* Training losses are not comparable where routing sees the batch. Loads in training "
         "are counted after dropping. Times were taken with other runs beside.\n"
     )
@@ -287,6 +323,7 @@ def _explanation() -> str:
 
 def _section(family: str, size: str, lines: Lines, directory: Path) -> list[str]:
     core, other = by_arm(lines, "core"), by_arm(lines, "exploratory")
+    ablation = by_arm(lines, "ablation")
     about = lines[-1]
     parts = [
         f"## {family}, {size}: {about['iterations']} steps, {about['tokens']:,} tokens\n",
@@ -310,13 +347,20 @@ def _section(family: str, size: str, lines: Lines, directory: Path) -> list[str]
             "\n".join(bars(core)) + "\n",
         ]
         parts += ["### Prices against the flow, after training\n", inference_table(core)]
+    if ablation:
+        parts += [
+            "### The flow or the gates\n",
+            "Tuned as the core arms, at the same seeds.\n",
+            main_table(ablation),
+            ablation_table(core | ablation),
+        ]
     if other:
         parts += [
-            "### Variants and controls\n",
-            "Variants of MaxScore at its tuned temperature and learning rate, controls at those of "
-            "their baseline; at other seeds than above. With two ranks weights differ from those "
-            "of one, so these are compared with each other. `flow` of the greedy variant is the "
-            "optimum's.\n",
+            "### Variants\n",
+            "Variants of MaxScore at its tuned setting, not tuned themselves, at other seeds than "
+            "above; with so many and so few seeds they are for finding what to look at. With two "
+            "ranks weights differ from those of one, so these are compared with each other. `flow` "
+            "of the greedy variant is the optimum's.\n",
             main_table(other),
             variants_table(other),
             inference_table(other),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from tools.study_arms import CORE, EXPLORATORY
+from tools.study_arms import ABLATION, CORE, EXPLORATORY
 
 Lines = list[dict[str, Any]]
 
@@ -79,7 +79,7 @@ def by_arm(lines: Lines, purpose: str) -> dict[str, Lines]:
     that diverged are left out.
     """
     found: dict[str, Lines] = {}
-    for arm in (*CORE, *EXPLORATORY):
+    for arm in (*CORE, *ABLATION, *EXPLORATORY):
         own = [
             li
             for li in lines

@@ -8,6 +8,8 @@ line is there is not repeated; one that was killed goes on from its last checkpo
 from __future__ import annotations
 
 import fcntl
+import functools
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -40,7 +42,9 @@ SEGMENTS = 30
 # On the way, that is; the one at the end is of other samples.
 _VALID = re.compile(r"validation loss at iteration (\d+) \| lm loss value: (\S+)")
 # What Megatron and our router say when they give up on a run; "nan" alone is in every step's line.
-_DIVERGED = re.compile(r"found (?:NaN|Inf)|[Uu]nexpected result (?:nan|inf)|were NaN or infinite")
+_DIVERGED = re.compile(
+    r".*(?:found (?:NaN|Inf)|[Uu]nexpected result (?:nan|inf)|were NaN or infinite).*"
+)
 
 
 class Results:
@@ -110,6 +114,8 @@ def training_command(run: Run, data: Path, directory: Path) -> list[str]:
         *("--save", str(directory / "checkpoint"), "--load", str(directory / "checkpoint")),
         *("--save-interval", str(min(SAVE_EVERY, size.iterations))),
         *("--maxscore-stats-file", str(directory / "stats.jsonl")),
+        # Otherwise a step with NaN is run again, and saved in a checkpoint on the way out.
+        *("--rerun-mode", "disabled"),
     ]
 
 
@@ -138,6 +144,16 @@ def _by_iteration(lines: Iterator[str], pattern: re.Pattern) -> dict[int, tuple[
     return dict(sorted(found.items()))
 
 
+@functools.cache
+def code_digest() -> str:
+    """Return a digest of what trains a run: the package's sources and the training scripts."""
+    total = hashlib.sha256()
+    for folder in ("megatron_maxscore", "examples"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            total.update(path.read_bytes())
+    return total.hexdigest()[:12]
+
+
 def _about(run: Run) -> dict[str, Any]:
     """Return what a line of results says of its run."""
     return {
@@ -148,6 +164,7 @@ def _about(run: Run) -> dict[str, Any]:
         "arm": run.arm.name,
         "value": run.value,
         "learning_rate": run.learning_rate,
+        "gain": run.gain,
         "seed": run.seed,
         "iterations": run.size.iterations,
         "tokens": run.size.iterations * run.size.tokens_per_step,
@@ -157,6 +174,7 @@ def _about(run: Run) -> dict[str, Any]:
             name: importlib.metadata.version(name)
             for name in ("megatron-maxscore", "megatron-core", "torch")
         },
+        "code": code_digest(),
     }
 
 
@@ -224,7 +242,12 @@ def carry_out(
         and an infinite loss.
     """
     directory = output / run.key
+    code = directory / "code"
+    if directory.exists() and (not code.exists() or code.read_text() != code_digest()):
+        # What other sources have begun is not gone on with.
+        shutil.rmtree(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    code.write_text(code_digest())
     (directory / "run.txt").write_text(run.title + "\n" + run.flags + "\n")
     clock = directory / "seconds"
     before = float(clock.read_text()) if clock.exists() else 0.0
@@ -238,10 +261,11 @@ def carry_out(
     try:
         execute(training_command(run, data, directory), directory / "log", processes, follow)
     except RunError as error:
-        if processes.is_over or not _DIVERGED.search(str(error)):
+        said = _DIVERGED.search(error.log)
+        if processes.is_over or said is None:
             raise
         lost = {"rules": {"own": {"loss": math.inf}}, "comparison": {}}
-        return {**_about(run), "diverged": str(error)[-2000:], "evaluation": lost}
+        return {**_about(run), "diverged": said[0], "evaluation": lost}
     command = evaluation_command(run, data, directory)
     execute(command, directory / "evaluation.log", processes)
     return summary(run, directory, before + time.monotonic() - started)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from tools import study_report, study_results, study_runs
-from tools.study import Study, minutes
-from tools.study_arms import ARMS, CORE, EXPLORATORY, LEARNING_RATES, SIZES, Run
+from tools.study import Setting, Study, minutes, tuning_left
+from tools.study_arms import ABLATION, ARMS, CORE, EXPLORATORY, FIRST_RATE, SIZES, Run
 
 SIZE = dataclasses.replace(SIZES["quick"], iterations=20)
 
@@ -66,55 +67,65 @@ def test_paired_interval_is_students():
     assert np.isnan(study_results.paired({1: 2.0}, {1: 3.0})[1])
 
 
-def tuned(study: Study, arm, losses: dict, rates=None) -> None:
-    """Give an arm made-up tuning results until it is tuned."""
-    for _ in range(5):
-        for run in study.tuning_of(arm)[0]:
-            if study.results.of(run) is None:
-                loss = losses[run.value] + (rates or {}).get(run.learning_rate, 0.0)
-                study.results.add(result(run, loss))
+def tuned(study: Study, arm, losses: dict) -> list[str]:
+    """Give an arm made-up tuning results until it is tuned; return the settings in order.
+
+    Args:
+        study: without results.
+        arm: an arm.
+        losses: what a value, a learning rate ("lr " before it) or a factor ("x") adds to the loss.
+    """
+    tried = []
+    while left := tuning_left(study, [arm]):
+        for run in left:
+            loss = 4.0 + losses.get(run.value, 0.0)
+            loss += losses.get("lr " + run.learning_rate, 0.0) + losses.get("x" + run.gain, 0.0)
+            study.results.add(result(run, loss))
+            tried.append(f"{run.value} {run.learning_rate} {run.gain}")
+    return tried
 
 
-@pytest.mark.parametrize("arm", CORE, ids=lambda arm: arm.name)
-def test_tuning_extends_the_grid_at_its_ends_and_takes_the_best(tmp_path, arm):
+@pytest.mark.parametrize("arm", [*CORE, *ABLATION], ids=lambda arm: arm.name)
+def test_tuning_climbs_until_the_neighbours_are_worse(tmp_path, arm):
     size = dataclasses.replace(SIZES["small"], iterations=20)
     values = [value for value in arm.values if value not in arm.reserve]
     assert len(values) == 3 and arm.usual in values
-    for place in range(3):
+    for place, value in enumerate(values):
         study = Study("prose", size, "d", study_runs.Results(tmp_path / f"{place}.jsonl"))
-        first, best = study.tuning_of(arm)
-        assert [run.value for run in first] == values and best is None
+        assert [run.value for run in study.tuning_of(arm)[0]] == values
         assert study.setting(arm) is None
-        losses = {value: 4.0 + abs(i - place) for i, value in enumerate(values)}
-        beyond = {0: arm.reserve[0], 1: "", 2: arm.reserve[1]}[place]
-        losses |= {value: 3.9 for value in arm.reserve if value}
-        # The last is only tried where twice the learning rate is better.
-        for rates, rate in (({"1e-3": -0.2, "4e-3": 0.5}, "1e-3"), ({"4e-3": -0.1}, "4e-3"),
-                            ({"4e-3": -0.1, "8e-3": -0.3, "1e-3": -0.9}, "8e-3")):  # fmt: skip
-            path = tmp_path / f"{place} {rate}.jsonl"
-            study = Study("prose", size, "d", study_runs.Results(path))
-            tuned(study, arm, losses, rates)
-            runs, best = study.tuning_of(arm)
-            expected = beyond or values[place]
-            assert (best.value, best.learning_rate) == (expected, rate) == study.setting(arm)
-            assert len(runs) == 3 + bool(beyond) + 2
-        assert {run.seed for run in runs} == {100}
+        better = {value: -0.5, "lr 4e-3": -0.1, "lr 1e-3": -0.2, "x2": -0.1, "x4": -0.3}
+        tried = tuned(study, arm, better)
+        # The value beyond an end is tried; half the rate is not once twice is better.
+        beyond = {0: arm.reserve[0], 2: arm.reserve[1]}.get(place)
+        gains = [f"{value} 4e-3 {gain}" for gain in ("2", "4")] if arm.gate_scale else []
+        assert tried == [
+            *(f"{v} {FIRST_RATE} 1" for v in [*values, *([beyond] if beyond else [])]),
+            f"{value} 4e-3 1", f"{value} 8e-3 1", *gains,
+        ]  # fmt: skip
+        assert study.setting(arm) == (value, "4e-3", "4" if arm.gate_scale else "1")
+        assert {run.seed for run in study.tuning_of(arm)[0]} == {100}
+    study = Study("prose", size, "d", study_runs.Results(tmp_path / "slow.jsonl"))
+    slow = {arm.usual: -0.5, "lr 4e-3": 0.1, "lr 1e-3": -0.1, "x2": 0.1, "x0.5": 0.1}
+    tuned(study, arm, slow)
+    assert study.setting(arm) == (arm.usual, "1e-3", "1")
 
 
 def test_variants_take_the_tuned_setting_of_what_they_follow(tmp_path):
     size = dataclasses.replace(SIZES["small"], iterations=20)
     study = Study("prose", size, "d", study_runs.Results(tmp_path / "results.jsonl"))
-    variants = [ARMS["softmax"], ARMS["dropless_x2"]]
+    variants = [ARMS["softmax"], ARMS["normalized"], ARMS["dropless"]]
     with pytest.raises(ValueError, match="dropless, maxscore not tuned yet"):
         study.comparison(variants, [1], "exploratory")
-    tuned(study, ARMS["maxscore"], {"0.5": 3.9, "1.0": 4.0, "2.0": 4.1, "0.25": 4.2})
-    tuned(study, ARMS["dropless"], {"1e-1": 3.9, "1e-2": 4.1, "1": 3.8, "10": 4.0})
-    softmax, control = study.comparison(variants, [1], "exploratory")
-    assert "--maxscore-temperature 0.5" in softmax.flags and "--maxscore-variant" in softmax.flags
-    assert control.flags.endswith("--moe-router-topk-scaling-factor 2")
-    assert "--moe-aux-loss-coeff 1 " in control.flags
+    tuned(study, ARMS["maxscore"], {"0.25": -0.1, "lr 4e-3": -0.1, "x2": -0.1})
+    tuned(study, ARMS["dropless"], {"1": -0.1, "x2": -0.1})
+    softmax, normalized, dropless = study.comparison(variants, [1], "exploratory")
+    assert "--maxscore-temperature 0.25" in softmax.flags and "--maxscore-variant" in softmax.flags
+    assert "--lr 4e-3" in softmax.flags and "--moe-aux-loss-coeff 1 " in dropless.flags
+    for run, scale in ((softmax, 8), (normalized, 2), (dropless, 2)):
+        assert run.flags.endswith(f"--moe-router-topk-scaling-factor {scale}")
     quick = dataclasses.replace(study, size=SIZES["quick"])
-    assert quick.setting(ARMS["dropless"]) == ("1e-2", LEARNING_RATES[0])
+    assert quick.setting(ARMS["dropless"]) == Setting("1e-2", FIRST_RATE, "1")
 
 
 def test_a_run_is_known_by_what_decides_its_result(tmp_path):
@@ -128,6 +139,7 @@ def test_a_run_is_known_by_what_decides_its_result(tmp_path):
     for change in (
         dict(seed=2), dict(family="code"), dict(learning_rate="1e-3"), dict(value="0.5"),
         dict(arm=ARMS["gshard"], value="1e-2"), dict(arm=ARMS["softmax"]), dict(data="other"),
+        dict(gain="2"),
         dict(size=dataclasses.replace(SIZE, iterations=21)),
     ):  # fmt: skip
         assert results.of(dataclasses.replace(run, **change)) is None, change
@@ -149,7 +161,7 @@ def test_results_of_several_processes_and_of_others(tmp_path):
 
 def test_every_arm_has_its_own_flags():
     flags = {}
-    for arm in (*CORE, *EXPLORATORY):
+    for arm in (*CORE, *ABLATION, *EXPLORATORY):
         for value in arm.values:
             run = Run("code", SIZES["small"], arm, value, "2e-3", 1, "core")
             # What is given last counts.
@@ -164,10 +176,11 @@ def test_every_arm_has_its_own_flags():
 
 
 def made_up(tmp_path):
-    """Return results of all core arms and two others, five seeds, and one tuning run."""
+    """Return results of all core arms and others, five seeds, and one tuning run."""
     generator = np.random.default_rng(1)
     lines = []
     variants = [(arm, "exploratory") for arm in (CORE[0], ARMS["softmax"], ARMS["sequence"])]
+    variants += [(arm, "ablation") for arm in ABLATION]
     for place, (arm, purpose) in enumerate([*((arm, "core") for arm in CORE), *variants]):
         for seed in range(1, 6):
             run = Run("prose", SIZE, arm, arm.usual, "2e-3", seed, purpose)
@@ -186,8 +199,15 @@ def test_report_says_what_the_results_say(tmp_path):
         study_results.own_loss(li) for li in lines if li["arm"] == "gshard" and li["seed"] < 9
     ]
     assert f"{np.mean(gshard):.4f} ± {stats.sem(gshard):.4f}" in text
-    assert text.index("Tuning") > text.index("Variants and controls")
+    assert text.index("Tuning") > text.index("Variants")
     assert "| softmax variant | MaxScore | 5 |" in text
+    ours, plain = (
+        {li["seed"]: study_results.own_loss(li) for li in lines
+         if (li["arm"], li["purpose"]) == which}
+        for which in (("maxscore", "core"), ("flow_plain_gates", "ablation"))
+    )  # fmt: skip
+    gates = np.mean([ours[seed] - plain[seed] for seed in range(1, 6)])
+    assert f"MaxScore - flow, top-k's softmax gates | 5 | {gates:+.4f}" in text
     with (tmp_path / "runs.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(lines) and float(rows[0]["loss_own_rule"]) == pytest.approx(
@@ -211,6 +231,15 @@ def test_report_says_so_where_a_baseline_is_better(tmp_path):
     assert "4 of 5" in missed[1] and "maxvio" in missed[2]
     few = [line for line in lines if line["seed"] < 5]
     assert "not judged" in study_report.bars(study_results.by_arm(few, "core"))[0]
+
+
+def test_only_the_last_text_of_a_family_is_reported(tmp_path):
+    lines = made_up(tmp_path)
+    older = Run("prose", SIZE, ARMS["bias"], "1e-3", "2e-3", 7, "core", data="older")
+    study_report.write([result(older, 1.0) | {"data": "older"}, *lines], tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    study_report.write(lines, tmp_path)
+    assert text == (tmp_path / "report.md").read_text()
 
 
 def test_results_at_another_setting_and_diverged_runs_do_not_count(tmp_path):
@@ -244,16 +273,32 @@ def test_only_a_run_that_diverged_counts_as_such(tmp_path, monkeypatch, words, d
     # Every step's line has a nan in it.
     text = f"iteration 6/ 20 | lm loss: 5.0 | number of nan iterations: 0 |\n{words}"
 
-    def fails(command, log, processes, follow=None):
-        raise study_runs.RunError(text)
-
-    monkeypatch.setattr(study_runs, "execute", fails)
+    # Torchrun says a lot more, after a rank has failed.
+    said = tmp_path / "said"
+    said.write_text(text + 40 * "\nerror: a rank has failed" + "\n")
+    command = [sys.executable, "-c", f"print(open({str(said)!r}).read()); raise SystemExit(1)"]
+    monkeypatch.setattr(study_runs, "training_command", lambda *_: command)
     arguments = (run, tmp_path, tmp_path, study_runs.Processes(), lambda *step: None)
     if diverged:
         assert words in study_runs.carry_out(*arguments)["diverged"]
     else:
-        with pytest.raises(study_runs.RunError, match="out of memory"):
+        with pytest.raises(study_runs.RunError, match="a rank has failed"):
             study_runs.carry_out(*arguments)
+
+
+def test_what_other_sources_began_is_begun_anew(tmp_path, monkeypatch):
+    run = Run("code", SIZE, ARMS["gshard"], "1e-2", "2e-3", 1, "core")
+    command = [sys.executable, "-c", "raise SystemExit(1)"]
+    monkeypatch.setattr(study_runs, "training_command", lambda *_: command)
+    left = tmp_path / run.key / "checkpoint"
+    left.parent.mkdir()
+    for code, kept in ((None, False), ("of others", False), (study_runs.code_digest(), True)):
+        left.write_text("a model")
+        if code is not None:
+            (left.parent / "code").write_text(code)
+        with pytest.raises(study_runs.RunError, match="exit status 1"):
+            study_runs.carry_out(run, tmp_path, tmp_path, study_runs.Processes(), print)
+        assert left.exists() == kept
 
 
 def test_of_drops_the_lower_loss_is_compared():
