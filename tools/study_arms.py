@@ -38,7 +38,7 @@ class Arm:
         knob: name of what is tuned, beside the learning rate.
         values: its values in order, flags each.
         usual: the value that is taken without tuning.
-        reserve: values below and above the others, tried if the best is at an end; "" for none.
+        reserve: values that are only tried where the climb leads there.
         gate_scale: what the gates are multiplied by, before tuning; None if the router cannot.
         follows: arm whose tuned setting is used, for arms that are not tuned.
         against: arm that a variant is compared with, in pairs.
@@ -52,7 +52,7 @@ class Arm:
     knob: str = ""
     values: dict[str, str] = field(default_factory=lambda: {"": ""})
     usual: str = ""
-    reserve: tuple[str, str] = ("", "")
+    reserve: tuple[str, ...] = ()
     gate_scale: float | None = 1.0
     follows: str = ""
     against: str = "maxscore"
@@ -64,15 +64,15 @@ def _numbers(flag: str, *values: str) -> dict[str, str]:
     return {value: f"{flag} {value}" for value in values}
 
 
-_AUX_VALUES = {value: f"{AUX} {value}" for value in ("1e-3", "1e-2", "1e-1", "1", "10")}
+_AUX_VALUES = {value: f"{AUX} {value}" for value in ("1e-4", "1e-3", "1e-2", "1e-1", "1", "10")}
 _AUX_TUNING: dict[str, Any] = {
     "knob": "aux loss coefficient", "values": _AUX_VALUES, "usual": "1e-2",
-    "reserve": ("1e-3", "10"),
+    "reserve": ("1e-4", "1e-3", "10"),
 }  # fmt: skip
-_TEMPERATURES = _numbers("--maxscore-temperature", "0.125", "0.25", "0.5", "1.0", "2.0")
+_TEMPERATURES = _numbers("--maxscore-temperature", "0.0625", "0.125", "0.25", "0.5", "1.0", "2.0")
 CORE = (
     Arm(
-        "maxscore", "MaxScore", DEFAULT, "temperature", _TEMPERATURES, "0.5", ("0.125", "2.0"),
+        "maxscore", "MaxScore", DEFAULT, "temperature", _TEMPERATURES, "0.5", ("0.0625", "0.125", "2.0"),
         gate_scale=SCALE,
     ),
     Arm("dropless", "dropless top-k, aux loss", "", **_AUX_TUNING),
@@ -83,12 +83,12 @@ CORE = (
         "bias", "top-k, expert bias",
         f"{NO_AUX} --moe-router-enable-expert-bias --moe-router-score-function sigmoid",
         "bias update rate",
-        _numbers("--moe-router-bias-update-rate", "1e-4", "3e-4", "1e-3", "3e-3", "1e-2"),
-        "1e-3", ("1e-4", "1e-2"),
+        _numbers("--moe-router-bias-update-rate", "3e-5", "1e-4", "3e-4", "1e-3", "3e-3", "1e-2"),
+        "1e-3", ("3e-5", "1e-4", "1e-2"),
     ),
     Arm(
         "sinkhorn", "sinkhorn", "--moe-router-load-balancing-type sinkhorn", "z-loss coefficient",
-        {"0": ""} | _numbers("--moe-z-loss-coeff", "1e-3", "1e-2", "1e-1"), "0", ("", "1e-1"),
+        {"0": ""} | _numbers("--moe-z-loss-coeff", "1e-3", "1e-2", "1e-1"), "0", ("1e-1",),
         # Megatron's sinkhorn ignores the factor.
         gate_scale=None,
     ),
@@ -96,7 +96,7 @@ CORE = (
         "quantile", "quantile balancing", "--moe-router-load-balancing-type quantile_balancing",
         "EMA of its bias",
         _numbers("--moe-router-quantile-balancing-ema", "0.0", "0.5", "0.9", "0.97"), "0.0",
-        ("", "0.97"),
+        ("0.97",),
     ),
 )  # fmt: skip
 # What of a difference is the flow's, and what the gates': tuned as the core arms, at their seeds.
@@ -105,7 +105,7 @@ ABLATION = (
     Arm(
         "flow_plain_gates", "flow, top-k's softmax gates",
         f"{MAXSCORE} --maxscore-scope local --maxscore-gate score", "aux loss coefficient",
-        _NO_AUX_VALUES, "0", ("", "1"),
+        _NO_AUX_VALUES, "0", ("1",),
     ),
     # A capacity of all tokens: the flow is top-k.
     Arm(
@@ -141,6 +141,9 @@ EXPLORATORY = (
     _variant(
         "group2", "scope group, 2 ranks of 1,024 tokens",
         f"{MAXSCORE} --maxscore-scope group {NO_AUX} {_TWO_RANKS}", ranks=2, against="local2",
+    ),
+    _variant(
+        "by_prices", "by average prices in training too", DEFAULT, script="tools/study_prices.py"
     ),
     _variant("bounded", "bounded mode", f"{DEFAULT} --maxscore-mode bounded"),
     _variant("softmax", "softmax variant", f"{DEFAULT} --maxscore-variant softmax"),

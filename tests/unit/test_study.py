@@ -97,7 +97,9 @@ def test_tuning_climbs_until_the_neighbours_are_worse(tmp_path, arm):
         better = {value: -0.5, "lr 4e-3": -0.1, "lr 1e-3": -0.2, "x2": -0.1, "x4": -0.3}
         tried = tuned(study, arm, better)
         # The value beyond an end is tried; half the rate is not once twice is better.
-        beyond = {0: arm.reserve[0], 2: arm.reserve[1]}.get(place)
+        ladder = list(arm.values)
+        at = ladder.index(value) + {0: -1, 1: 0, 2: 1}[place]
+        beyond = ladder[at] if 0 <= at < len(ladder) and ladder[at] in arm.reserve else None
         gains = [f"{value} 4e-3 {gain}" for gain in ("2", "4")] if arm.gate_scale else []
         assert tried == [
             *(f"{v} {FIRST_RATE} 1" for v in [*values, *([beyond] if beyond else [])]),
