@@ -241,11 +241,8 @@ def say_how_long(what: str, runs: list[Run], results: Results, jobs: int) -> Non
     """Print how many runs are left and how long they will take."""
     left = sum(results.of(run) is None for run in runs)
     if left:
-        print(
-            f"{what}: {len(runs) - left} done, {left} to do, about "
-            f"{minutes(runs, results, jobs):.0f} minutes",
-            flush=True,
-        )
+        time = minutes(runs, results, jobs)
+        print(f"{what}: {left} runs to do, about {time:.0f} minutes", flush=True)
 
 
 def main() -> int:

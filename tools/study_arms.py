@@ -24,7 +24,7 @@ REVISION = 1
 # What tuning climbs on, from the first: learning rates, and factors on top of an arm's gate scale.
 LEARNING_RATES = ("1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2")
 FIRST_RATE = "2e-3"
-GAINS = ("0.5", "1", "2", "4")
+GAINS = ("0.5", "1", "2", "4", "8")
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ _AUX_TUNING: dict[str, Any] = {
 _TEMPERATURES = _numbers("--maxscore-temperature", "0.0625", "0.125", "0.25", "0.5", "1.0", "2.0")
 CORE = (
     Arm(
-        "maxscore", "MaxScore", DEFAULT, "temperature", _TEMPERATURES, "0.5", ("0.0625", "0.125", "2.0"),
-        gate_scale=SCALE,
+        "maxscore", "MaxScore", DEFAULT, "temperature", _TEMPERATURES, "0.5",
+        ("0.0625", "0.125", "2.0"), gate_scale=SCALE,
     ),
     Arm("dropless", "dropless top-k, aux loss", "", **_AUX_TUNING),
     Arm(
