@@ -8,7 +8,7 @@
 
 Every arm starts from the same weights and sees the same data in the same order; what differs are
 the router's flags. Each arm gets the same tuning, on a seed that does not count later: its own
-knob, the learning rate, a factor on its gates, each until the neighbours of the best are worse.
+knob, the learning rate, a factor on its gates, in turn, until all neighbours of the best are worse.
 Runs go through the launcher and Megatron's training loop. Results are appended to --results; what
 is there is not repeated, and a killed run goes on from its last checkpoint. At the end the report
 is written.
@@ -17,6 +17,7 @@ is written.
 from __future__ import annotations
 
 import argparse
+import itertools
 import signal
 import sys
 from collections.abc import Iterable, Sequence
@@ -50,7 +51,7 @@ from tools.study_runs import Results, carry_out_all  # noqa: E402
 TUNING_SEED, FIRST_EXPLORATORY_SEED = 100, 11
 PURPOSES = ("tuning", "core", "ablation", "exploratory")
 # An arm's tuning runs, beside the first values of its knob, if its best is not far.
-FURTHER_RUNS = 5
+FURTHER_RUNS = 9
 # What a run takes besides its steps: two starts, validation on the way, evaluation at the end.
 OVERHEAD_SECONDS = 90.0
 
@@ -97,8 +98,8 @@ class Study:
         """Return an arm's tuning runs as far as they are known, and the best when all are done.
 
         Three values of the knob first. Then along the knob, the learning rate and the factor on the
-        gates, one after the other: the next above the best and the next below, until both are
-        worse.
+        gates in turn: the next above the best and the next below, until both are worse; until no
+        neighbour of the best is better in any of the three.
         """
         ladders = {
             "value": tuple(arm.values),
@@ -110,18 +111,20 @@ class Study:
             for value in arm.values
             if value not in arm.reserve
         ]
-        best = self.best(runs)
-        for name, ladder in ladders.items():
-            while best is not None:
-                place = ladder.index(getattr(best, name))
-                beside = [ladder[i] for i in (place + 1, place - 1) if 0 <= i < len(ladder)]
-                untried = [
-                    run for each in beside if (run := replace(best, **{name: each})) not in runs
-                ]
-                if not untried:
-                    break
-                runs.append(untried[0])
-                best = self.best(runs)
+
+        def untried(best: Run, name: str) -> list[Run]:
+            ladder = ladders[name]
+            place = ladder.index(getattr(best, name))
+            beside = [ladder[i] for i in (place + 1, place - 1) if 0 <= i < len(ladder)]
+            return [run for each in beside if (run := replace(best, **{name: each})) not in runs]
+
+        names = itertools.cycle(ladders)
+        name, best = next(names), self.best(runs)
+        while best is not None and any(untried(best, each) for each in ladders):
+            while not untried(best, name):
+                name = next(names)
+            runs.append(untried(best, name)[0])
+            best = self.best(runs)
         return runs, best
 
     def setting(self, arm: Arm) -> Setting | None:

@@ -94,18 +94,24 @@ def test_tuning_climbs_until_the_neighbours_are_worse(tmp_path, arm):
         study = Study("prose", size, "d", study_runs.Results(tmp_path / f"{place}.jsonl"))
         assert [run.value for run in study.tuning_of(arm)[0]] == values
         assert study.setting(arm) is None
-        better = {value: -0.5, "lr 4e-3": -0.1, "lr 1e-3": -0.2, "x2": -0.1, "x4": -0.3, "x8": -0.2}
+        better = {value: -0.5, "lr 4e-3": -0.1, "x2": -0.1, "x4": -0.3, "x8": -0.2}
         tried = tuned(study, arm, better)
         # The value beyond an end is tried; half the rate is not once twice is better.
         ladder = list(arm.values)
         at = ladder.index(value) + {0: -1, 1: 0, 2: 1}[place]
         beyond = ladder[at] if 0 <= at < len(ladder) and ladder[at] in arm.reserve else None
-        gains = [f"{value} 4e-3 {gain}" for gain in ("2", "4", "8")] if arm.gate_scale else []
-        assert tried == [
-            *(f"{v} {FIRST_RATE} 1" for v in [*values, *([beyond] if beyond else [])]),
-            f"{value} 4e-3 1", f"{value} 8e-3 1", *gains,
-        ]  # fmt: skip
+        first = [*values, *([beyond] if beyond else [])]
+        expected = [f"{v} 2e-3 1" for v in first] + [f"{value} 4e-3 1", f"{value} 8e-3 1"]
+        if arm.gate_scale:
+            expected += [f"{value} 4e-3 {gain}" for gain in ("2", "4", "8")]
+        assert tried[: len(expected)] == expected
+        best = study.tuning_of(arm)[1]
         assert study.setting(arm) == (value, "4e-3", "4" if arm.gate_scale else "1")
+        # Every neighbour of the best was tried, along each of the three.
+        beside = {f"{value} 2e-3 {best.gain}", f"{value} 8e-3 {best.gain}"}
+        at = ladder.index(value)
+        beside |= {f"{v} 4e-3 {best.gain}" for v in ladder[max(at - 1, 0) : at + 2]}
+        assert beside <= set(tried) and len(tried) == len(set(tried))
         assert {run.seed for run in study.tuning_of(arm)[0]} == {100}
     study = Study("prose", size, "d", study_runs.Results(tmp_path / "slow.jsonl"))
     slow = {arm.usual: -0.5, "lr 4e-3": 0.1, "lr 1e-3": -0.1, "x2": 0.1, "x0.5": 0.1}
