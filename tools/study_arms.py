@@ -87,7 +87,8 @@ CORE = (
         "1e-3", ("3e-5", "1e-4", "1e-2"),
     ),
     Arm(
-        "sinkhorn", "sinkhorn", "--moe-router-load-balancing-type sinkhorn", "z-loss coefficient",
+        "sinkhorn", "sinkhorn as in Megatron", "--moe-router-load-balancing-type sinkhorn",
+        "z-loss coefficient",
         {"0": ""} | _numbers("--moe-z-loss-coeff", "1e-3", "1e-2", "1e-1"), "0", ("1e-1",),
         # Megatron's sinkhorn ignores the factor.
         gate_scale=None,
