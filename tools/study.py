@@ -185,9 +185,8 @@ def carry_out(arguments: argparse.Namespace, results: Results) -> None:
             if not arguments.arms or arm.name in (*arguments.arms, "maxscore")
         ],
     }
-    wanted["tuning"] = wanted["core"]
-    if "ablation" in arguments.purposes:
-        wanted["tuning"] = wanted["core"] * ("core" in arguments.purposes) + wanted["ablation"]
+    compared = [purpose for purpose in ("core", "ablation") if purpose in arguments.purposes]
+    wanted["tuning"] = [arm for purpose in compared or ["core"] for arm in wanted[purpose]]
     if not any(wanted[purpose] for purpose in arguments.purposes):
         raise ValueError(
             f"--arms {' '.join(arguments.arms)} has no runs for --purposes "

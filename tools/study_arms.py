@@ -108,11 +108,11 @@ ABLATION = (
         f"{MAXSCORE} --maxscore-scope local --maxscore-gate score", "aux loss coefficient",
         _NO_AUX_VALUES, "0", ("1",),
     ),
-    # A capacity of all tokens: the flow is top-k.
+    # A capacity of all tokens: the flow is top-k. MaxScore's tuned temperature.
     Arm(
         "plain_soft_gates", "top-k, SoftTopk gates, aux loss",
         f"{MAXSCORE} --maxscore-scope local --maxscore-capacity-factor 8 "
-        "--maxscore-temperature 0.25",
+        "--maxscore-temperature 0.125",
         gate_scale=SCALE, **_AUX_TUNING,
     ),
 )  # fmt: skip

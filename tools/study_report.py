@@ -59,7 +59,7 @@ def main_table(arms: dict[str, Lines]) -> str:
                 f"{np.mean(own):.4f} ± {_number(standard_error(own))}",
                 other,
                 f"{np.mean([max(own_rule(li)['maxvio']) for li in lines]):.2f}",
-                f"{np.mean([own_rule(li).get('gate_sum', math.nan) for li in lines]):.2f}",
+                f"{np.mean([own_rule(li)['gate_sum'] for li in lines]):.2f}",
                 f"{np.mean(late):.4f}",
                 f"{np.mean([li['maxvio_mean'] for li in lines]):.3f}",
                 f"{np.max([li['maxvio_max'] for li in lines]):.2f}",
@@ -99,6 +99,12 @@ def paired_table(arms: dict[str, Lines], ours: Lines) -> str:
     return _markdown(headings, rows)
 
 
+def _difference(ours: Lines, theirs: Lines) -> list[str]:
+    """Return seeds, paired difference and verdict as cells of a row."""
+    mean, half, count = paired(losses(ours), losses(theirs))
+    return [str(count), f"{mean:+.4f} ± {_number(half)}", verdict(mean, half)]
+
+
 def variants_table(arms: dict[str, Lines]) -> str:
     """Return the table of paired differences between variants and what each is a variant of."""
     rows = []
@@ -106,16 +112,8 @@ def variants_table(arms: dict[str, Lines]) -> str:
         reference = ARMS[name].against
         if name == reference or reference not in arms:
             continue
-        mean, half, count = paired(losses(lines), losses(arms[reference]))
-        rows.append(
-            [
-                ARMS[name].title,
-                ARMS[reference].title,
-                str(count),
-                f"{mean:+.4f} ± {_number(half)}",
-                verdict(mean, half),
-            ]
-        )
+        titles = [ARMS[name].title, ARMS[reference].title]
+        rows.append(titles + _difference(lines, arms[reference]))
     return _markdown(["variant", "against", "seeds", "variant minus that", "its loss is"], rows)
 
 
@@ -130,33 +128,25 @@ def ablation_table(arms: dict[str, Lines]) -> str:
     ):
         if first not in arms or second not in arms:
             continue
-        mean, half, count = paired(losses(arms[first]), losses(arms[second]))
-        rows.append(
-            [
-                what,
-                f"{ARMS[first].title} - {ARMS[second].title}",
-                str(count),
-                f"{mean:+.4f} ± {_number(half)}",
-                verdict(mean, half),
-            ]
-        )
-    headings = ["effect of", "difference", "seeds", "loss", "the first is"]
+        pair = f"{ARMS[first].title} - {ARMS[second].title}"
+        rows.append([what, pair, *_difference(arms[first], arms[second])])
+    headings = ["effect of", "difference", "seeds", "loss", "the first's loss is"]
     return _markdown(headings, rows)
 
 
 def tuning_table(lines: Lines) -> str:
-    """Return the table of tuning runs, the best of each arm marked."""
+    """Return the table of tuning runs, the lowest loss of each arm marked."""
     rows = []
     for name, own in by_arm(lines, "tuning").items():
         least = min(map(compared_loss, own))
         for line in sorted(own, key=lambda li: (float(li["learning_rate"]), compared_loss(li))):
-            mark = " **taken**" if compared_loss(line) == least else ""
+            mark = " **lowest**" if compared_loss(line) == least else ""
             rows.append(
                 [
                     ARMS[name].title,
                     f"{ARMS[name].knob} {line['value']}",
                     line["learning_rate"],
-                    line.get("gain", "1"),
+                    line["gain"],
                     f"{compared_loss(line):.4f}{mark}",
                     f"{max(own_rule(line)['maxvio']):.2f}",
                 ]
@@ -328,6 +318,7 @@ def _section(family: str, size: str, lines: Lines, directory: Path) -> list[str]
     parts = [
         f"## {family}, {size}: {about['iterations']} steps, {about['tokens']:,} tokens\n",
         f"Text: {FAMILIES.get(family, 'the files named with --input')}.\n",
+        f"Digests of the sources: {', '.join(sorted({li['code'] for li in lines}))}.\n",
     ]
     lost = [line for line in lines if "diverged" in line]
     if lost:

@@ -145,12 +145,17 @@ def _by_iteration(lines: Iterator[str], pattern: re.Pattern) -> dict[int, tuple[
 
 
 @functools.cache
-def code_digest() -> str:
-    """Return a digest of what trains a run: the package's sources and the training scripts."""
+def code_digest(script: str) -> str:
+    """Return a digest of what trains a run: the package's sources and the training scripts.
+
+    Args:
+        script: the run's own, from the repository's root.
+    """
+    folders = (ROOT / "megatron_maxscore", ROOT / "examples")
+    paths = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
     total = hashlib.sha256()
-    for folder in ("megatron_maxscore", "examples"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            total.update(path.read_bytes())
+    for path in (*paths, *({ROOT / script} - set(paths))):
+        total.update(path.read_bytes())
     return total.hexdigest()[:12]
 
 
@@ -174,7 +179,7 @@ def _about(run: Run) -> dict[str, Any]:
             name: importlib.metadata.version(name)
             for name in ("megatron-maxscore", "megatron-core", "torch")
         },
-        "code": code_digest(),
+        "code": code_digest(run.arm.script),
     }
 
 
@@ -242,12 +247,12 @@ def carry_out(
         and an infinite loss.
     """
     directory = output / run.key
-    code = directory / "code"
-    if directory.exists() and (not code.exists() or code.read_text() != code_digest()):
+    code, digest = directory / "code", code_digest(run.arm.script)
+    if directory.exists() and (not code.exists() or code.read_text() != digest):
         # What other sources have begun is not gone on with.
         shutil.rmtree(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    code.write_text(code_digest())
+    code.write_text(digest)
     (directory / "run.txt").write_text(run.title + "\n" + run.flags + "\n")
     clock = directory / "seconds"
     before = float(clock.read_text()) if clock.exists() else 0.0

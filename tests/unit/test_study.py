@@ -25,6 +25,7 @@ def result(run: Run, loss: float, **changes) -> dict:
     line = {
         "key": run.key, "purpose": run.purpose, "family": run.family, "size": run.size.name,
         "arm": run.arm.name, "value": run.value, "learning_rate": run.learning_rate,
+        "gain": run.gain, "code": "c0de",
         "seed": run.seed, "iterations": 20, "tokens": 20 * 4096, "flags": run.flags,
         "train_loss": list(np.linspace(9, loss, 20)), "curve": {5: 8.0, 10: 7.0, 20: loss},
         "maxvio_mean": 0.5, "maxvio_mean_late": 0.4, "maxvio_max": 2.0, "dropped": 0.25,
@@ -32,7 +33,7 @@ def result(run: Run, loss: float, **changes) -> dict:
         "evaluation": {
             "rules": {
                 rule: {"loss": value, "tokens": 1000, "loads": [[10] * 16] * 4,
-                       "maxvio": [0.1, 0.2, 0.05, 0.1], "dropped": 0.0}
+                       "maxvio": [0.1, 0.2, 0.05, 0.1], "dropped": 0.0, "gate_sum": [1.0] * 4}
                 for rule, value in rules.items()
             },
             "comparison": {"rules": list(rules), "kl": 0.01, "top1_agreement": 0.9} if two else {},
@@ -258,6 +259,7 @@ def test_results_at_another_setting_and_diverged_runs_do_not_count(tmp_path):
     lines.append(
         {"key": lost.key, "purpose": "tuning", "family": "prose", "size": "quick", "seed": 100,
          "arm": "quantile", "value": "0.5", "learning_rate": "4e-3", "iterations": 20, "tokens": 1,
+         "code": "c0de",
          "flags": lost.flags, "diverged": "loss is NaN",
          "evaluation": {"rules": {"own": {"loss": float("inf")}}, "comparison": {}}}
     )  # fmt: skip
@@ -300,7 +302,11 @@ def test_what_other_sources_began_is_begun_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(study_runs, "training_command", lambda *_: command)
     left = tmp_path / run.key / "checkpoint"
     left.parent.mkdir()
-    for code, kept in ((None, False), ("of others", False), (study_runs.code_digest(), True)):
+    for code, kept in (
+        (None, False),
+        ("of others", False),
+        (study_runs.code_digest(run.arm.script), True),
+    ):
         left.write_text("a model")
         if code is not None:
             (left.parent / "code").write_text(code)
