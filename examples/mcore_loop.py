@@ -61,7 +61,6 @@ def build(scope: str) -> DistributedDataParallel:
         moe_ffn_hidden_size=64,
         moe_token_dispatcher_type="alltoall",
         moe_router_load_balancing_type="none",
-        moe_router_topk_scaling_factor=EXPERTS / TOPK**2,
         expert_model_parallel_size=dist.get_world_size(),
         hidden_dropout=0.0,
         attention_dropout=0.0,

@@ -14,7 +14,6 @@ torchrun --nproc-per-node "${GPUS:-8}" -m megatron_maxscore.launch examples/pret
   --maxscore-scope local \
   --maxscore-mode exact \
   --moe-router-load-balancing-type none \
-  --moe-router-topk-scaling-factor 4 \
   --moe-token-dispatcher-type alltoall \
   --tensor-model-parallel-size 2 --sequence-parallel \
   --expert-model-parallel-size 8 --expert-tensor-parallel-size 1 \

@@ -49,11 +49,9 @@ TRAINING = """
 LOCAL = " ".join([*WITHOUT_TRANSFORMER_ENGINE, "--num-workers 0"])
 # Top-k needs an auxiliary loss to balance; this is its usual coefficient.
 STOCK_ROUTER = "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2"
-# SoftTopk sums to k over all E experts, so about k * k / E reaches the chosen ones while logits are
-# small; the scaling factor E / (k * k) = 4 makes that 1, which is what top-k's softmax gives.
 MAXSCORE_ROUTER = (
     "--moe-router-type maxscore --maxscore-scope local --maxscore-mode exact "
-    "--moe-router-load-balancing-type none --moe-router-topk-scaling-factor 4"
+    "--moe-router-load-balancing-type none"
 )
 
 

@@ -175,14 +175,14 @@ def carry_out(arguments: argparse.Namespace, results: Results) -> None:
     """
     size = SIZES["quick" if arguments.quick else "small"]
     options = (arguments.data, arguments.output / "runs", results, arguments.jobs, arguments.keep)
+    variants = [arm for arm in EXPLORATORY if not arguments.arms or arm.name in arguments.arms]
+    compared_with = {arm.against for arm in variants}
     wanted = {
-        # The core's MaxScore again, at the exploratory seeds, is what variants are compared with.
         "core": [arm for arm in CORE if not arguments.arms or arm.name in arguments.arms],
         "ablation": [arm for arm in ABLATION if not arguments.arms or arm.name in arguments.arms],
+        # With what they are variants of, at the exploratory seeds.
         "exploratory": [
-            arm
-            for arm in (ARMS["maxscore"], *EXPLORATORY)
-            if not arguments.arms or arm.name in (*arguments.arms, "maxscore")
+            arm for arm in ARMS.values() if arm in variants or arm.name in compared_with
         ],
     }
     compared = [purpose for purpose in ("core", "ablation") if purpose in arguments.purposes]

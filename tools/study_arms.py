@@ -15,9 +15,9 @@ MAXSCORE = (
     "--moe-router-type maxscore --maxscore-mode exact --maxscore-eval-routing price "
     "--moe-token-dispatcher-type alltoall"
 )
-DEFAULT = f"{MAXSCORE} --maxscore-scope local {NO_AUX}"
-# E / k^2 with 16 experts, top-2: SoftTopk's gates then sum to 1 where all scores are equal, and to
-# more the further apart they are (docs/routing.md).
+LOCAL = f"{MAXSCORE} --maxscore-scope local"
+# E / k^2 with 16 experts, top-2: SoftTopk's gates then sum to 1 where all scores are equal, to 4 at
+# the default temperature (docs/routing.md).
 SCALE = 4.0
 # Part of every run's key: results of another revision of the study do not count.
 REVISION = 1
@@ -69,11 +69,10 @@ _AUX_TUNING: dict[str, Any] = {
     "knob": "aux loss coefficient", "values": _AUX_VALUES, "usual": "1e-2",
     "reserve": ("1e-4", "1e-3", "10"),
 }  # fmt: skip
-_TEMPERATURES = _numbers("--maxscore-temperature", "0.0625", "0.125", "0.25", "0.5", "1.0", "2.0")
 CORE = (
     Arm(
-        "maxscore", "MaxScore", DEFAULT, "temperature", _TEMPERATURES, "0.5",
-        ("0.0625", "0.125", "2.0"), gate_scale=SCALE,
+        "maxscore", "MaxScore", LOCAL, "aux loss coefficient", {"0": NO_AUX} | _AUX_VALUES, "1e-1",
+        ("0", "1e-4", "1e-3", "10"), gate_scale=SCALE,
     ),
     Arm("dropless", "dropless top-k, aux loss", "", **_AUX_TUNING),
     Arm(
@@ -100,24 +99,26 @@ CORE = (
         ("0.97",),
     ),
 )  # fmt: skip
-# What of a difference is the flow's, and what the gates': tuned as the core arms, at their seeds.
-_NO_AUX_VALUES = {"0": NO_AUX} | {value: f"{AUX} {value}" for value in ("1e-2", "1e-1", "1")}
+# What of a difference is the flow's, the gates', the aux loss's: tuned as the core arms, at their
+# seeds.
 ABLATION = (
     Arm(
-        "flow_plain_gates", "flow, top-k's softmax gates",
-        f"{MAXSCORE} --maxscore-scope local --maxscore-gate score", "aux loss coefficient",
-        _NO_AUX_VALUES, "0", ("1",),
+        "no_aux", "MaxScore without aux loss", f"{LOCAL} {NO_AUX}", "temperature",
+        _numbers("--maxscore-temperature", "0.0625", "0.125", "0.25", "0.5", "1.0", "2.0"), "0.5",
+        ("0.0625", "0.125", "2.0"), gate_scale=SCALE,
     ),
-    # A capacity of all tokens: the flow is top-k. MaxScore's tuned temperature.
+    Arm(
+        "flow_plain_gates", "flow, top-k's softmax gates", f"{LOCAL} --maxscore-gate score",
+        CORE[0].knob, CORE[0].values, CORE[0].usual, CORE[0].reserve,
+    ),
+    # A capacity of all tokens: the flow is top-k.
     Arm(
         "plain_soft_gates", "top-k, SoftTopk gates, aux loss",
-        f"{MAXSCORE} --maxscore-scope local --maxscore-capacity-factor 8 "
-        "--maxscore-temperature 0.125",
-        gate_scale=SCALE, **_AUX_TUNING,
+        f"{LOCAL} --maxscore-capacity-factor 8", gate_scale=SCALE, **_AUX_TUNING,
     ),
 )  # fmt: skip
 _TWO_RANKS = "--expert-model-parallel-size 2 --micro-batch-size 4"
-_SEQUENCE = f"{MAXSCORE} --maxscore-scope sequence {NO_AUX}"
+_SEQUENCE = f"{MAXSCORE} --maxscore-scope sequence"
 # As the authors' code: softmax (k softmax times 1/2), all but the largest gate annealed, aux loss.
 _ANNEALED = (
     f"{MAXSCORE} --maxscore-variant softmax --maxscore-anneal-steps ITERATIONS {AUX} 1e-2 "
@@ -125,52 +126,56 @@ _ANNEALED = (
 )
 
 
-def _variant(name: str, title: str, flags: str, gate_scale: float = SCALE, **options: Any) -> Arm:
+def _variant(
+    name: str, title: str, flags: str, of: Arm = CORE[0], against: str = "", **options: Any
+) -> Arm:
     """Return a variant of MaxScore: at its tuned setting, unless its flags say another."""
     return Arm(
-        name, title, flags, CORE[0].knob, CORE[0].values, CORE[0].usual, follows="maxscore",
-        gate_scale=gate_scale, **options,
+        name, title, flags, of.knob, of.values, of.usual, follows=of.name,
+        **{"gate_scale": SCALE, "against": against or of.name} | options,
     )  # fmt: skip
 
 
 EXPLORATORY = (
     _variant("sequence", "scope sequence", _SEQUENCE),
     _variant(
-        "local2", "scope local, 2 ranks of 1,024 tokens", f"{DEFAULT} {_TWO_RANKS}", ranks=2,
+        "local2", "scope local, 2 ranks of 1,024 tokens", f"{LOCAL} {_TWO_RANKS}", ranks=2,
         against="local2",
     ),
     _variant(
         "group2", "scope group, 2 ranks of 1,024 tokens",
-        f"{MAXSCORE} --maxscore-scope group {NO_AUX} {_TWO_RANKS}", ranks=2, against="local2",
+        f"{MAXSCORE} --maxscore-scope group {_TWO_RANKS}", ranks=2, against="local2",
     ),
+    _variant("bounded", "bounded mode", f"{LOCAL} --maxscore-mode bounded"),
+    _variant("softmax", "softmax variant", f"{LOCAL} --maxscore-variant softmax"),
+    _variant("scores", "flow maximises SoftTopk", f"{LOCAL} --maxscore-objective scores"),
     _variant(
-        "by_prices", "by average prices in training too", DEFAULT, script="tools/study_prices.py"
+        "normalized", "SoftTopk gates normalised", f"{LOCAL} --maxscore-normalize-gates",
     ),
-    _variant("bounded", "bounded mode", f"{DEFAULT} --maxscore-mode bounded"),
-    _variant("softmax", "softmax variant", f"{DEFAULT} --maxscore-variant softmax"),
-    _variant("scores", "flow maximises SoftTopk", f"{DEFAULT} --maxscore-objective scores"),
-    _variant("normalized", "SoftTopk gates normalised", f"{DEFAULT} --maxscore-normalize-gates",
-             gate_scale=1.0),
     _variant(
         "sigmoid_gate", "sigmoid gates, flow maximises them",
-        f"{DEFAULT} --maxscore-gate score --moe-router-score-function sigmoid "
-        "--maxscore-objective scores", gate_scale=1.0,
+        f"{LOCAL} --maxscore-gate score --moe-router-score-function sigmoid "
+        "--maxscore-objective scores",
     ),
-    _variant("aux", "with aux loss 1e-2", f"{DEFAULT} {AUX} 1e-2"),
-    _variant("aux_tenth", "with aux loss 1e-1", f"{DEFAULT} {AUX} 1e-1"),
-    _variant("aux_one", "with aux loss 1", f"{DEFAULT} {AUX} 1"),
-    _variant("zloss", "with z-loss 1e-3", f"{DEFAULT} --moe-z-loss-coeff 1e-3"),
-    _variant(
-        "capacity125", "capacity factor 1.25", f"{DEFAULT} --maxscore-capacity-factor 1.25"
-    ),
+    _variant("zloss", "with z-loss 1e-3", f"{LOCAL} --moe-z-loss-coeff 1e-3"),
+    _variant("capacity125", "capacity factor 1.25", f"{LOCAL} --maxscore-capacity-factor 1.25"),
     _variant("annealed", "softmax, annealed second gate, aux loss, as the authors' code",
              f"{_ANNEALED} --maxscore-scope sequence", gate_scale=0.5, against="sequence"),
     _variant(
         "greedy", "the authors' greedy, then Hungarian, per sequence", _SEQUENCE,
         against="sequence", script="tools/study_greedy.py",
     ),
-    _variant("decay0", "prices of the last batch only", f"{DEFAULT} --maxscore-price-decay 0"),
-    _variant("decay99", "price decay 0.99", f"{DEFAULT} --maxscore-price-decay 0.99"),
+    _variant("decay0", "prices of the last batch only", f"{LOCAL} --maxscore-price-decay 0"),
+    _variant("decay99", "price decay 0.99", f"{LOCAL} --maxscore-price-decay 0.99"),
+    # From before MaxScore had an aux loss.
+    _variant(
+        "by_prices", "by average prices in training too, no aux loss", f"{LOCAL} {NO_AUX}",
+        ABLATION[0], script="tools/study_prices.py",
+    ),
+    _variant(
+        "aux_tenth", "with aux loss 1e-1, temperature tuned without",
+        f"{LOCAL} {NO_AUX} {AUX} 1e-1", ABLATION[0],
+    ),
 )  # fmt: skip
 ARMS = {arm.name: arm for arm in (*CORE, *ABLATION, *EXPLORATORY)}
 
@@ -254,6 +259,11 @@ class Run:
     gain: str = "1"
 
     @property
+    def scale(self) -> float:
+        """Return what the gates are multiplied by."""
+        return (self.arm.gate_scale or 1.0) * float(self.gain)
+
+    @property
     def flags(self) -> str:
         """Return the run's flags, all but paths."""
         size = self.size
@@ -262,9 +272,8 @@ class Run:
             f"--lr {self.learning_rate} --seed {self.seed} {self.arm.values[self.value]} "
             f"{self.arm.flags}"
         )
-        scale = (self.arm.gate_scale or 1.0) * float(self.gain)
-        if scale != 1.0:
-            text += f" --moe-router-topk-scaling-factor {scale:g}"
+        if self.scale != 1.0:
+            text += f" --moe-router-topk-scaling-factor {self.scale:g}"
         return " ".join(text.replace("ITERATIONS", str(size.iterations)).split())
 
     @property
@@ -282,7 +291,7 @@ class Run:
     def title(self) -> str:
         """Return a short name for people."""
         setting = f" {self.arm.knob} {self.value}" if self.value else ""
-        gain = f" gates times {self.gain}" if self.gain != "1" else ""
+        gain = f" gates times {self.scale:g}" if self.scale != 1.0 else ""
         return (
             f"{self.family} {self.arm.name}{setting} lr {self.learning_rate}{gain} seed {self.seed}"
         )

@@ -121,6 +121,7 @@ def ablation_table(arms: dict[str, Lines]) -> str:
     """Return the table of what the flow does with either gate, and a gate with either routing."""
     rows = []
     for what, first, second in (
+        ("the aux loss, in MaxScore", "maxscore", "no_aux"),
         ("the flow, with SoftTopk gates", "maxscore", "plain_soft_gates"),
         ("the flow, with top-k's gates", "flow_plain_gates", "dropless"),
         ("SoftTopk gates, with the flow", "maxscore", "flow_plain_gates"),
@@ -146,7 +147,7 @@ def tuning_table(lines: Lines) -> str:
                     ARMS[name].title,
                     f"{ARMS[name].knob} {line['value']}",
                     line["learning_rate"],
-                    line["gain"],
+                    f"{(ARMS[name].gate_scale or 1.0) * float(line['gain']):g}",
                     f"{compared_loss(line):.4f}{mark}",
                     f"{max(own_rule(line)['maxvio']):.2f}",
                 ]
@@ -348,10 +349,10 @@ def _section(family: str, size: str, lines: Lines, directory: Path) -> list[str]
     if other:
         parts += [
             "### Variants\n",
-            "Variants of MaxScore at its tuned setting, not tuned themselves, at other seeds than "
-            "above; with so many and so few seeds they are for finding what to look at. With two "
-            "ranks weights differ from those of one, so these are compared with each other. `flow` "
-            "of the greedy variant is the optimum's.\n",
+            "Variants of MaxScore, with its aux loss or without, at that one's tuned setting, not "
+            "tuned themselves, at other seeds than above; with so many and so few seeds they are "
+            "for finding what to look at. With two ranks weights differ from those of one, so "
+            "these are compared with each other. `flow` of the greedy variant is the optimum's.\n",
             main_table(other),
             variants_table(other),
             inference_table(other),

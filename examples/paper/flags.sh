@@ -27,14 +27,13 @@ paper_model() {
 paper_router() {
   local maxscore="--moe-router-type maxscore --maxscore-mode exact"
   case "$1" in
-    # Our defaults; 4 = E / k^2.
-    maxscore) echo "$maxscore --maxscore-scope local --moe-router-load-balancing-type none" \
-      "--moe-router-topk-scaling-factor 4" ;;
+    # Our defaults.
+    maxscore) echo "$maxscore --maxscore-scope local --moe-router-load-balancing-type none" ;;
     # Near the released code: a problem for each sequence, softmax (k softmax times 1/2), the smaller
     # gate annealed over 30,000 steps, an aux loss; but with the optimal assignment instead of
     # greedy, then Hungarian, and with the loss over both choices instead of the first.
     authors) echo "$maxscore --maxscore-scope sequence --maxscore-variant softmax" \
-      "--maxscore-anneal-steps 30000 --moe-router-topk-scaling-factor 0.5" \
+      "--maxscore-temperature 1 --maxscore-anneal-steps 30000 --moe-router-topk-scaling-factor 0.5" \
       "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2" ;;
     gshard) echo "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2" \
       "--moe-expert-capacity-factor 1.0" ;;

@@ -30,7 +30,6 @@ srun --kill-on-bad-exit=1 python -m torch.distributed.run \
   --maxscore-scope group \
   --maxscore-mode exact \
   --moe-router-load-balancing-type none \
-  --moe-router-topk-scaling-factor 1 \
   --moe-token-dispatcher-type alltoall \
   --tensor-model-parallel-size 2 --sequence-parallel \
   --expert-model-parallel-size 8 --expert-tensor-parallel-size 1 \

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import textwrap
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -64,7 +65,11 @@ class MaxScoreConfig:
         "bientropic",
         "Variant of SoftTopk. bientropic: entries in (0, 1). softmax: k times softmax.",
     )
-    temperature: float = _option(1.0, "Temperature of SoftTopk, in the unit of the logits.")
+    temperature: float | None = _option(
+        None,
+        "Temperature of SoftTopk, in the unit of the logits. Default: half of what the logits' "
+        "standard deviation is at first, --init-method-std times the root of --hidden-size.",
+    )
     normalize_gates: bool = _option(
         False, "Divide SoftTopk's values of a token's chosen experts by their sum."
     )
@@ -114,7 +119,7 @@ class MaxScoreConfig:
         for name, ok, range_text in (
             ("capacity_factor", self.capacity_factor >= 1.0, "at least 1"),
             ("tolerance", self.tolerance >= 0.0, "at least 0"),
-            ("temperature", self.temperature > 0.0, "greater than 0"),
+            ("temperature", self.temperature is None or self.temperature > 0.0, "greater than 0"),
             ("price_decay", 0.0 <= self.price_decay < 1.0, "in [0, 1)"),
             ("anneal_steps", self.anneal_steps >= 0, "at least 0"),
         ):
@@ -156,6 +161,20 @@ class MaxScoreConfig:
             if hasattr(config, PREFIX + f.name)
         }
         return cls(**present)
+
+    def temperature_for(self, config: Any) -> float:
+        """Return SoftTopk's temperature in a model.
+
+        A router's input is normalised, so that logits start with a standard deviation of
+        ``init_method_std * sqrt(hidden_size)``; what SoftTopk makes of them depends on the
+        temperature relative to that alone. docs/study.md has why it is half of it.
+
+        Args:
+            config: a TransformerConfig.
+        """
+        if self.temperature is not None:
+            return self.temperature
+        return 0.5 * float(config.init_method_std) * math.sqrt(config.hidden_size)
 
 
 def check_transformer_config(config: Any, options: MaxScoreConfig) -> None:

@@ -184,6 +184,7 @@ class MaxScoreRouter(TopKRouter):
             config = _with_pre_softmax(config)
         super().__init__(config, pg_collection, is_mtp_layer, **kwargs)
         self.options = options
+        self.temperature = options.temperature_for(config)
         self.plan = plan or RoutingPlan()
         has_fixed_lengths = not any(getattr(config, name, False) for name in VARIABLE_LENGTHS)
         self.scope = Scope(options, pg_collection, config.sequence_parallel, has_fixed_lengths)
@@ -263,7 +264,7 @@ class MaxScoreRouter(TopKRouter):
         logits_TE = self._logits
         wide_TE = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
         if self.options.gate == "soft_topk":
-            gates_TE = soft_topk(wide_TE, self.topk, self.options.temperature, self.options.variant)
+            gates_TE = soft_topk(wide_TE, self.topk, self.temperature, self.options.variant)
             if scores_TE.dtype in (torch.bfloat16, torch.float16):
                 # Up to 0.17 gates are scattered into a tensor of the logits' dtype.
                 gates_TE = gates_TE.to(scores_TE.dtype)

@@ -13,6 +13,9 @@ from megatron_maxscore.moe import MaxScoreConfig
 from tests.dist.cases import EXPERTS, HIDDEN, TOPK, groups, make_layer, own_input
 from tests.oracles import highs_objective
 
+# The default: half of what logits of a normalised input start with; Megatron's init is 0.02.
+TEMPERATURE = 0.5 * 0.02 * HIDDEN**0.5
+
 
 def reference_gates(logits_TE, experts_TK, score_function, pre_softmax, gate):
     """Return the (T, K) gates by definition, in float64."""
@@ -20,7 +23,7 @@ def reference_gates(logits_TE, experts_TK, score_function, pre_softmax, gate):
 
     z_TE = logits_TE.double()
     if gate == "soft_topk":
-        return soft_topk(z_TE, TOPK).gather(1, experts_TK)
+        return soft_topk(z_TE, TOPK, TEMPERATURE).gather(1, experts_TK)
     if score_function == "softmax":
         if pre_softmax:
             return z_TE.softmax(-1).gather(1, experts_TK)
@@ -40,7 +43,7 @@ def reference_objective(logits_TE, score_function, gate, objective):
     if objective == "logits":
         return z_TE
     if gate == "soft_topk":
-        return soft_topk(z_TE, TOPK)
+        return soft_topk(z_TE, TOPK, TEMPERATURE)
     return {
         "softmax": z_TE.softmax(-1),
         "sigmoid": z_TE.sigmoid(),
@@ -75,6 +78,14 @@ def table_row(rank, size, score_function, pre_softmax, gate, objective, scaling=
     best = highs_objective(matrix, TOPK, np.full(EXPERTS, 5))
     np.testing.assert_allclose(total, best, rtol=1e-6)
     return bool((gates_TK.sum(-1) - 1).abs().max() < 1e-6)
+
+
+def first_logits(rank, size, std):
+    """Return the standard deviation of a new router's logits over its temperature."""
+    layer = make_layer(ep=size, experts=64, init_method_std=std)
+    hidden = own_input(rank, 2000)
+    hidden = hidden / hidden.square().mean(-1, keepdim=True).sqrt()
+    return float(layer.router.gating(hidden).std()) / layer.router.temperature
 
 
 def shaped_gates(rank, size):
@@ -198,7 +209,7 @@ def price_routing(rank, size):
     probs, routing_map = router(hidden)
     logits = router.gating(hidden).reshape(16, EXPERTS).detach()
     chosen = (logits - router.expert_prices).topk(TOPK, dim=1).indices
-    expected = torch.zeros_like(logits).scatter(1, chosen, soft_topk(logits, TOPK).gather(1, chosen))
+    expected = torch.zeros_like(logits).scatter(1, chosen, soft_topk(logits, TOPK, TEMPERATURE).gather(1, chosen))
     torch.testing.assert_close(probs, expected)
     alone = [router(hidden[t : t + 1])[1] for t in range(16)]
     assert torch.equal(torch.cat(alone), routing_map), "a token's experts depend on it alone"
@@ -287,6 +298,6 @@ def double_gates(rank, size):
     layer.train()
     hidden = own_input(rank, 16).detach()
     probs, routing_map = layer.router(hidden)
-    gates = soft_topk(layer.router.gating(hidden).reshape(16, EXPERTS).double(), TOPK)
+    gates = soft_topk(layer.router.gating(hidden).reshape(16, EXPERTS).double(), TOPK, TEMPERATURE)
     torch.testing.assert_close(probs[routing_map], gates[routing_map], rtol=1e-12, atol=0.0)
     return str(probs.dtype)

@@ -128,7 +128,7 @@ def test_a_killed_run_of_the_study_goes_on_and_ends_alike(trained, tmp_path, mon
     size = Size("tiny", " ".join(flags.split()), 6, 512, 0.1, valid_sequences=8)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "custom").symlink_to(data)
-    run = Run("custom", size, ARMS["maxscore"], "1.0", "2e-3", 1, "core")
+    run = Run("custom", size, ARMS["maxscore"], "1", "2e-3", 1, "core")
 
     class Killed(Exception):
         pass

@@ -52,6 +52,11 @@ def test_scaling_factor(ranks, gate):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("std", [0.02, 0.006])
+def test_default_temperature_is_half_of_what_logits_start_with(ranks, std):
+    assert ranks(2, cases.first_logits, std=std) == pytest.approx([2.0, 2.0], rel=0.1)
+
+
 def test_shaped_gates(ranks):
     assert all(ranks(2, cases.shaped_gates))
 

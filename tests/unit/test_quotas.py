@@ -42,6 +42,15 @@ def test_options_are_checked():
             MaxScoreConfig(**{name: value})
 
 
+def test_temperature_of_a_model():
+    class Config:
+        init_method_std = 0.01
+        hidden_size = 400
+
+    assert MaxScoreConfig().temperature_for(Config()) == pytest.approx(0.1)
+    assert MaxScoreConfig(temperature=0.7).temperature_for(Config()) == 0.7
+
+
 def test_a_model_without_experts_is_refused():
     class Config:
         num_moe_experts = None

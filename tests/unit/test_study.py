@@ -123,22 +123,24 @@ def test_tuning_climbs_until_the_neighbours_are_worse(tmp_path, arm):
 def test_variants_take_the_tuned_setting_of_what_they_follow(tmp_path):
     size = dataclasses.replace(SIZES["small"], iterations=20)
     study = Study("prose", size, "d", study_runs.Results(tmp_path / "results.jsonl"))
-    variants = [ARMS["softmax"], ARMS["normalized"], ARMS["dropless"]]
-    with pytest.raises(ValueError, match="dropless, maxscore not tuned yet"):
+    variants = [ARMS["softmax"], ARMS["by_prices"], ARMS["dropless"]]
+    with pytest.raises(ValueError, match="dropless, maxscore, no_aux not tuned yet"):
         study.comparison(variants, [1], "exploratory")
-    tuned(study, ARMS["maxscore"], {"0.25": -0.1, "lr 4e-3": -0.1, "x2": -0.1})
+    tuned(study, ARMS["maxscore"], {"1e-2": -0.1, "lr 4e-3": -0.1, "x2": -0.1})
+    tuned(study, ARMS["no_aux"], {"0.25": -0.1, "x0.5": -0.1})
     tuned(study, ARMS["dropless"], {"1": -0.1, "x2": -0.1})
-    softmax, normalized, dropless = study.comparison(variants, [1], "exploratory")
-    assert "--maxscore-temperature 0.25" in softmax.flags and "--maxscore-variant" in softmax.flags
+    softmax, by_prices, dropless = study.comparison(variants, [1], "exploratory")
+    assert "--moe-aux-loss-coeff 1e-2 " in softmax.flags and "--maxscore-variant" in softmax.flags
     assert "--lr 4e-3" in softmax.flags and "--moe-aux-loss-coeff 1 " in dropless.flags
-    for run, scale in ((softmax, 8), (normalized, 2), (dropless, 2)):
+    assert "--maxscore-temperature 0.25" in by_prices.flags and "--moe-aux" not in by_prices.flags
+    for run, scale in ((softmax, 8), (by_prices, 2), (dropless, 2)):
         assert run.flags.endswith(f"--moe-router-topk-scaling-factor {scale}")
     quick = dataclasses.replace(study, size=SIZES["quick"])
     assert quick.setting(ARMS["dropless"]) == Setting("1e-2", FIRST_RATE, "1")
 
 
 def test_a_run_is_known_by_what_decides_its_result(tmp_path):
-    run = Run("prose", SIZE, ARMS["maxscore"], "1.0", "2e-3", 1, "core")
+    run = Run("prose", SIZE, ARMS["maxscore"], "1", "2e-3", 1, "core")
     path = tmp_path / "results.jsonl"
     study_runs.Results(path).add(result(run, 4.0))
     results = study_runs.Results(path)
@@ -146,7 +148,7 @@ def test_a_run_is_known_by_what_decides_its_result(tmp_path):
     slower = dataclasses.replace(SIZE, seconds_per_step=9.0)
     assert results.of(dataclasses.replace(run, size=slower)) is not None
     for change in (
-        dict(seed=2), dict(family="code"), dict(learning_rate="1e-3"), dict(value="0.5"),
+        dict(seed=2), dict(family="code"), dict(learning_rate="1e-3"), dict(value="1e-1"),
         dict(arm=ARMS["gshard"], value="1e-2"), dict(arm=ARMS["softmax"]), dict(data="other"),
         dict(gain="2"),
         dict(size=dataclasses.replace(SIZE, iterations=21)),
@@ -157,7 +159,7 @@ def test_a_run_is_known_by_what_decides_its_result(tmp_path):
 
 
 def test_results_of_several_processes_and_of_others(tmp_path):
-    run = Run("prose", SIZE, ARMS["maxscore"], "1.0", "2e-3", 1, "core")
+    run = Run("prose", SIZE, ARMS["maxscore"], "1", "2e-3", 1, "core")
     path = tmp_path / "made" / "results.jsonl"
     one, other = study_runs.Results(path), study_runs.Results(path)
     one.add(result(run, 4.0))
@@ -320,7 +322,7 @@ def test_of_drops_the_lower_loss_is_compared():
     line = result(run, 4.0)
     line["evaluation"]["rules"]["no drops"] = {"loss": 3.9}
     assert study_results.compared_loss(line) == 3.9 and study_results.own_loss(line) == 4.0
-    line = result(Run("prose", SIZE, ARMS["maxscore"], "1.0", "2e-3", 1, "core"), 4.0)
+    line = result(Run("prose", SIZE, ARMS["maxscore"], "1", "2e-3", 1, "core"), 4.0)
     line["evaluation"]["rules"]["flow"]["loss"] = 3.0
     assert study_results.compared_loss(line) == 4.0, "MaxScore by prices"
 
