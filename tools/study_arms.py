@@ -24,7 +24,7 @@ REVISION = 1
 # What tuning climbs on, from the first: learning rates, and factors on top of an arm's gate scale.
 LEARNING_RATES = ("1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2")
 FIRST_RATE = "2e-3"
-GAINS = ("0.5", "1", "2", "4", "8")
+GAINS = ("0.25", "0.5", "1", "2", "4", "8")
 
 
 @dataclass(frozen=True)
