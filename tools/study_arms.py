@@ -127,12 +127,18 @@ _ANNEALED = (
 
 
 def _variant(
-    name: str, title: str, flags: str, of: Arm = CORE[0], against: str = "", **options: Any
+    name: str,
+    title: str,
+    flags: str,
+    of: Arm = CORE[0],
+    against: str = "",
+    gate_scale: float = SCALE,
+    **options: Any,
 ) -> Arm:
     """Return a variant of MaxScore: at its tuned setting, unless its flags say another."""
     return Arm(
         name, title, flags, of.knob, of.values, of.usual, follows=of.name,
-        **{"gate_scale": SCALE, "against": against or of.name} | options,
+        gate_scale=gate_scale, against=against or of.name, **options,
     )  # fmt: skip
 
 

@@ -163,7 +163,7 @@ class MaxScoreConfig:
         return cls(**present)
 
     def temperature_for(self, config: Any) -> float:
-        """Return SoftTopk's temperature in a model.
+        """Return SoftTopk's temperature in a model, in the unit of the logits.
 
         A router's input is normalised, so that logits start with a standard deviation of
         ``init_method_std * sqrt(hidden_size)``; what SoftTopk makes of them depends on the

@@ -7,7 +7,10 @@ import re
 import sys
 from pathlib import Path
 
+import torch
+
 from megatron_maxscore.moe.config import config_fields
+from megatron_maxscore.ops import soft_topk
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -42,3 +45,18 @@ def test_readme_names_every_flag():
     text = (ROOT / "README.md").read_text()
     for name in config_fields():
         assert "--" + name.replace("_", "-") in text, name
+
+
+def test_table_of_what_gates_sum_to():
+    text = (ROOT / "docs/routing.md").read_text().split("| experts, k |")[1]
+    sizes, _, first, above = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[:4]
+    )
+    assert len(sizes) == 6
+    for size, at_first, far_above in zip(sizes, first[1:], above[1:], strict=True):
+        num_experts, k = map(int, size.split(","))
+        logits = torch.randn(4000, num_experts, generator=torch.Generator().manual_seed(0))
+        # Half of the standard deviation is the default; a thousand is far above it.
+        for temperature, shown in ((0.5, at_first), (1000.0, far_above)):
+            mean = soft_topk(logits, k, temperature).topk(k).values.sum(1).mean()
+            assert abs(float(mean) / float(shown) - 1) < 0.05, (size, temperature)
