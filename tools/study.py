@@ -4,6 +4,7 @@
     python tools/study.py                            # the core study: tuning, then five seeds
     python tools/study.py --purposes tuning ablation # is it the flow or the gates
     python tools/study.py --purposes exploratory     # variants of MaxScore
+    python tools/study.py --size long --purposes core --seeds 3    # four times as long
     python tools/study.py --families custom --input my/texts --purposes tuning core
 
 Every arm starts from the same weights and sees the same data in the same order; what differs are
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import signal
 import sys
 from collections.abc import Iterable, Sequence
@@ -73,18 +75,22 @@ class Study:
         size: model and length.
         data: digest of the text's data sets.
         results: so far.
+        device: of the runs that are compared; tuning is the CPU's.
     """
 
     family: str
     size: Size
     data: str
     results: Results
+    device: str = "cpu"
 
     def run(self, arm: Arm, setting: Setting, seed: int, purpose: str) -> Run:
         """Return one run."""
+        tuning = purpose == "tuning"
         return Run(
-            self.family, self.size, arm, setting.value, setting.learning_rate, seed, purpose,
-            self.data, setting.gain,
+            self.family, SIZES["small"] if tuning else self.size, arm, setting.value,
+            setting.learning_rate, seed, purpose, self.data, setting.gain,
+            "cpu" if tuning else self.device,
         )  # fmt: skip
 
     def best(self, runs: list[Run]) -> Run | None:
@@ -173,7 +179,7 @@ def carry_out(arguments: argparse.Namespace, results: Results) -> None:
     Raises:
         ValueError: nothing was asked for, or an arm is not tuned.
     """
-    size = SIZES["quick" if arguments.quick else "small"]
+    size = SIZES[arguments.size]
     options = (arguments.data, arguments.output / "runs", results, arguments.jobs, arguments.keep)
     variants = [arm for arm in EXPLORATORY if not arguments.arms or arm.name in arguments.arms]
     compared_with = {arm.against for arm in variants}
@@ -200,9 +206,9 @@ def carry_out(arguments: argparse.Namespace, results: Results) -> None:
     }
     for family in arguments.families:
         directory = study_data.prepare(family, arguments.data, arguments.input)
-        study = Study(family, size, study_data.digest(directory), results)
+        study = Study(family, size, study_data.digest(directory), results, arguments.device)
         say_the_plan(study, wanted, arguments)
-        if "tuning" in arguments.purposes and not arguments.quick:
+        if "tuning" in arguments.purposes:
             # What is tried next depends on what was.
             while left := tuning_left(study, wanted["tuning"]):
                 say_how_long(f"{family}, tuning", left, results, arguments.jobs)
@@ -226,7 +232,7 @@ def say_the_plan(study: Study, wanted: dict, arguments: argparse.Namespace) -> N
     for purpose in arguments.purposes:
         for arm in wanted[purpose]:
             values = [value for value in arm.values if value not in arm.reserve]
-            tuning = 0 if arguments.quick else len(values) + FURTHER_RUNS
+            tuning = len(values) + FURTHER_RUNS
             count += tuning if purpose == "tuning" else arguments.seeds * arm.ranks
     size = study.size
     hours = count * (size.iterations * size.seconds_per_step + OVERHEAD_SECONDS) / 3600
@@ -258,6 +264,8 @@ def main() -> int:
     parser.add_argument("--purposes", nargs="+", choices=PURPOSES, default=["tuning", "core"])
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=[], metavar="ARM")
     parser.add_argument("--seeds", type=int, default=None, help="default: 5, with --quick 2")
+    parser.add_argument("--size", choices=tuple(SIZES), default="small", help="default: small")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "study")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "study")
@@ -267,8 +275,14 @@ def main() -> int:
     parser.add_argument("--report-only", action="store_true", help="train nothing")
     arguments = parser.parse_args()
     if arguments.quick:
+        arguments.size = "quick"
         arguments.families = arguments.families or ["code"]
+    if arguments.size != "small":
+        # What the small runs are tuned to is taken.
         arguments.purposes = [p for p in arguments.purposes if p != "tuning"]
+    if arguments.device == "cpu":
+        # Evaluation, too, takes a device where it sees one.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     arguments.families = arguments.families or ["prose"]
     arguments.seeds = arguments.seeds or (2 if arguments.quick else 5)
     # Runs are started from the repository's root.

@@ -225,6 +225,8 @@ _TRAINED = (
 SIZES = {
     "small": Size("small", _TRAINED, 300, 4096, 1.1),
     "quick": Size("quick", _TRAINED, 30, 4096, 1.1, valid_sequences=48),
+    # Two epochs of the prose; compared at what "small" is tuned to.
+    "long": Size("long", _TRAINED, 1200, 4096, 1.1),
 }
 FAMILIES = {
     "code": "the sources of this Python's standard library (PSF licence)",
@@ -252,6 +254,7 @@ class Run:
         purpose: what it counts for: tuning, core, ablation or exploratory.
         data: digest of tokenizer and data sets.
         gain: factor on top of the arm's gate scale, one of :data:`GAINS`.
+        device: "cpu", or "cuda" for one device that all runs share.
     """
 
     family: str
@@ -263,6 +266,7 @@ class Run:
     purpose: str
     data: str = ""
     gain: str = "1"
+    device: str = "cpu"
 
     @property
     def scale(self) -> float:
@@ -291,6 +295,8 @@ class Run:
         arm, size = self.arm, self.size
         text = f"{REVISION} {self.family} {self.data} {arm.script} {arm.ranks} {size.name} "
         text += f"{size.valid_sequences} {self.flags}"
+        if self.device != "cpu":
+            text += f" {self.device}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property

@@ -93,9 +93,10 @@ def by_arm(lines: Lines, purpose: str) -> dict[str, Lines]:
     return found
 
 
-def _setting(line: dict[str, Any]) -> tuple[str, str]:
+def _setting(line: dict[str, Any]) -> tuple[str, str, str]:
     """Return what must be equal for results of several seeds to be of one thing."""
-    return line.get("data", ""), line["flags"].replace(f"--seed {line['seed']} ", "")
+    flags = line["flags"].replace(f"--seed {line['seed']} ", "")
+    return line.get("data", ""), line.get("device", "cpu"), flags
 
 
 def losses(lines: Lines) -> dict[int, float]:

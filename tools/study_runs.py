@@ -106,7 +106,8 @@ def training_command(run: Run, data: Path, directory: Path) -> list[str]:
     size = run.size
     return [
         *f"{sys.executable} -m torch.distributed.run --standalone".split(),
-        *f"--nproc-per-node {run.arm.ranks} -m megatron_maxscore.launch --cpu".split(),
+        *f"--nproc-per-node {run.arm.ranks} -m megatron_maxscore.launch".split(),
+        *(("--cpu",) if run.device == "cpu" else ()),
         *(run.arm.script, *run.flags.split(), *WITHOUT_TRANSFORMER_ENGINE, "--num-workers", "0"),
         *data_flags(run, data, directory),
         *("--eval-interval", str(max(1, size.iterations // CURVE_POINTS))),
@@ -174,6 +175,7 @@ def _about(run: Run) -> dict[str, Any]:
         "iterations": run.size.iterations,
         "tokens": run.size.iterations * run.size.tokens_per_step,
         "data": run.data,
+        "device": run.device,
         "flags": run.flags,
         "versions": {
             name: importlib.metadata.version(name)

@@ -135,6 +135,11 @@ def test_variants_take_the_tuned_setting_of_what_they_follow(tmp_path):
     assert "--maxscore-temperature 0.25" in by_prices.flags and "--moe-aux" not in by_prices.flags
     for run, scale in ((softmax, 8), (by_prices, 2), (dropless, 2)):
         assert run.flags.endswith(f"--moe-router-topk-scaling-factor {scale}")
+    # Long runs on a device take what the CPU's small ones were tuned to.
+    long = dataclasses.replace(study, size=SIZES["long"], device="cuda")
+    assert long.setting(ARMS["maxscore"]) == study.setting(ARMS["maxscore"])
+    (run,) = long.comparison([ARMS["maxscore"]], [1], "core")
+    assert run.device == "cuda" and "--train-iters 1200" in run.flags
     quick = dataclasses.replace(study, size=SIZES["quick"])
     assert quick.setting(ARMS["dropless"]) == Setting("1e-2", FIRST_RATE, "1")
 
@@ -150,7 +155,7 @@ def test_a_run_is_known_by_what_decides_its_result(tmp_path):
     for change in (
         dict(seed=2), dict(family="code"), dict(learning_rate="1e-3"), dict(value="1e-1"),
         dict(arm=ARMS["gshard"], value="1e-2"), dict(arm=ARMS["softmax"]), dict(data="other"),
-        dict(gain="2"),
+        dict(gain="2"), dict(device="cuda"),
         dict(size=dataclasses.replace(SIZE, iterations=21)),
     ):  # fmt: skip
         assert results.of(dataclasses.replace(run, **change)) is None, change
