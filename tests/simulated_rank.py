@@ -19,7 +19,9 @@ class Simulated(Exchange):
         return [payload] * self.size
 
     def gather_tensor(self, own, *, phase):
-        assert torch.equal(own, self.parts[self.rank])
+        expected = self.parts[self.rank]
+        # On a device a comparison would wait.
+        assert own.data_ptr() == expected.data_ptr() or torch.equal(own, expected)
         self.calls.append(phase)
         self.rounds += 1
         return torch.cat(self.parts)

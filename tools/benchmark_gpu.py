@@ -4,14 +4,16 @@
 
 Medians of CUDA-event times, in microseconds, with warm prices from another batch: our solve launch
 by launch and as a CUDA graph, torch.topk, Megatron's fused top-k (with Transformer Engine), its
-sinkhorn and its quantile balancing. Beside them the model of tools/performance_model.py is what
-these figures replace. Writes gpu.json.
+sinkhorn and its quantile balancing. Then a Megatron MoE layer of one rank, bfloat16, forward and
+backward, with its top-k router and with ours, in turn. Writes gpu.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import statistics
 import sys
 from collections.abc import Callable
@@ -35,14 +37,21 @@ SIZES = (
     "512x16x2", "4096x16x2", "8192x64x8", "4096x256x8", "16384x128x6", "65536x64x8", "131072x256x8",
 )  # fmt: skip
 FAMILIES = ("iid", "skewed, sigma 1", "peaked softmax")
+# Microseconds after which a call is not repeated any more.
+_LONG_ENOUGH = 5e5
+# Of the layer: tokens, width, width of an expert.
+_LAYER_SIZE = (8192, 2048, 1024)
 
 
 def microseconds(run: Callable[[], Any], repeats: int) -> float:
-    """Return the median time of a call on the device, after a few to warm up."""
-    for _ in range(5):
+    """Return the median time of a call on the device, after a few to warm up.
+
+    Of slow calls there are fewer, but three.
+    """
+    for _ in range(3):
         run()
-    times = []
-    for _ in range(repeats):
+    times: list[float] = []
+    while len(times) < 3 or (len(times) < repeats and sum(times) < _LONG_ENOUGH):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         run()
@@ -85,11 +94,80 @@ def rivals(scores: Tensor, topk: int, capacity: Tensor, prices: Tensor) -> dict[
     }
 
 
+def make_layers(experts: int, topk: int) -> dict[str, Any]:
+    """Return a Megatron MoE layer on the device with its top-k router, and with ours."""
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.spec_utils import build_module
+
+    from megatron_maxscore.moe import MaxScoreConfig, with_maxscore
+
+    _, hidden, expert_hidden = _LAYER_SIZE
+    torch.cuda.set_device(0)
+    os.environ.setdefault("MASTER_ADDR", "localhost")
+    os.environ.setdefault("MASTER_PORT", "29544")
+    torch.distributed.init_process_group("nccl", rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+    config = TransformerConfig(
+        num_layers=1, hidden_size=hidden, num_attention_heads=16, ffn_hidden_size=expert_hidden,
+        moe_ffn_hidden_size=expert_hidden, num_moe_experts=experts, moe_router_topk=topk,
+        moe_token_dispatcher_type="alltoall", moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0, add_bias_linear=False, bias_activation_fusion=False,
+        gradient_accumulation_fusion=False, bf16=True, params_dtype=torch.bfloat16,
+    )  # fmt: skip
+    collection = ProcessGroupCollection.use_mpu_process_groups()
+    layers = {}
+    for name in ("top-k", "MaxScore"):
+        spec = get_moe_module_spec(use_te=False, num_experts=experts, moe_grouped_gemm=False)
+        if name == "MaxScore":
+            spec = with_maxscore(spec, MaxScoreConfig(scope="local", mode="bounded"))
+        arguments = {"config": config, "layer_number": 1, "pg_collection": collection}
+        is_plain = callable(spec) and not hasattr(spec, "module")
+        layer = spec(**arguments) if is_plain else build_module(spec, **arguments)
+        layer.set_layer_number(1)
+        layers[name] = layer.cuda().train()
+    layers["MaxScore"].experts = layers["top-k"].experts
+    return layers
+
+
+def layer_times(experts: int, topk: int, repeats: int) -> dict[str, float]:
+    """Return microseconds of the layer and of its router alone, forward and backward, by router."""
+    from megatron_maxscore.moe.step import average_prices
+
+    tokens, hidden, _ = _LAYER_SIZE
+    batches = [
+        torch.randn(tokens, 1, hidden, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        for _ in range(8)
+    ]
+    turn = itertools.count()
+    found: dict[str, list[float]] = {}
+    layers = make_layers(experts, topk)
+    runs: dict[str, Callable[[], Any]] = {}
+    for name, layer in layers.items():
+        # Batches in turn, as in training: prices are those of other tokens.
+        runs[f"layer, {name}"] = lambda layer=layer: (
+            layer(batches[next(turn) % 8])[0].float().square().mean().backward()
+        )
+        runs[f"router, {name}"] = lambda layer=layer: (
+            layer.router(batches[next(turn) % 8])[0].square().sum().backward()
+        )
+    for _ in range(5):
+        for name, run in runs.items():
+            found.setdefault(name, []).append(microseconds(run, repeats))
+        average_prices([layers["MaxScore"].router])
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
 def main() -> int:
     """Print the table; return 1 without a device."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", nargs="+", default=SIZES, help="tokens x experts x k")
     parser.add_argument("--families", nargs="+", default=FAMILIES)
+    parser.add_argument("--layer", default="64x8", help="experts x k of the layer; '' for none")
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "gpu")
     arguments = parser.parse_args()
@@ -98,6 +176,8 @@ def main() -> int:
         return 1
     console = Console(width=None if sys.stdout.isatty() else 140)
     name = torch.cuda.get_device_name()
+    versions = {"device": name, "torch": torch.__version__, "triton": triton.__version__}
+    arguments.output.mkdir(parents=True, exist_ok=True)
     rows = []
     table = None
     for size in arguments.sizes:
@@ -113,6 +193,10 @@ def main() -> int:
                 for rival, run in rivals(scores, topk, capacity, prices).items()
             }
             rows.append({"size": size, "family": family, "gap": solution.gap.item(), **times})
+            # As they come: a solve that falls back to rounds over all rows can take seconds.
+            (arguments.output / "gpu.json").write_text(json.dumps({**versions, "rows": rows}))
+            ours = times["solve, graph"]
+            print(f"{size} {family}: {ours:.1f} us, gap {solution.gap.item():.1e}", flush=True)
             if table is None:
                 table = Table(
                     "size", "family", "gap", *times,
@@ -122,9 +206,19 @@ def main() -> int:
             table.add_row(size, family, f"{solution.gap.item():.1e}", *cells)
     if table is not None:
         console.print(table)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    versions = {"device": name, "torch": torch.__version__, "triton": triton.__version__}
-    (arguments.output / "gpu.json").write_text(json.dumps({**versions, "rows": rows}, indent=1))
+    if arguments.layer:
+        experts, topk = map(int, arguments.layer.split("x"))
+        layer = layer_times(experts, topk, arguments.repeats)
+        (arguments.output / "gpu.json").write_text(
+            json.dumps({**versions, "rows": rows, "layer": layer}, indent=1)
+        )
+        tokens, hidden, expert_hidden = _LAYER_SIZE
+        table = Table(
+            *layer, title=f"{tokens} tokens of {hidden}, {experts} experts of {expert_hidden}, "
+            f"top-{topk}, bfloat16, forward and backward, us",
+        )  # fmt: skip
+        table.add_row(*(f"{time:.0f}" for time in layer.values()))
+        console.print(table)
     return 0
 
 

@@ -32,9 +32,10 @@ from tools.processes import STEP, Processes, RunError, execute
 from tools.study_arms import Run
 
 ROOT = Path(__file__).resolve().parents[1]
-# Checkpoints of a run that is under way; how often the validation curve gets a point, and of how
-# many global batches.
-SAVE_EVERY, CURVE_POINTS, CURVE_BATCHES = 100, 6, 4
+# Checkpoints of a run that is under way: so many, not more often than so many steps.
+SAVES, SAVE_EVERY = 4, 100
+# How often the validation curve gets a point, and of how many global batches.
+CURVE_POINTS, CURVE_BATCHES = 6, 4
 # Sequences that are also decoded token by token.
 DECODED = 4
 # Segments of the load maps, over training.
@@ -113,7 +114,7 @@ def training_command(run: Run, data: Path, directory: Path) -> list[str]:
         *("--eval-interval", str(max(1, size.iterations // CURVE_POINTS))),
         *("--eval-iters", str(CURVE_BATCHES)),
         *("--save", str(directory / "checkpoint"), "--load", str(directory / "checkpoint")),
-        *("--save-interval", str(min(SAVE_EVERY, size.iterations))),
+        *("--save-interval", str(min(max(SAVE_EVERY, size.iterations // SAVES), size.iterations))),
         *("--maxscore-stats-file", str(directory / "stats.jsonl")),
         # Otherwise a step with NaN is run again, and saved in a checkpoint on the way out.
         *("--rerun-mode", "disabled"),

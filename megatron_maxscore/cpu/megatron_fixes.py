@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from typing import Any
 
 from megatron_maxscore._patches import PatchSet
@@ -17,17 +16,10 @@ def answer_jit(patches: PatchSet) -> None:
 
 
 def answer_dataset_helpers(patches: PatchSet) -> None:
-    """The wheel ships its index builder compiled: do not run make when it can be imported."""
-    from megatron.core.datasets import utils
+    """Do not run make for what the wheel ships compiled."""
+    from megatron_maxscore.training.datasets import without_make
 
-    def make(original: Any) -> Any:
-        def compile_helpers() -> None:
-            if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
-                original()
-
-        return compile_helpers
-
-    patches.wrap(utils, "compile_helpers", make)
+    without_make(patches)
 
 
 def answer_torch_norm(patches: PatchSet) -> None:

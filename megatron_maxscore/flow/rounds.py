@@ -37,12 +37,12 @@ from megatron_maxscore.flow.exchange import Exchange
 from megatron_maxscore.flow.finish import imbalance
 from megatron_maxscore.flow.prices import PriceState
 from megatron_maxscore.flow.problem import SCORE_BITS, BoolArray, IntArray, Problem
-from megatron_maxscore.flow.rounds_plain import HELD, NO_ARC
+from megatron_maxscore.flow.rounds_plain import HELD, NO_ARC, with_rows
 
 # Passes over the scores after those over a sample, or after the first with warm prices.
 SAMPLED_PASSES = 6
 # Rounds among contested rows at most.
-MAX_ROUNDS = 64
+MAX_ROUNDS = 512
 # Classes at most, and how many units of each expert are in each at least: fewer have no cheap swaps
 # to offer.
 _MOST_CLASSES = 4
@@ -279,6 +279,7 @@ def _among_all(
             ends = np.cumsum([table.size for table in tables])[:-1]
             parts = np.split(least, ends)
             tables = [part.reshape(t.shape) for part, t in zip(parts, tables, strict=True)]
+        tables = [with_rows(table) for table in tables]
         stuck = False
         for place, b in enumerate(wanted.tolist()):
             potential_N = np.zeros(num_experts, np.int64)

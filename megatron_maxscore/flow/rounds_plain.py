@@ -235,6 +235,10 @@ def cheapest(
 ) -> None:
     """Find, over rows and experts, the cheapest row of each class that has a and not b.
 
+    The keys' low bits are the row's index, exclusive or a hash of the arc, so each arc takes the
+    first of equally cheap rows in another order. In one order a row would be first for many arcs,
+    and only one path a round could have it. :func:`with_rows` takes the hash away again.
+
     Args:
         r_NE: (N, E) int64 reduced scores.
         x_NE: (N, E) bool.
@@ -247,6 +251,14 @@ def cheapest(
     for a in range(r_NE.shape[1]):
         rows = np.flatnonzero(x_NE[:, a])
         cost_ME = np.maximum(r_NE[rows, a, None] - r_NE[rows], 0) >> shift
-        keys_ME = np.minimum(cost_ME, (1 << bits) - 1) << 32 | index_N[rows, None]
+        arc_E = a * r_NE.shape[1] + np.arange(r_NE.shape[1])
+        low_ME = index_N[rows, None] ^ hashed(arc_E)
+        keys_ME = np.minimum(cost_ME, (1 << bits) - 1) << 32 | low_ME
         keys_ME[x_NE[rows]] = NO_ARC
         np.minimum.at(key_CEE[:, a], class_N[rows], keys_ME)
+
+
+def with_rows(key_CEE: IntArray) -> IntArray:
+    """Return keys of :func:`cheapest`, the least of all ranks, with the rows' indices in them."""
+    arc_EE = np.arange(key_CEE[0].size).reshape(key_CEE.shape[1:])
+    return np.where(key_CEE == NO_ARC, NO_ARC, key_CEE ^ hashed(arc_EE))

@@ -27,6 +27,7 @@ def install() -> None:
     from megatron_maxscore.training import (
         arguments,
         checkpoints,
+        datasets,
         evaluation,
         logging,
         statistics,
@@ -34,7 +35,7 @@ def install() -> None:
     )
 
     install_layer_hook()
-    for part in (arguments, checkpoints, steps, evaluation, logging, statistics):
+    for part in (arguments, datasets, checkpoints, steps, evaluation, logging, statistics):
         part.hook(_patches)
 
 

@@ -86,7 +86,7 @@ def test_soft_topk_and_its_gradient(dtype, experts, topk):
     grad = torch.randn(4096, experts).to(dtype)
     results = []
     for device in ("cpu", "cuda"):
-        leaf = logits.to(device).requires_grad_()
+        leaf = logits.detach().to(device, copy=True).requires_grad_()
         value = soft_topk(leaf, topk)
         value.backward(grad.to(device))
         results.append((value.detach().cpu(), leaf.grad.cpu()))

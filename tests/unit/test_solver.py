@@ -182,6 +182,25 @@ def test_bounded_mode_ends_in_balance_where_equal_rows_stall_sweeps():
     assert solution.gap.item() <= 1e-2
 
 
+def test_equally_cheap_rows_are_shared_out_among_arcs(monkeypatch):
+    # Were they taken in order, each round over all rows would move a few units: 155 rounds here.
+    calls = []
+    cheapest = fused.cheapest
+    monkeypatch.setattr(fused, "cheapest", lambda *a: (calls.append(1), cheapest(*a)))
+    work = workload("peaked softmax", 8192, 64, 8)
+    other = workload("peaked softmax", 8192, 64, 8, batch=1)
+    prices = solve(other.scores, 8, capacity=other.capacity, mode="bounded").prices
+    with using("numba"):
+        solution = solve(work.scores, 8, capacity=work.capacity, prices=prices, mode="bounded")
+    check(work, solution)
+    assert 0 < len(calls) <= 50
+    # Many units move among contested rows, which costs little, before all rows are looked at.
+    calls.clear()
+    work = workload("peaked softmax", 16384, 64, 8)
+    check(work, solve(work.scores, 8, capacity=work.capacity, mode="bounded"))
+    assert not calls
+
+
 def test_bounded_mode_refuses_forbidden_arcs():
     work = workload("forbidden arcs", *SMALL)
     with pytest.raises(ValueError, match="forbid arcs"):

@@ -228,7 +228,10 @@ def move_near(
 def cheapest(
     scores_NE, low_N, factor, price_CE, x_NE, first_row, last_row, origin, shift, bits, key_CEE
 ):  # fmt: skip
-    """Find, over all rows and experts, the cheapest row of each class that has a and not b."""
+    """Find, over all rows and experts, the cheapest row of each class that has a and not b.
+
+    See :func:`megatron_maxscore.flow.rounds_plain.cheapest`.
+    """
     num_experts, num_classes = scores_NE.shape[1], key_CEE.shape[0]
     r_E = np.empty(num_experts, np.int64)
     held_E, other_E = np.empty(num_experts + 1, np.int64), np.empty(num_experts + 1, np.int64)
@@ -248,4 +251,5 @@ def cheapest(
             for j in range(others):
                 b = other_E[j]
                 cost = min(max(r_E[a] - r_E[b], 0) >> shift, most_cost)
-                key_CEE[c, a, b] = min(key_CEE[c, a, b], cost << 32 | index)
+                key = cost << 32 | index ^ hashed(a * num_experts + b)
+                key_CEE[c, a, b] = min(key_CEE[c, a, b], key)

@@ -34,6 +34,17 @@ def _offer(key_ptr, c_R, a_R, b_R, cost_R, row_R, mask, NUM_EXPERTS: tl.constexp
 
 
 @triton.jit
+def _with_rows(key_ptr, CLASSES: tl.constexpr, NUM_EXPERTS: tl.constexpr):
+    """Put the rows' indices into the keys of :func:`_offer_all`."""
+    arcs: tl.constexpr = NUM_EXPERTS * NUM_EXPERTS
+    for first in range(0, CLASSES * arcs, 2048):
+        at = first + tl.arange(0, 2048)
+        inside = at < CLASSES * arcs
+        key = tl.load(key_ptr + at, mask=inside, other=_NO_ARC, cache_modifier=".cg")
+        tl.store(key_ptr + at, key ^ hashed(at % arcs), mask=inside & (key != _NO_ARC))
+
+
+@triton.jit
 def _forget(key_ptr, size: tl.constexpr):
     """Take all arcs away."""
     for first in range(0, size, 2048):
@@ -154,6 +165,8 @@ def move(
                     classes, NUM_EXPERTS, TOPK, BLOCK_E, ROWS,
                 )  # fmt: skip
             tl.debug_barrier()
+            _with_rows(key_ptr, CLASSES, NUM_EXPERTS)
+            tl.debug_barrier()
             moved_N, excess_N, total = step(
                 key_ptr, near_ptr, slot_ptr, x_ptr, claims_ptr, scratch_ptr,
                 tl.zeros([BLOCK_N], tl.int32), tl.zeros([BLOCK_N], tl.int32), excess_N,
@@ -176,7 +189,7 @@ def _offer_all(
     scores_ptr, spread_ptr, x_ptr, key_ptr, tile, num_rows, shift, price_E, width, classes,
     NUM_EXPERTS: tl.constexpr, TOPK: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Offer all swaps of a tile of rows."""
+    """Offer all swaps of a tile of rows; see :func:`rounds_plain.cheapest`."""
     row_R = tile * ROWS + tl.arange(0, ROWS)
     is_row_R = row_R < num_rows
     expert = tl.arange(0, BLOCK_E)[None, :]
@@ -195,6 +208,5 @@ def _offer_all(
             tl.maximum(value_R[:, None] - r, 0) >> (SCORE_BITS + 1 - bits), (1 << bits) - 1
         )
         mask = inside & (has == 0)
-        _offer(
-            key_ptr, c_R[:, None], last[:, None], expert, cost, row_R[:, None], mask, NUM_EXPERTS
-        )
+        low = row_R[:, None].to(tl.int64) ^ hashed(last[:, None] * NUM_EXPERTS + expert)
+        _offer(key_ptr, c_R[:, None], last[:, None], expert, cost, low, mask, NUM_EXPERTS)
