@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 from megatron_maxscore._patches import PatchSet
+from megatron_maxscore._wheel import answer_dataset_helpers
 
 
 def answer_jit(patches: PatchSet) -> None:
@@ -13,13 +14,6 @@ def answer_jit(patches: PatchSet) -> None:
     from megatron.core import jit
 
     patches.set(jit, "jit_fuser", jit.noop_decorator)
-
-
-def answer_dataset_helpers(patches: PatchSet) -> None:
-    """Do not run make for what the wheel ships compiled."""
-    from megatron_maxscore.training.datasets import without_make
-
-    without_make(patches)
 
 
 def answer_torch_norm(patches: PatchSet) -> None:

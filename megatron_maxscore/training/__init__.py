@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_maxscore._patches import PatchSet
 from megatron_maxscore._run import exit_with_error
+from megatron_maxscore._wheel import answer_dataset_helpers
 
 _patches = PatchSet("MaxScore training hooks")
 
@@ -27,7 +28,6 @@ def install() -> None:
     from megatron_maxscore.training import (
         arguments,
         checkpoints,
-        datasets,
         evaluation,
         logging,
         statistics,
@@ -35,7 +35,8 @@ def install() -> None:
     )
 
     install_layer_hook()
-    for part in (arguments, datasets, checkpoints, steps, evaluation, logging, statistics):
+    answer_dataset_helpers(_patches)
+    for part in (arguments, checkpoints, steps, evaluation, logging, statistics):
         part.hook(_patches)
 
 

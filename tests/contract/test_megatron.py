@@ -139,3 +139,24 @@ def test_config_fields_are_not_upstreams():
 
     config = resolve("megatron.core.transformer:TransformerConfig")
     assert not {f.name for f in dataclasses.fields(config)} & config_fields().keys()
+
+
+def test_make_is_not_run_for_what_the_wheel_has(monkeypatch):
+    from megatron.core.datasets import utils
+
+    from megatron_maxscore._patches import PatchSet
+    from megatron_maxscore._wheel import answer_dataset_helpers
+
+    def run(command, **_):
+        raise AssertionError(command)
+
+    monkeypatch.setattr("subprocess.run", run)
+    patches = PatchSet("test")
+    answer_dataset_helpers(patches)
+    try:
+        utils.compile_helpers()
+        again = PatchSet("again")
+        answer_dataset_helpers(again)
+        assert not again
+    finally:
+        patches.undo()
