@@ -17,7 +17,9 @@ def test_ranks_of_a_group(family, no_waits):
     whole = solve(work.scores, 8, mode="bounded")
     parts = list(work.scores.cuda().split(1024))
     for rank in range(4):
-        arguments = dict(mode="bounded", group=Simulated(parts, rank), equal_rows=True)
+        arguments = dict(
+            mode="bounded", group=Simulated(parts, rank), equal_rows=True, fill_padding=True
+        )
         solve(parts[rank], 8, **arguments)  # arguments are compared, kernels compiled
         torch.cuda.set_sync_debug_mode("error")
         found = solve(parts[rank], 8, **arguments)

@@ -242,6 +242,7 @@ def launches(monkeypatch):
         (launcher.sweeps, ("scan", "price_pass", "sample_sweeps")),
         (launcher.contested, ("nearest",)),
         (launcher.moves, ("move",)),
+        (launcher.all_rows, ("move_all",)),
         (launcher.results, ("conclude",)),
     ):
         for name in kernels:
@@ -250,7 +251,7 @@ def launches(monkeypatch):
 
 
 @pytest.mark.parametrize("samples", [False, True])
-def test_a_solve_is_twelve_launches_and_waits_for_nothing(launches, samples, request):
+def test_a_solve_is_thirteen_launches_and_waits_for_nothing(launches, samples, request):
     if samples:
         request.getfixturevalue("small_samples")
     work = workload("iid", 200, 8, 2)
@@ -263,7 +264,7 @@ def test_a_solve_is_twelve_launches_and_waits_for_nothing(launches, samples, req
     counted.append(len(launches))
     # No operator besides that would be a launch of its own.
     assert mode.names <= {"empty", "detach", "unbind", "select", "view", "fill_"}
-    assert counted == [12, 12]
+    assert counted == [13, 13]
     assert launches.count("price_pass") == (7 if samples else 8)
     assert dataclasses.is_dataclass(found)
 

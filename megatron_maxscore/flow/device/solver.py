@@ -23,7 +23,14 @@ from megatron_maxscore.flow import prices as price_sweeps
 from megatron_maxscore.flow import rounds
 from megatron_maxscore.flow import sweeps as sweep_rules
 from megatron_maxscore.flow.buckets import ALL_BUCKETS, WINDOW_BUCKETS
-from megatron_maxscore.flow.device.kernels import contested, layout, moves, results, sweeps
+from megatron_maxscore.flow.device.kernels import (
+    all_rows,
+    contested,
+    layout,
+    moves,
+    results,
+    sweeps,
+)
 from megatron_maxscore.flow.sample import wanted_sample
 from megatron_maxscore.flow.solution import ROUNDING, FlowSolution
 from megatron_maxscore.flow.spread import spread_table
@@ -118,11 +125,11 @@ class Shape:
         return {"BLOCK_H": block_h, "CHUNK": min(_STEP_COUNTS // block_h, self.block_e)}
 
     def moves(self) -> dict[str, int]:
-        """Return the constants of the rounds."""
+        """Return the constants of the rounds among contested rows."""
         nodes = triton.next_power_of_2(self.experts + self.may_be_loose)
         classes = rounds.num_classes_of(self.units, self.experts)
         return {
-            **self.tile(),
+            "NUM_EXPERTS": self.experts,
             "TOPK": self.topk,
             "BLOCK_N": nodes,
             "NODE_BITS": nodes.bit_length() - 1,
@@ -130,6 +137,20 @@ class Shape:
             "CHUNK": max(1, min(nodes, _COSTS // (classes * nodes))),
             "TILE": _CONTESTED_TILE,
         }
+
+    def all_moves(self) -> dict[str, int]:
+        """Return the constants of the rounds over all rows."""
+        constants = {**self.moves(), **self.tile()}
+        del constants["TILE"]
+        return constants
+
+
+@functools.cache
+def _helpers(device: torch.device) -> int:
+    """Return how many programs make rounds over all rows: one for each multiprocessor."""
+    if device.type != "cuda":
+        return 2  # Triton's interpreter
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.lru_cache(maxsize=64)
@@ -222,8 +243,12 @@ class _Launcher:
             shape.tokens, shape.programs, **shape.choice(), **PARALLEL,
         )  # fmt: skip
         moves.move[(1,)](
+            capacity_E, state, self.near, self.slot, self.x_TE, self.claims, self.keys,
+            self.scratch, shape.tokens, **shape.moves(), **SERIAL,
+        )  # fmt: skip
+        all_rows.move_all[(_helpers(self.device),)](
             scores_TE, capacity_E, spread_CE, state, self.near, self.slot, self.x_TE, self.claims,
-            self.keys, self.scratch, shape.tokens, **shape.moves(), **SERIAL,
+            self.keys, self.scratch, shape.tokens, **shape.all_moves(), **SERIAL,
         )  # fmt: skip
         results.conclude[grid](
             scores_TE, capacity_E, state, self.x_TE, partial, self.experts_TK, self.prices_E,

@@ -7,7 +7,14 @@ from typing import Any
 import triton  # type: ignore[import-untyped]
 
 from megatron_maxscore.flow.buckets import ALL_BUCKETS
-from megatron_maxscore.flow.device.kernels import contested, layout, moves, results, sweeps
+from megatron_maxscore.flow.device.kernels import (
+    all_rows,
+    contested,
+    layout,
+    moves,
+    results,
+    sweeps,
+)
 from megatron_maxscore.flow.device.solver import PARALLEL, SERIAL, Shape
 from megatron_maxscore.ops.kernels.variants import Variant
 
@@ -56,6 +63,7 @@ def _of_shape(shape: Shape, dtype: str) -> list[Variant]:
         ("price pass", sweeps.price_pass, {**passes, "IS_FIRST": False}, PARALLEL),
         ("contested rows", contested.nearest, shape.choice(), PARALLEL),
         ("rounds of moves", moves.move, shape.moves(), SERIAL),
+        ("rounds over all rows", all_rows.move_all, shape.all_moves(), SERIAL),
         (
             "results",
             results.conclude,

@@ -33,6 +33,9 @@ ROUNDS = tl.constexpr(17)
 ALL_ROUNDS = tl.constexpr(18)
 UNITS = tl.constexpr(19)
 MAX_PASSES = tl.constexpr(20)
+NEXT_TILE = tl.constexpr(21)
+TILES_DONE = tl.constexpr(22)
+CLASSES_NOW = tl.constexpr(23)
 NUMBERS = 32
 
 # Vectors of E after them.

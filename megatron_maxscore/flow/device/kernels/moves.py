@@ -1,6 +1,6 @@
-"""The kernel of all rounds of moves, see :mod:`rounds`, in one program.
+"""The kernel of the rounds among contested rows, see :mod:`rounds`, in one program.
 
-Shape letters: N nodes (experts, the sink after them, padded to a power of two), R rows of a tile.
+Shape letters: N nodes (experts, the sink after them, padded to a power of two).
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from megatron_maxscore.flow import rounds, rounds_plain
 from megatron_maxscore.flow.device.kernels import layout
 from megatron_maxscore.flow.device.kernels.control import set_vector, vector
 from megatron_maxscore.flow.device.kernels.forest import step
-from megatron_maxscore.flow.device.kernels.integers import NEVER, SCORE_BITS, cost_bits, hashed
-from megatron_maxscore.flow.device.kernels.rows import load_scores, reduced_tile
+from megatron_maxscore.flow.device.kernels.integers import cost_bits, hashed
 
-SHIFT, WIDTH, REACH, PRICE = layout.SHIFT, layout.WIDTH, layout.REACH, layout.PRICE
+REACH, PRICE = layout.REACH, layout.PRICE
 COST_SHIFT, NEAR_ROWS, UNITS = layout.COST_SHIFT, layout.NEAR_ROWS, layout.UNITS
-LOAD, ROUNDS, ALL_ROUNDS = layout.LOAD, layout.ROUNDS, layout.ALL_ROUNDS
+LOAD, ROUNDS = layout.LOAD, layout.ROUNDS
 NEAR_SIZE = layout.NEAR_SIZE
 _NO_ARC = tl.constexpr(rounds_plain.NO_ARC)
 _NO_COST = tl.constexpr(1 << 30)
@@ -26,7 +25,7 @@ _BEYOND_REACH, _REACHES = (tl.constexpr(part) for part in rounds.BEYOND_REACH)
 
 
 @triton.jit
-def _offer(key_ptr, c_R, a_R, b_R, cost_R, row_R, mask, NUM_EXPERTS: tl.constexpr):
+def offer(key_ptr, c_R, a_R, b_R, cost_R, row_R, mask, NUM_EXPERTS: tl.constexpr):
     """Offer swaps: the arc from a to b of a class keeps the cheapest, then the first row."""
     at = (c_R.to(tl.int64) * NUM_EXPERTS + a_R) * NUM_EXPERTS + b_R
     key = (cost_R.to(tl.int64) << 32) | row_R.to(tl.int64)
@@ -34,18 +33,7 @@ def _offer(key_ptr, c_R, a_R, b_R, cost_R, row_R, mask, NUM_EXPERTS: tl.constexp
 
 
 @triton.jit
-def _with_rows(key_ptr, CLASSES: tl.constexpr, NUM_EXPERTS: tl.constexpr):
-    """Put the rows' indices into the keys of :func:`_offer_all`."""
-    arcs: tl.constexpr = NUM_EXPERTS * NUM_EXPERTS
-    for first in range(0, CLASSES * arcs, 2048):
-        at = first + tl.arange(0, 2048)
-        inside = at < CLASSES * arcs
-        key = tl.load(key_ptr + at, mask=inside, other=_NO_ARC, cache_modifier=".cg")
-        tl.store(key_ptr + at, key ^ hashed(at % arcs), mask=inside & (key != _NO_ARC))
-
-
-@triton.jit
-def _forget(key_ptr, size: tl.constexpr):
+def forget(key_ptr, size: tl.constexpr):
     """Take all arcs away."""
     for first in range(0, size, 2048):
         at = first + tl.arange(0, 2048)
@@ -54,13 +42,12 @@ def _forget(key_ptr, size: tl.constexpr):
 
 @triton.jit
 def move(
-    scores_ptr, capacity_ptr, spread_ptr, state_ptr, near_ptr, slot_ptr, x_ptr, claims_ptr,
-    key_ptr, scratch_ptr, num_rows,
-    NUM_EXPERTS: tl.constexpr, TOPK: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr,
+    capacity_ptr, state_ptr, near_ptr, slot_ptr, x_ptr, claims_ptr, key_ptr, scratch_ptr, num_rows,
+    NUM_EXPERTS: tl.constexpr, TOPK: tl.constexpr,
     BLOCK_N: tl.constexpr, NODE_BITS: tl.constexpr, CLASSES: tl.constexpr, CHUNK: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Make all rounds of moves: among contested rows, then, if units are left, over all rows."""
+    """Make the rounds of moves among contested rows."""
     node = tl.arange(0, BLOCK_N)
     is_expert = node < NUM_EXPERTS
     keys: tl.constexpr = CLASSES * NUM_EXPERTS * NUM_EXPERTS
@@ -85,7 +72,7 @@ def move(
         classes = tl.full((), CLASSES, tl.int32)
         done = tl.full((), 0, tl.int32)
         going = tl.full((), 1, tl.int32)
-        _forget(key_ptr, keys)
+        forget(key_ptr, keys)
         while going != 0:
             tl.store(scratch_ptr + BLOCK_N + node, potential_N)
             tl.debug_barrier()
@@ -115,7 +102,7 @@ def move(
                 cost = tl.where(swaps, tl.maximum(least - most, 0), 0)
                 limit: tl.constexpr = 1 << cost_bits(NUM_EXPERTS)
                 c = ((hashed(row) * classes) >> 32).to(tl.int32)
-                _offer(key_ptr, c, a, b, cost, row, swaps & (cost < limit), NUM_EXPERTS)
+                offer(key_ptr, c, a, b, cost, row, swaps & (cost < limit), NUM_EXPERTS)
                 arc = (c * NUM_EXPERTS + a) * NUM_EXPERTS + b
                 tl.store(base + 10, tl.where(swaps, arc, -1), mask=is_row)
             tl.debug_barrier()
@@ -146,67 +133,5 @@ def move(
         raised_N = tl.where(is_loose, tl.maximum(raised_N, 0), raised_N)
         price_N = tl.where(is_expert, raised_N, 0)
         tl.store(state_ptr + ROUNDS, done.to(tl.int64))
-        tl.debug_barrier()
         set_vector(state_ptr, PRICE, price_N, NUM_EXPERTS, BLOCK_N)
-        tl.debug_barrier()
-        # Over all rows.
-        excess_N = tl.where(is_expert, load_N - capacity_N, 0).to(tl.int32)
-        shift = tl.load(state_ptr + SHIFT)
-        width = tl.load(state_ptr + WIDTH)
-        classes = tl.full((), CLASSES, tl.int32)
-        done = tl.full((), 0, tl.int32)
-        while tl.max(excess_N, 0) > 0:
-            _forget(key_ptr, keys)
-            tl.debug_barrier()
-            price_E = vector(state_ptr, PRICE, NUM_EXPERTS, BLOCK_E)
-            for tile in range(0, tl.cdiv(num_rows, ROWS)):
-                _offer_all(
-                    scores_ptr, spread_ptr, x_ptr, key_ptr, tile, num_rows, shift, price_E, width,
-                    classes, NUM_EXPERTS, TOPK, BLOCK_E, ROWS,
-                )  # fmt: skip
-            tl.debug_barrier()
-            _with_rows(key_ptr, CLASSES, NUM_EXPERTS)
-            tl.debug_barrier()
-            moved_N, excess_N, total = step(
-                key_ptr, near_ptr, slot_ptr, x_ptr, claims_ptr, scratch_ptr,
-                tl.zeros([BLOCK_N], tl.int32), tl.zeros([BLOCK_N], tl.int32), excess_N,
-                is_loose & is_tight, NUM_EXPERTS, CLASSES, BLOCK_N, NODE_BITS, CHUNK, False,
-            )  # fmt: skip
-            done += 1
-            classes = tl.where(total == 0, 1, CLASSES)
-            far_shift: tl.constexpr = SCORE_BITS + 1 - cost_bits(NUM_EXPERTS)
-            price_N += tl.where(is_expert, moved_N.to(tl.int64) << far_shift, 0)
-            tl.debug_barrier()
-            set_vector(state_ptr, PRICE, price_N, NUM_EXPERTS, BLOCK_N)
-            tl.debug_barrier()
-        load_N = tl.where(is_expert, excess_N.to(tl.int64) + capacity_N, 0)
         set_vector(state_ptr, LOAD, load_N, NUM_EXPERTS, BLOCK_N)
-        tl.store(state_ptr + ALL_ROUNDS, done.to(tl.int64))
-
-
-@triton.jit
-def _offer_all(
-    scores_ptr, spread_ptr, x_ptr, key_ptr, tile, num_rows, shift, price_E, width, classes,
-    NUM_EXPERTS: tl.constexpr, TOPK: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Offer all swaps of a tile of rows; see :func:`rounds_plain.cheapest`."""
-    row_R = tile * ROWS + tl.arange(0, ROWS)
-    is_row_R = row_R < num_rows
-    expert = tl.arange(0, BLOCK_E)[None, :]
-    scores = load_scores(scores_ptr, row_R, is_row_R, NUM_EXPERTS, BLOCK_E)
-    r = reduced_tile(scores, shift, price_E, spread_ptr, width, row_R, NUM_EXPERTS, BLOCK_E)
-    inside = is_row_R[:, None] & (expert < NUM_EXPERTS)
-    at = row_R.to(tl.int64)[:, None] * NUM_EXPERTS + expert
-    has = tl.load(x_ptr + at, mask=inside, other=0, cache_modifier=".cg") != 0
-    c_R = ((hashed(row_R) * classes) >> 32).to(tl.int32)
-    bits: tl.constexpr = cost_bits(NUM_EXPERTS)
-    last = tl.full([ROWS], -1, tl.int32)
-    for _ in range(TOPK):
-        last = tl.min(tl.where(has & (expert > last[:, None]), expert, BLOCK_E), 1)
-        value_R = tl.max(tl.where(expert == last[:, None], r, NEVER), 1)
-        cost = tl.minimum(
-            tl.maximum(value_R[:, None] - r, 0) >> (SCORE_BITS + 1 - bits), (1 << bits) - 1
-        )
-        mask = inside & (has == 0)
-        low = row_R[:, None].to(tl.int64) ^ hashed(last[:, None] * NUM_EXPERTS + expert)
-        _offer(key_ptr, c_R[:, None], last[:, None], expert, cost, low, mask, NUM_EXPERTS)
