@@ -152,6 +152,7 @@ def works(shape: Shape, counts: Counts, itemsize: int) -> list[Work]:
             "rounds of moves", 1, 0, contested_bytes, 0.0, 0.0,
             counts.near_rounds * per_round, counts.near_rounds * accesses + 8,
         ),
+        Work("rounds over all rows", 0, 1, 0.0, 0.0, 0.0, 0.0, 0.0),
         Work(
             "results", 1, 0, scores + rows * experts + rows * shape.topk * 8, scores,
             rows * row, 8 * REDUCTION, 4 + tiles,
