@@ -267,8 +267,10 @@ def _among_all(
     shift = SCORE_BITS + 1 - bits
     excess_BE = load_BE - problem.capacity_BE
     classes_B = [num_classes(problem, b) for b in wanted]
-    prices_BCE, none_E = prices_BE[:, None] + state.spread_BCE, np.zeros(num_experts, np.int64)
+    none_E = np.zeros(num_experts, np.int64)
     while True:
+        # Anew: of a problem that has moved while another was stuck they have risen.
+        prices_BCE = prices_BE[:, None] + state.spread_BCE
         tables = [np.full((c, num_experts, num_experts), NO_ARC) for c in classes_B]
         for b, key_CEE in zip(wanted.tolist(), tables, strict=True):
             backend.cheapest(problem, b, prices_BCE, state.x_NE, shift, bits, key_CEE)

@@ -165,7 +165,8 @@ def sweep(
         stuck_B += active_B & (now_B > TOO_MUCH * units_B) & _exceeds(now_B, STUCK, best_B)
         best_BE = np.where((active_B & is_best_B)[:, None], prices_BE, best_BE)
         best_B = np.where(active_B & is_best_B, now_B, best_B)
-        if spread is not None:
+        # Not after the last sweep: what rows have chosen belongs to prices that are not spread.
+        if spread is not None and passes < max_passes - 1:
             is_new_B = spread(active_B & (stuck_B >= 2))
             stalls_B = np.where(is_new_B, 0, stalls_B)
             best_B = np.where(is_new_B, np.inf, best_B)

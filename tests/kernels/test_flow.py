@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from megatron_maxscore.flow import device, sample, solve
+from megatron_maxscore.flow import device, fused, rounds, sample, solve
 from megatron_maxscore.flow.device import solver as launcher
+from tests.draws import unequal_capacities
 from tests.simulated_rank import Simulated
 from tools.workloads import FAMILIES, workload
 
@@ -106,6 +107,35 @@ def test_padding_is_filled():
     scores = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
     valid = torch.arange(50) % 5 != 0
     assert_same(scores, 2, valid=valid, fill_padding=True)
+
+
+@pytest.mark.parametrize(("seed", "topk", "tight"), [(795, 2, False), (295, 3, True)])
+def test_rounds_without_a_path(monkeypatch, seed, topk, tight):
+    # So few rows in several classes that there is no path in some round, and then in one class.
+    monkeypatch.setattr(rounds, "_UNITS_PER_CLASS", 1)
+    steps = []
+    step = fused.step
+
+    def counted(key_CEE, *rest):
+        moves = step(key_CEE, *rest)
+        steps.append((key_CEE.shape[0] > 1, len(moves) > 0))
+        return moves
+
+    monkeypatch.setattr(fused, "step", counted)
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(12, 5, generator=generator)
+    capacity = unequal_capacities(12, 5, topk, tight, generator)
+    assert_same(scores, topk, capacity=capacity)
+    assert (True, False) in steps and (False, True) in steps
+
+
+def test_prices_are_not_spread_after_the_last_sweep():
+    # Of which the device would choose at other prices than those whose loads it has counted.
+    generator = torch.Generator().manual_seed(132)
+    scores = torch.randn(12, 5, generator=generator)
+    capacity = unequal_capacities(12, 5, 2, False, generator)
+    found = assert_same(scores, 2, capacity=capacity)
+    assert (torch.bincount(found.experts.flatten(), minlength=5) == found.loads[0]).all()
 
 
 def test_many_units_end_in_rounds_over_all_rows():

@@ -15,9 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_maxscore.flow import backend, buckets, fused, plain, solve
+from megatron_maxscore.flow import backend, buckets, fused, plain, rounds, solve
 from megatron_maxscore.flow.exchange import Exchange
 from megatron_maxscore.flow.problem import Problem, shifts
+from tests.draws import unequal_capacities
 from tests.oracles import check_assignment, highs_objective, ortools_objective
 from tools.workloads import FAMILIES, as_integers, workload
 
@@ -301,6 +302,21 @@ def test_batch_equals_separate_problems(family, passes):
         assert together.objective[index] == single.objective
         assert together.gap[index] == single.gap
     assert in_batch < len(passes), "problems share their passes"
+
+
+def test_a_problem_that_is_stuck_changes_no_other_of_its_batch(monkeypatch):
+    # All moves in rounds over all rows, of several classes, in some of which there is no path.
+    monkeypatch.setattr(rounds, "MAX_ROUNDS", 0)
+    monkeypatch.setattr(rounds, "_UNITS_PER_CLASS", 1)
+    generator = torch.Generator().manual_seed(1)
+    for draw in range(200):
+        batch = torch.randn(6, 12, 5, generator=generator)
+        capacity = unequal_capacities(12, 5, 2, draw % 2, generator)
+        together = solve(batch, 2, capacity=capacity, mode="bounded")
+        for index in range(6):
+            single = solve(batch[index], 2, capacity=capacity, mode="bounded")
+            for field in ("experts", "prices", "loads"):
+                assert torch.equal(getattr(together, field)[index], getattr(single, field)), field
 
 
 def test_large_batch_samples_each_problem():

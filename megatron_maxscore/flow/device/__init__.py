@@ -25,6 +25,8 @@ from megatron_maxscore.flow.agreement import ANY_UNIT, Own, agree
 from megatron_maxscore.flow.exchange import Exchange
 from megatron_maxscore.flow.solution import FlowSolution
 
+# Assignments, which kernels count in 32 bits, and rows of a tile beyond the last.
+_MOST_UNITS = (1 << 31) - 1024
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -48,9 +50,9 @@ def can_solve(
 ) -> bool:
     """Return whether a bounded solve runs in the kernels, which depends on no value.
 
-    Not float64, not several problems, not ranks that may have different numbers of rows, not rows
-    without experts, not all experts. Ranks of a group decide alike: what only some of them may
-    have, a mask, does not count there.
+    Not float64, not 2**31 assignments, not several problems, not ranks that may have different
+    numbers of rows, not rows without experts, not all experts. Ranks of a group decide alike: what
+    only some of them may have, a mask, does not count there.
     """
     return (
         is_device(scores)
@@ -59,6 +61,7 @@ def can_solve(
         and (num_ranks == 1 or equal_rows)
         and scores.shape[0] > 0
         and topk < scores.shape[1]
+        and num_ranks * scores.shape[0] * topk < _MOST_UNITS
         and (fill_padding or not (has_mask or num_ranks > 1))
     )
 

@@ -1,9 +1,10 @@
 """The kernel of the rounds over all rows, see :mod:`rounds`, for units that contested rows left.
 
-The first program leads: it opens a round, finds the paths in what all have offered, and moves. All
-programs offer the swaps of tiles that they take from one counter, whose upper half is the number of
-the round. So the leader never waits for a program that has not started: what nobody else takes it
-takes itself, and in Triton's interpreter, where programs run one after the other, that is all.
+The program that comes first leads: it opens a round, finds the paths in what all have offered, and
+moves. All programs offer the swaps of tiles that they take from one counter, whose upper half is
+the number of the round. So the leader never waits for a program that has not started: what nobody
+else takes it takes itself, and in Triton's interpreter, where programs run one after the other,
+that is all.
 
 Shape letters: N nodes (experts, padded to a power of two), R rows of a tile.
 """
@@ -23,7 +24,7 @@ from megatron_maxscore.flow.device.kernels.rows import load_scores, reduced_tile
 
 SHIFT, WIDTH, PRICE, LOAD = layout.SHIFT, layout.WIDTH, layout.PRICE, layout.LOAD
 ALL_ROUNDS, NEXT_TILE = layout.ALL_ROUNDS, layout.NEXT_TILE
-TILES_DONE, CLASSES_NOW = layout.TILES_DONE, layout.CLASSES_NOW
+TILES_DONE, CLASSES_NOW, LEADER = layout.TILES_DONE, layout.CLASSES_NOW, layout.LEADER
 _NO_ARC = tl.constexpr(rounds_plain.NO_ARC)
 # Tiles that a program takes at a time.
 _TAKEN = tl.constexpr(8)
@@ -112,7 +113,7 @@ def move_all(
         shift = tl.load(state_ptr + SHIFT)
         width = tl.load(state_ptr + WIDTH)
         tiles = tl.cdiv(num_rows, ROWS)
-        if tl.program_id(0) > 0:
+        if tl.atomic_add(state_ptr + LEADER, 1, sem="acq_rel") > 0:
             seen = tl.full((), 0, tl.int64)
             while seen != _OVER:
                 now = tl.atomic_add(state_ptr + NEXT_TILE, 0, sem="acquire") >> 32
@@ -130,7 +131,8 @@ def move_all(
             has_no_sink = tl.full((), 0, tl.int1)
             classes = tl.full((), CLASSES, tl.int64)
             done = tl.full((), 0, tl.int64)
-            while tl.max(excess_N, 0) > 0:
+            going = tl.full((), 1, tl.int1)
+            while going:
                 forget(key_ptr, keys)
                 tl.store(state_ptr + CLASSES_NOW, classes)
                 tl.store(state_ptr + TILES_DONE, 0)
@@ -150,6 +152,8 @@ def move_all(
                     key_ptr, near_ptr, slot_ptr, x_ptr, claims_ptr, scratch_ptr, zero_N, zero_N,
                     excess_N, has_no_sink, NUM_EXPERTS, CLASSES, BLOCK_N, NODE_BITS, CHUNK, False,
                 )  # fmt: skip
+                # Without a path in one class capacities hold too little, whoever let that pass.
+                going = (tl.max(excess_N, 0) > 0) & ((total > 0) | (classes > 1))
                 classes = tl.where(total == 0, 1, CLASSES).to(tl.int64)
                 price_N += tl.where(is_expert, moved_N.to(tl.int64) << far_shift, 0)
                 tl.debug_barrier()

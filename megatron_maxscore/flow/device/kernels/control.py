@@ -237,7 +237,7 @@ def control(
     best_price_E = tl.where(is_best, price_E, best_price_E)
     best = tl.where(is_best, now, best)
     if MAY_SPREAD:
-        if (stuck >= 2) & (width == 0):
+        if (stuck >= 2) & (width == 0) & (passes < max_passes - 1):
             width = gap_within(counts_ptr + NUM_EXPERTS, rows // 2, 256)
             tl.store(state_ptr + WIDTH, width)
             stalls = tl.where(width > 0, 0, stalls)

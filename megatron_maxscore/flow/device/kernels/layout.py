@@ -36,6 +36,7 @@ MAX_PASSES = tl.constexpr(20)
 NEXT_TILE = tl.constexpr(21)
 TILES_DONE = tl.constexpr(22)
 CLASSES_NOW = tl.constexpr(23)
+LEADER = tl.constexpr(24)
 NUMBERS = 32
 
 # Vectors of E after them.
