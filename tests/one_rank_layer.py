@@ -11,37 +11,55 @@ import torch.distributed as dist
 HIDDEN, EXPERTS, TOPK = 256, 16, 2
 
 
-def build(backend: str) -> Any:
-    """Set up one rank and build the layer, on the CPU."""
+def set_up(backend: str) -> None:
+    """Make a process group of one rank."""
     from megatron.core import parallel_state
-    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
-    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.spec_utils import build_module
-
-    from megatron_maxscore.moe import MaxScoreConfig, with_maxscore
 
     os.environ.setdefault("MASTER_ADDR", "localhost")
     os.environ.setdefault("MASTER_PORT", "29533")
     dist.init_process_group(backend, rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)
+
+
+def make_layer(
+    hidden: int = HIDDEN,
+    expert_hidden: int = HIDDEN,
+    experts: int = EXPERTS,
+    topk: int = TOPK,
+    is_ours: bool = True,
+) -> Any:
+    """Build the layer, bfloat16 on the CPU; with Megatron's top-k router if it is not ours."""
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.spec_utils import build_module
+
+    from megatron_maxscore.moe import MaxScoreConfig, with_maxscore
+
     config = TransformerConfig(
-        num_layers=1, hidden_size=HIDDEN, num_attention_heads=4, ffn_hidden_size=HIDDEN,
-        moe_ffn_hidden_size=HIDDEN, num_moe_experts=EXPERTS, moe_router_topk=TOPK,
+        num_layers=1, hidden_size=hidden, num_attention_heads=4, ffn_hidden_size=expert_hidden,
+        moe_ffn_hidden_size=expert_hidden, num_moe_experts=experts, moe_router_topk=topk,
         moe_token_dispatcher_type="alltoall", moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0, add_bias_linear=False, bias_activation_fusion=False,
         gradient_accumulation_fusion=False, bf16=True, params_dtype=torch.bfloat16,
     )  # fmt: skip
-    spec = get_moe_module_spec(use_te=False, num_experts=EXPERTS, moe_grouped_gemm=False)
-    spec = with_maxscore(spec, MaxScoreConfig(scope="local", mode="bounded"))
+    spec = get_moe_module_spec(use_te=False, num_experts=experts, moe_grouped_gemm=False)
+    if is_ours:
+        spec = with_maxscore(spec, MaxScoreConfig(scope="local", mode="bounded"))
     collection = ProcessGroupCollection.use_mpu_process_groups()
     arguments = {"config": config, "layer_number": 1, "pg_collection": collection}
     is_plain = callable(spec) and not hasattr(spec, "module")
     built = spec(**arguments) if is_plain else build_module(spec, **arguments)
     built.set_layer_number(1)
     return built
+
+
+def build(backend: str) -> Any:
+    """Set up one rank and build the layer, on the CPU."""
+    set_up(backend)
+    return make_layer()
 
 
 def tear_down() -> None:

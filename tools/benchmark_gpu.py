@@ -2,18 +2,19 @@
 
     python tools/benchmark_gpu.py [--output runs/gpu] [--sizes 8192x64x8 131072x256x8]
 
-Medians of CUDA-event times, in microseconds, with warm prices from another batch: our solve launch
-by launch and as a CUDA graph, torch.topk, Megatron's fused top-k (with Transformer Engine), its
-sinkhorn and its quantile balancing. Then a Megatron MoE layer of one rank, bfloat16, forward and
-backward, with its top-k router and with ours, in turn. Writes gpu.json.
+Medians of CUDA-event times, in microseconds, with warm prices from another batch: our solve as a
+CUDA graph, launch by launch, and from cold prices; torch.topk, Megatron's fused top-k (with
+Transformer Engine), its sinkhorn and its quantile balancing. Each kernel's share by torch's
+profiler. Then a Megatron MoE layer of one rank, bfloat16, forward and backward, with its top-k
+router and with ours, in turn. Writes gpu.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
-import os
 import statistics
 import sys
 from collections.abc import Callable
@@ -25,11 +26,13 @@ import triton
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from megatron_maxscore.flow import solve  # noqa: E402
+from tests.one_rank_layer import make_layer, set_up, tear_down  # noqa: E402
 from tools.rivals import quantile_balancing, sinkhorn  # noqa: E402
 from tools.workloads import workload  # noqa: E402
 
@@ -80,6 +83,16 @@ def fused_topk(scores: Tensor, topk: int) -> Callable[[], Any] | None:
     return lambda: moe_utils.topk_routing_with_score_function(scores, topk, fused=True)
 
 
+def kernel_times(run: Callable[[], Any], repeats: int = 4) -> dict[str, float]:
+    """Return microseconds of each kernel in a call, by torch's profiler."""
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(repeats):
+            run()
+        torch.cuda.synchronize()
+    times = {event.key: event.self_device_time_total / repeats for event in found.key_averages()}
+    return {name: time for name, time in times.items() if time > 0}
+
+
 def rivals(scores: Tensor, topk: int, capacity: Tensor, prices: Tensor) -> dict[str, Any]:
     """Return what to time, by name; None where it is not installed."""
     beta = torch.zeros(scores.shape[1], device=scores.device)
@@ -87,6 +100,7 @@ def rivals(scores: Tensor, topk: int, capacity: Tensor, prices: Tensor) -> dict[
     return {
         "solve, graph": graphed(ours),
         "solve": ours,
+        "solve, cold": lambda: solve(scores, topk, capacity=capacity, mode="bounded"),
         "torch.topk": lambda: scores.topk(topk, dim=1),
         "fused top-k": fused_topk(scores, topk),
         "sinkhorn": lambda: sinkhorn(scores, topk),
@@ -94,58 +108,24 @@ def rivals(scores: Tensor, topk: int, capacity: Tensor, prices: Tensor) -> dict[
     }
 
 
-def make_layers(experts: int, topk: int) -> dict[str, Any]:
-    """Return a Megatron MoE layer on the device with its top-k router, and with ours."""
-    from megatron.core import parallel_state
-    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.spec_utils import build_module
-
-    from megatron_maxscore.moe import MaxScoreConfig, with_maxscore
-
-    _, hidden, expert_hidden = _LAYER_SIZE
-    torch.cuda.set_device(0)
-    os.environ.setdefault("MASTER_ADDR", "localhost")
-    os.environ.setdefault("MASTER_PORT", "29544")
-    torch.distributed.init_process_group("nccl", rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(1)
-    config = TransformerConfig(
-        num_layers=1, hidden_size=hidden, num_attention_heads=16, ffn_hidden_size=expert_hidden,
-        moe_ffn_hidden_size=expert_hidden, num_moe_experts=experts, moe_router_topk=topk,
-        moe_token_dispatcher_type="alltoall", moe_router_load_balancing_type="none",
-        moe_aux_loss_coeff=0.0, add_bias_linear=False, bias_activation_fusion=False,
-        gradient_accumulation_fusion=False, bf16=True, params_dtype=torch.bfloat16,
-    )  # fmt: skip
-    collection = ProcessGroupCollection.use_mpu_process_groups()
-    layers = {}
-    for name in ("top-k", "MaxScore"):
-        spec = get_moe_module_spec(use_te=False, num_experts=experts, moe_grouped_gemm=False)
-        if name == "MaxScore":
-            spec = with_maxscore(spec, MaxScoreConfig(scope="local", mode="bounded"))
-        arguments = {"config": config, "layer_number": 1, "pg_collection": collection}
-        is_plain = callable(spec) and not hasattr(spec, "module")
-        layer = spec(**arguments) if is_plain else build_module(spec, **arguments)
-        layer.set_layer_number(1)
-        layers[name] = layer.cuda().train()
-    layers["MaxScore"].experts = layers["top-k"].experts
-    return layers
-
-
 def layer_times(experts: int, topk: int, repeats: int) -> dict[str, float]:
     """Return microseconds of the layer and of its router alone, forward and backward, by router."""
     from megatron_maxscore.moe.step import average_prices
 
-    tokens, hidden, _ = _LAYER_SIZE
+    tokens, hidden, expert_hidden = _LAYER_SIZE
+    torch.cuda.set_device(0)
+    set_up("nccl")
+    layers = {
+        name: make_layer(hidden, expert_hidden, experts, topk, name == "MaxScore").cuda().train()
+        for name in ("top-k", "MaxScore")
+    }
+    layers["MaxScore"].experts = layers["top-k"].experts
     batches = [
         torch.randn(tokens, 1, hidden, device="cuda", dtype=torch.bfloat16).requires_grad_()
         for _ in range(8)
     ]
     turn = itertools.count()
     found: dict[str, list[float]] = {}
-    layers = make_layers(experts, topk)
     runs: dict[str, Callable[[], Any]] = {}
     for name, layer in layers.items():
         # Batches in turn, as in training: prices are those of other tokens.
@@ -159,6 +139,7 @@ def layer_times(experts: int, topk: int, repeats: int) -> dict[str, float]:
         for name, run in runs.items():
             found.setdefault(name, []).append(microseconds(run, repeats))
         average_prices([layers["MaxScore"].router])
+    tear_down()
     return {name: statistics.median(times) for name, times in found.items()}
 
 
@@ -178,7 +159,9 @@ def main() -> int:
     name = torch.cuda.get_device_name()
     versions = {"device": name, "torch": torch.__version__, "triton": triton.__version__}
     arguments.output.mkdir(parents=True, exist_ok=True)
-    rows = []
+    report = arguments.output / "gpu.json"
+    rows: list[dict[str, Any]] = []
+    found: dict[str, Any] = {**versions, "rows": rows}
     table = None
     for size in arguments.sizes:
         tokens, experts, topk = map(int, size.split("x"))
@@ -192,26 +175,33 @@ def main() -> int:
                 rival: None if run is None else microseconds(run, arguments.repeats)
                 for rival, run in rivals(scores, topk, capacity, prices).items()
             }
-            rows.append({"size": size, "family": family, "gap": solution.gap.item(), **times})
+            gap = solution.gap.item()
+            kernels = kernel_times(
+                functools.partial(
+                    solve, scores, topk, capacity=capacity, prices=prices, mode="bounded"
+                )
+            )
+            rows.append({"size": size, "family": family, "gap": gap, **times, "kernels": kernels})
             # As they come: a solve that falls back to rounds over all rows can take seconds.
-            (arguments.output / "gpu.json").write_text(json.dumps({**versions, "rows": rows}))
-            ours = times["solve, graph"]
-            print(f"{size} {family}: {ours:.1f} us, gap {solution.gap.item():.1e}", flush=True)
+            report.write_text(json.dumps(found, indent=1))
+            parts = ", ".join(f"{kernel} {time:.1f}" for kernel, time in kernels.items())
+            print(
+                f"{size} {family}: {times['solve, graph']:.1f} us as a graph; {parts}", flush=True
+            )
             if table is None:
                 table = Table(
                     "size", "family", "gap", *times,
                     title=f"{name}, torch {torch.__version__}, Triton {triton.__version__}, us",
                 )  # fmt: skip
             cells = ["not installed" if t is None else f"{t:.1f}" for t in times.values()]
-            table.add_row(size, family, f"{solution.gap.item():.1e}", *cells)
+            table.add_row(size, family, f"{gap:.1e}", *cells)
     if table is not None:
         console.print(table)
     if arguments.layer:
         experts, topk = map(int, arguments.layer.split("x"))
         layer = layer_times(experts, topk, arguments.repeats)
-        (arguments.output / "gpu.json").write_text(
-            json.dumps({**versions, "rows": rows, "layer": layer}, indent=1)
-        )
+        found["layer"] = layer
+        report.write_text(json.dumps(found, indent=1))
         tokens, hidden, expert_hidden = _LAYER_SIZE
         table = Table(
             *layer, title=f"{tokens} tokens of {hidden}, {experts} experts of {expert_hidden}, "

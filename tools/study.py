@@ -264,7 +264,7 @@ def main() -> int:
     parser.add_argument("--purposes", nargs="+", choices=PURPOSES, default=["tuning", "core"])
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=[], metavar="ARM")
     parser.add_argument("--seeds", type=int, default=None, help="default: 5, with --quick 2")
-    parser.add_argument("--size", choices=tuple(SIZES), default="small", help="default: small")
+    parser.add_argument("--size", choices=("small", "long"), default="small")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "study")

@@ -146,8 +146,8 @@ class Shape:
 
 
 @functools.cache
-def _helpers(device: torch.device) -> int:
-    """Return how many programs make rounds over all rows: one for each multiprocessor."""
+def _multiprocessors(device: torch.device) -> int:
+    """Return how many programs make rounds over all rows."""
     if device.type != "cuda":
         return 2  # Triton's interpreter
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -246,7 +246,7 @@ class _Launcher:
             capacity_E, state, self.near, self.slot, self.x_TE, self.claims, self.keys,
             self.scratch, shape.tokens, **shape.moves(), **SERIAL,
         )  # fmt: skip
-        all_rows.move_all[(_helpers(self.device),)](
+        all_rows.move_all[(_multiprocessors(self.device),)](
             scores_TE, capacity_E, spread_CE, state, self.near, self.slot, self.x_TE, self.claims,
             self.keys, self.scratch, shape.tokens, **shape.all_moves(), **SERIAL,
         )  # fmt: skip

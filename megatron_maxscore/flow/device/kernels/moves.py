@@ -25,10 +25,13 @@ _BEYOND_REACH, _REACHES = (tl.constexpr(part) for part in rounds.BEYOND_REACH)
 
 
 @triton.jit
-def offer(key_ptr, c_R, a_R, b_R, cost_R, row_R, mask, NUM_EXPERTS: tl.constexpr):
-    """Offer swaps: the arc from a to b of a class keeps the cheapest, then the first row."""
+def offer(key_ptr, c_R, a_R, b_R, cost_R, low_R, mask, NUM_EXPERTS: tl.constexpr):
+    """Offer swaps: the arc from a to b of a class keeps the cheapest, then that of the least low.
+
+    The low bits are the row's index, or tell it in an order of the arc's own.
+    """
     at = (c_R.to(tl.int64) * NUM_EXPERTS + a_R) * NUM_EXPERTS + b_R
-    key = (cost_R.to(tl.int64) << 32) | row_R.to(tl.int64)
+    key = (cost_R.to(tl.int64) << 32) | low_R.to(tl.int64)
     tl.atomic_min(key_ptr + at, key, mask=mask, sem="relaxed")
 
 
