@@ -4,7 +4,7 @@ A rank that raised alone would leave the others waiting in the next collective. 
 wrong travels with its arguments in the first exchange, whose size depends on no argument, and all
 ranks raise the same error.
 
-Shape letters: B problems, R ranks.
+Shape letters: B problems, R ranks, C classes of row ranges, W words sent for each problem.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from megatron_maxscore.flow import outliers
 from megatron_maxscore.flow.exchange import Exchange
 from megatron_maxscore.flow.problem import FloatArray, IntArray
 
@@ -31,6 +33,8 @@ _TEXT_BYTES = 256
 _INLINE = 32
 _DIGEST = 8
 _SHOWN = 24
+# Of each problem: its rows, their largest range, the unit, and two classes of ranges to a word.
+_WORDS = 3 + outliers.CLASSES // 2
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Own:
         rows_B: (B,) int64 its rows.
         largest_B: (B,) float64 the largest range of its rows.
         unit_B: (B,) int64, these ranges are scores times ``2.0 ** unit``.
+        classes_BC: (B, C) uint32 its rows by the size of their range, see :mod:`outliers`.
     """
 
     arguments: tuple[Any, ...]
@@ -54,12 +59,17 @@ class Own:
     rows_B: IntArray
     largest_B: FloatArray
     unit_B: IntArray
+    classes_BC: NDArray
 
     @classmethod
     def wrong(cls, error: str) -> Own:
         """Return what a rank says whose arguments are wrong."""
         none_B = np.zeros(0, np.int64)
-        return cls(("?",) * len(ARGUMENTS), error, "", False, none_B, none_B.astype(float), none_B)
+        classes_BC = np.zeros((0, outliers.CLASSES), np.uint32)
+        return cls(
+            ("?",) * len(ARGUMENTS), error, "", False, none_B, none_B.astype(float), none_B,
+            classes_BC,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,14 +79,16 @@ class Agreed:
     Attributes:
         has_forbidden: whether any arc of any rank is forbidden.
         rows_RB: (R, B) int64.
-        largest_B: (B,) float64, in scores times ``2.0 ** unit_B``.
+        largest_B: (B,) float64, in scores times ``2.0 ** unit_B``, no larger than outliers become.
         unit_B: (B,) int64.
+        limit_B: (B,) float64, rows with a larger range are outliers; inf if there is none.
     """
 
     has_forbidden: bool
     rows_RB: IntArray
     largest_B: FloatArray
     unit_B: IntArray
+    limit_B: FloatArray
 
 
 def agree(exchange: Exchange, own: Own) -> Agreed:
@@ -118,15 +130,23 @@ def _compared(headers: list[bytes]) -> tuple[bool, list[bytes]]:
 
 
 def _agreed(counts: list[bytes], num_problems: int, has_forbidden: bool) -> Agreed:
-    table_R3B = np.stack([np.frombuffer(data, np.int64).reshape(3, -1) for data in counts])
-    table_R3B = table_R3B[:, :, :num_problems]
-    rows_RB, unit_RB = table_R3B[:, 0], table_R3B[:, 2]
-    largest_RB = np.ascontiguousarray(table_R3B[:, 1]).view(np.float64)
+    table_RWB = np.stack([np.frombuffer(data, np.int64).reshape(_WORDS, -1) for data in counts])
+    table_RWB = table_RWB[:, :, :num_problems]
+    rows_RB, unit_RB = table_RWB[:, 0], table_RWB[:, 2]
+    largest_RB = np.ascontiguousarray(table_RWB[:, 1]).view(np.float64)
     # The rank with the largest scores decides on the unit, the smallest shift.
     unit_B = np.where(rows_RB > 0, unit_RB, ANY_UNIT).min(0)
     unit_B = np.where(unit_B == ANY_UNIT, 0, unit_B)
-    largest_B = np.ldexp(largest_RB, np.clip(unit_B - unit_RB, -4000, 4000)).max(0)
-    return Agreed(has_forbidden, rows_RB, largest_B, unit_B)
+    shift_RB = np.clip(unit_B - unit_RB, -4000, 4000)
+    largest_B = np.ldexp(largest_RB, shift_RB).max(0)
+    limit_B = np.full(num_problems, np.inf)
+    # Ranges are classed in each rank's own unit. Scores at the ends of float64's range, where
+    # units differ, are left as they are.
+    if (shift_RB * (rows_RB > 0) * (unit_RB != ANY_UNIT) == 0).all():
+        words_RBW = np.ascontiguousarray(table_RWB[:, 3:].transpose(0, 2, 1))
+        classes_BC = words_RBW.view(np.uint32).astype(np.int64).sum(0)
+        limit_B, largest_B = outliers.limits(classes_BC, largest_B)
+    return Agreed(has_forbidden, rows_RB, largest_B, unit_B, limit_B)
 
 
 @dataclass(frozen=True)
@@ -164,14 +184,15 @@ def _header(own: Own) -> bytes:
         parts.append(hashlib.blake2b(data, digest_size=_DIGEST).digest())
         parts.append(shown.encode()[:_SHOWN].ljust(_SHOWN, b"\0"))
     inline = _counts(own) if own.rows_B.size <= _INLINE else b""
-    parts.append(inline.ljust(3 * 8 * _INLINE, b"\0"))
+    parts.append(inline.ljust(_WORDS * 8 * _INLINE, b"\0"))
     return b"".join(parts)
 
 
 def _counts(own: Own) -> bytes:
-    width = max(_INLINE, own.rows_B.size)
-    table_3B = np.zeros((3, width), np.int64)
-    table_3B[0, : own.rows_B.size] = own.rows_B
-    table_3B[1, : own.rows_B.size] = own.largest_B.astype(np.float64).view(np.int64)
-    table_3B[2, : own.rows_B.size] = own.unit_B
-    return table_3B.tobytes()
+    problems = own.rows_B.size
+    table_WB = np.zeros((_WORDS, max(_INLINE, problems)), np.int64)
+    table_WB[0, :problems] = own.rows_B
+    table_WB[1, :problems] = own.largest_B.astype(np.float64).view(np.int64)
+    table_WB[2, :problems] = own.unit_B
+    table_WB[3:, :problems] = np.ascontiguousarray(own.classes_BC).view(np.int64).T
+    return table_WB.tobytes()

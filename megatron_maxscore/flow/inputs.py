@@ -6,6 +6,7 @@ token.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_maxscore.flow import outliers
 from megatron_maxscore.flow.agreement import ANY_UNIT
 from megatron_maxscore.flow.problem import BoolArray, FloatArray, IntArray, maxima
 
@@ -176,6 +178,30 @@ class Rows:
             range_N = high_N - low_N
         largest_B = maxima(np.where(range_N > 0, range_N, 0.0), self.start_B)
         return Scanned(scores_NE, low_N, range_N, largest_B, has_bad, has_forbidden)
+
+    def without_outliers(
+        self, kernels: Any, scanned: Scanned, limit_B: FloatArray
+    ) -> tuple[Scanned, int]:
+        """Scale rows down whose range exceeds their problem's limit; return how many, too."""
+        limit_N = np.repeat(limit_B, self.counts_B) if np.isfinite(limit_B).any() else np.inf
+        rows_M = np.flatnonzero(scanned.range_N > limit_N)
+        if rows_M.size == 0:
+            return scanned, 0
+        limit_M, range_M = np.broadcast_to(limit_N, scanned.range_N.shape)[rows_M], scanned.range_N
+        factor_M = outliers.scaled(range_M[rows_M], limit_M) / range_M[rows_M]
+        scores_NE, low_N = scanned.scores_NE.copy(), scanned.low_N.copy()
+        range_N = scanned.range_N.copy()
+        wide_ME = scores_NE[rows_M].astype(np.float64) * factor_M[:, None]
+        scores_NE[rows_M] = wide_ME
+        low_M, high_M, *_ = kernels.scan(np.ascontiguousarray(scores_NE[rows_M]))
+        low_N[rows_M], range_N[rows_M] = low_M, high_M - low_M
+        largest_B = maxima(np.where(range_N > 0, range_N, 0.0), self.start_B)
+        return (
+            dataclasses.replace(
+                scanned, scores_NE=scores_NE, low_N=low_N, range_N=range_N, largest_B=largest_B
+            ),
+            int(rows_M.size),
+        )
 
     def wrong(self, scanned: Scanned, topk: int) -> str:
         """Return what is wrong with the scores, "" if nothing is."""

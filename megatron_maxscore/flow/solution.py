@@ -32,6 +32,8 @@ class FlowSolution:
         rounds: collectives used.
         bad: 0-dim int64, rows whose scores were not finite and counted as 0; only bounded mode on
             a device goes on with such, elsewhere they raise.
+        scaled: rows of this rank that were scaled down as outliers. Objective, bound and gap are
+            those of the scaled scores, so that the others' certificate is not lost beside them.
     """
 
     experts: Tensor
@@ -43,3 +45,4 @@ class FlowSolution:
     loads: Tensor
     rounds: int
     bad: Tensor
+    scaled: int = 0

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_maxscore.flow import device, inputs, rounds
+from megatron_maxscore.flow import device, inputs, outliers, rounds
 from megatron_maxscore.flow import prices as price_sweeps
 from megatron_maxscore.flow.agreement import ANY_UNIT, Own, agree
 from megatron_maxscore.flow.backend import backend
@@ -59,7 +59,9 @@ def solve(
 
     Args:
         scores: (T, E) float, or (B, S, E) for B separate problems; E <= 1024. -inf forbids the arc.
-            bfloat16 and float16 are exact in float32. Any device; the solver runs on the CPU but
+            bfloat16 and float16 are exact in float32. Rows whose range exceeds that of ordinary
+            rows by a factor of 16,384 or more are scaled down (:mod:`outliers`), and the result is
+            the optimum for these scores. Any device; the solver runs on the CPU but
             for bounded mode with CUDA scores (:mod:`device`), of one rank or with ``equal_rows``,
             which copies nothing to the host, and counts scores that are not finite as 0 instead of
             raising.
@@ -147,10 +149,12 @@ class _Solve:
                 rows_B=rows.counts_B,
                 largest_B=scanned.largest_B,
                 unit_B=unit_B,
+                classes_BC=outliers.classes(scanned.range_N, rows.start_B),
             ),
         )
         if ((agreed.unit_B != unit_B) & (unit_B != ANY_UNIT)).any():
             scanned = rows.scan(self.kernels, agreed.unit_B)
+        scanned, num_scaled = rows.without_outliers(self.kernels, scanned, agreed.limit_B)
         rows_B = agreed.rows_RB.sum(0)
         problem = Problem(
             scores_NE=scanned.scores_NE,
@@ -180,10 +184,15 @@ class _Solve:
             result = self._gathered(problem, start_BE)
         else:
             result = self._split(problem, scanned.range_N, start_BE)
-        return self._solution(problem, result, agreed.unit_B, device)
+        return self._solution(problem, result, agreed.unit_B, num_scaled, device)
 
     def _solution(
-        self, problem: Problem, result: _Result, unit_B: IntArray, device: torch.device
+        self,
+        problem: Problem,
+        result: _Result,
+        unit_B: IntArray,
+        num_scaled: int,
+        device: torch.device,
     ) -> FlowSolution:
         objective_B, difference_B, total_range_B = result.sums_3B
         difference_B = np.maximum(difference_B, 0.0)
@@ -209,6 +218,7 @@ class _Solve:
             loads=give(result.load_RBE.swapaxes(0, 1)),
             rounds=self.exchange.rounds,
             bad=torch.zeros((), dtype=torch.int64, device=device),
+            scaled=num_scaled,
         )
 
     def _split(

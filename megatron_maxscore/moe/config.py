@@ -97,6 +97,15 @@ class MaxScoreConfig:
         "--moe-router-enable-expert-bias choose as price routing does. Exact with score function "
         "sigmoid or sqrtsoftplus, --maxscore-gate score and --maxscore-objective scores.",
     )
+    fixed_shape: list[int] | None = _option(  # noqa: RUF009
+        None,
+        "Positions of each sequence, and number of sequences, that every rank routes in every "
+        "microbatch; 0 0 if they may differ. Where loads then follow from the shape, ranks need "
+        "not tell each other how many tokens they send. Default: what --seq-length, "
+        "--micro-batch-size and the parallel sizes say; in an own training loop 0 0.",
+        nargs=2,
+        metavar=("LENGTH", "BATCH"),
+    )
     stats_file: str | None = _option(
         None,
         "Write one JSON line per iteration to this file: expert loads, dropped assignments, "
@@ -115,6 +124,7 @@ class MaxScoreConfig:
     )
 
     def __post_init__(self) -> None:
+        self._check_fixed_shape()
         flags = {f.name: "--maxscore-" + f.name.replace("_", "-") for f in dataclasses.fields(self)}
         for name, ok, range_text in (
             ("capacity_factor", self.capacity_factor >= 1.0, "at least 1"),
@@ -151,6 +161,17 @@ class MaxScoreConfig:
                     parse_numbers(getattr(self, name))
                 except ValueError as error:
                     raise ValueError(f"{flags[name]}: {error}") from None
+
+    def _check_fixed_shape(self) -> None:
+        if self.fixed_shape is None:
+            return
+        shape = list(self.fixed_shape) if isinstance(self.fixed_shape, (list, tuple)) else []
+        # A bool is an int to Python.
+        if len(shape) != 2 or any(type(size) is not int or size < 0 for size in shape):
+            raise ValueError(
+                "--maxscore-fixed-shape must be two numbers, positions of a sequence and "
+                f"sequences, or 0 0, got {self.fixed_shape}"
+            )
 
     @classmethod
     def from_transformer_config(cls, config: Any) -> MaxScoreConfig:

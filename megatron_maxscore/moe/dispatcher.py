@@ -13,18 +13,17 @@ Shape letters: E experts, R = EP * ETP ranks of the group (P and Q of them), L e
 
 from __future__ import annotations
 
-import functools
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
 
 from megatron_maxscore.flow.device import is_device
-from megatron_maxscore.moe.permutation import permute_known
-from megatron_maxscore.moe.plan import RoutingPlan
+from megatron_maxscore.moe import permutation
+from megatron_maxscore.moe.plan import RoutingPlan, StaticLoads, attach, plan_of
 from megatron_maxscore.moe.quotas import quotas
 
 
@@ -52,26 +51,54 @@ class _Splits(NamedTuple):
     tokens_per_expert_L: Tensor
 
 
+class _Filled(NamedTuple):
+    """A dispatch to which rows of zeros were added.
+
+    Attributes:
+        shape: of the hidden states that were to be dispatched.
+        rows: how many of their rows were dispatched.
+        is_reported: whether someone raises an error for rows that were not.
+    """
+
+    shape: torch.Size
+    rows: int
+    is_reported: bool
+
+
 class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
     """All-to-all dispatcher with splits known from the routing.
 
-    Where the router says that the loads are its quotas (scope ``local``, capacity factor 1, fixed
-    lengths), or knows every rank's loads (scope ``group``), ``preprocess`` issues no collective and
-    does not wait for the device. Otherwise Megatron's own ``preprocess`` runs. Which of them is
-    decided from configuration and training mode, so alike on every rank.
+    Where the plan of a routing map (:mod:`plan`) says that every rank's loads are its quotas (scope
+    ``local``, capacity factor 1, a fixed shape of microbatches), or has every rank's loads (scope
+    ``group``), ``preprocess`` issues no collective and does not wait for the device. Otherwise
+    Megatron's own ``preprocess`` runs. Which of them is decided from configuration and training
+    mode, so alike on every rank.
+
+    A rank with fewer tokens than the configuration says adds rows of zeros, since the others expect
+    its quotas. Tokens of a rank with too many are not dispatched, and an error is raised at the end
+    of the training step; without Megatron's training loop their output is NaN.
 
     Args:
-        plan: filled by the layer's router at every routing call.
         *args: as for Megatron's dispatcher.
         **kwargs: as for Megatron's dispatcher.
     """
 
-    def __init__(self, *args: Any, plan: RoutingPlan | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.plan = plan or RoutingPlan()
-        self._known: dict[int, _Splits] = {}
-        self._experts_TK: Tensor | None = None
+        permutation.install()
+        self._known: dict[StaticLoads, _Splits] = {}
+        self._filled: _Filled | None = None
         self._dtoh_point = self.cuda_dtoh_point
+
+    @property
+    def _rank(self) -> int:
+        """This rank's number in ``tp_ep``, whose ranks are ordered with tp fastest."""
+        return int(self.ep_group.rank()) * self.tp_size + int(self.tp_rank)
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether rows of zeros were added to what is being dispatched."""
+        return self._filled is not None
 
     def preprocess(self, routing_map: Tensor) -> Tensor:
         """Set the splits for this routing map.
@@ -82,21 +109,15 @@ class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
         Returns:
             (L,) int64 tokens of each local expert over the whole group; on the CPU when static.
         """
-        num_tokens = routing_map.shape[0]
         self.cuda_dtoh_point = self._dtoh_point
-        is_static, loads_RE, experts_TK = self.plan.take(routing_map)
-        if self.config.moe_expert_capacity_factor is not None:
-            # Megatron's dropping has changed the map that the plan describes.
-            return super().preprocess(routing_map)
-        if loads_RE is not None and is_device(loads_RE):
-            self._experts_TK = experts_TK
-            return self._from_device(loads_RE, num_tokens)
-        if loads_RE is not None:
-            splits = self._splits(loads_RE.cpu())
-        elif is_static:
-            if num_tokens not in self._known:
-                self._known[num_tokens] = self._splits(self._quotas(num_tokens))
-            splits = self._known[num_tokens]
+        plan = plan_of(routing_map)
+        num_tokens = routing_map.shape[0] if plan.num_tokens is None else plan.num_tokens
+        if plan.loads_RE is not None and is_device(plan.loads_RE):
+            return self._from_device(plan.loads_RE, num_tokens)
+        if plan.static is not None:
+            splits = self._static_splits(plan.static)
+        elif plan.loads_RE is not None:
+            splits = self._splits(plan.loads_RE.cpu())
         else:
             return super().preprocess(routing_map)
         self.num_out_tokens = num_tokens * self.config.moe_router_topk
@@ -108,37 +129,95 @@ class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
         # Nothing is to be copied either: a stream that branches off and does not come back could
         # not be captured in a graph.
         self.cuda_dtoh_point = "never"
-        self._experts_TK = experts_TK
         return splits.tokens_per_expert_L
 
-    def dispatch_preprocess(self, *args: Any, **kwargs: Any) -> Any:
+    def dispatch_preprocess(
+        self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Prepare for dispatch; see the base class.
 
-        Where the experts are known Megatron's permutation, which sorts or picks among all T * E
-        entries of the map, is replaced by one that sorts the T * K assignments.
+        Args:
+            hidden_states: (S, B, H).
+            routing_map: (T, E) bool.
+            probs: (T, E) gates.
         """
-        self._experts_TK = None
-        original = token_dispatcher.permute
-        token_dispatcher.permute = functools.partial(self._permute, original)
-        try:
-            return super().dispatch_preprocess(*args, **kwargs)
-        finally:
-            token_dispatcher.permute = original
+        plan = plan_of(routing_map)
+        self._filled = None
+        if plan.num_tokens not in (None, routing_map.shape[0]) or not plan.fits:
+            hidden_states, routing_map, probs = self._fill(hidden_states, routing_map, probs, plan)
+        dispatched: tuple[Tensor, Tensor] = super().dispatch_preprocess(
+            hidden_states, routing_map, probs
+        )
+        return dispatched
 
-    def _permute(
-        self, original: Any, tokens_TH: Tensor, routing_map: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        experts_TK = self._experts_TK
-        if experts_TK is None or kwargs.get("fused") or kwargs.get("drop_and_pad"):
-            return original(tokens_TH, routing_map, *args, **kwargs)
-        # Where tokens are padded, and by how much, are for fused kernels only.
-        return (*permute_known(tokens_TH, kwargs.get("probs"), experts_TK), None, None)
+    def combine_postprocess(self, permutated_local_input_tokens: Tensor) -> Tensor:
+        """Bring tokens back to where they were; see the base class."""
+        output: Tensor = super().combine_postprocess(permutated_local_input_tokens)
+        if self._filled is None:
+            return output
+        shape, rows, is_reported = self._filled
+        output_TH = output.reshape(-1, output.shape[-1])[:rows]
+        missing = math.prod(shape[:-1]) - rows
+        if missing:
+            filler = output_TH.new_full((missing, shape[-1]), 0.0 if is_reported else math.nan)
+            output_TH = torch.cat([output_TH, filler])
+        return output_TH.reshape(shape)
 
-    def _quotas(self, num_tokens: int) -> Tensor:
+    def _fill(
+        self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor, plan: RoutingPlan
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Add rows of zeros until every expert gets what the other ranks expect; no host sync.
+
+        Returns:
+            Hidden states (T + N, 1, H), map and gates (T + N, E) with N the largest load, where T
+            is 0 if this rank's tokens do not fit.
+        """
+        hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if plan.static is not None:
+            expected_E = self._quotas(plan.static)[self._rank].to(routing_map.device)
+            assignments = plan.static.num_tokens * self.config.moe_router_topk
+            most = math.ceil(assignments / self.num_experts)
+        else:
+            assert plan.loads_RE is not None
+            expected_E = plan.loads_RE[self._rank]
+            most = int(expected_E.max())
+        rows = hidden_TH.shape[0] if plan.fits else 0
+        # Slices, even empty ones, keep the backward pass's collectives in the graph.
+        missing_E = expected_E - routing_map[:rows].sum(0)
+        added_NE = torch.arange(most, device=routing_map.device)[:, None] < missing_E
+        filled_map = torch.cat([routing_map[:rows], added_NE])
+        attach(
+            filled_map,
+            RoutingPlan(static=plan.static, loads_RE=plan.loads_RE, num_tokens=plan.num_tokens),
+        )
+        self._filled = _Filled(hidden_states.shape, rows, plan.is_reported)
+        zeros_NH = hidden_TH.new_zeros(most, hidden_TH.shape[1])
+        zeros_NE = probs.new_zeros(most, self.num_experts)
+        return (
+            torch.cat([hidden_TH[:rows], zeros_NH]).unsqueeze(1),
+            filled_map,
+            torch.cat([probs[:rows], zeros_NE]),
+        )
+
+    def _static_splits(self, static: StaticLoads) -> _Splits:
+        if static not in self._known:
+            # Turns repeat their quotas after E microbatches at the latest, seldom sooner.
+            if len(self._known) >= 2 * self.num_experts:
+                self._known.clear()
+            self._known[static] = self._splits(self._quotas(static))
+        return self._known[static]
+
+    def _quotas(self, static: StaticLoads) -> Tensor:
         """Return the (R, E) int64 quotas."""
-        topk, num_experts = self.config.moe_router_topk, self.num_experts
         ranks = self.ep_size * self.tp_size
-        return torch.stack([quotas(num_tokens, topk, num_experts, rank) for rank in range(ranks)])
+        rows = [
+            quotas(
+                static.num_tokens, self.config.moe_router_topk, self.num_experts, rank, ranks,
+                static.turn,
+            )
+            for rank in range(ranks)
+        ]  # fmt: skip
+        return torch.stack(rows)
 
     def _from_device(self, loads_RE: Tensor, num_tokens: int) -> Tensor:
         """Set splits that are still on the device, from the (R, E) int64 loads.

@@ -2,24 +2,52 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-_forced: Literal["price", "flow"] | None = None
+_local = threading.local()
+
+
+def _forced() -> str | None:
+    return getattr(_local, "rule", None)
 
 
 def uses_flow(eval_routing: str) -> bool:
     """Return whether a module in evaluation mode routes by the flow now."""
-    return (_forced or eval_routing) == "flow"
+    return (_forced() or eval_routing) == "flow"
 
 
 @contextmanager
 def evaluation_routing(rule: Literal["price", "flow"]) -> Iterator[None]:
-    """Make every MaxScore router in evaluation mode use ``rule`` inside the ``with`` block."""
-    global _forced
-    before, _forced = _forced, rule
+    """Make every MaxScore router in evaluation mode use ``rule`` inside the ``with`` block.
+
+    It concerns the thread that enters the block.
+    """
+    before, _local.rule = _forced(), rule
     try:
         yield
     finally:
-        _forced = before
+        _local.rule = before
+
+
+NO_FLOW_WITH_CACHE = (
+    "flow routing (--maxscore-eval-routing flow) cannot decode with a key-value cache: the flow "
+    "spreads the tokens of a whole batch, and a decoder routes them one by one; use "
+    "--maxscore-eval-routing price"
+)
+
+
+def check_no_cache() -> None:
+    """Refuse flow routing while one of Megatron's inference engines uses the model.
+
+    Raises:
+        ValueError: one does; names the option to change.
+    """
+    try:
+        from megatron.core.inference.utils import InferenceMode
+    except ImportError:  # before megatron-core 0.19
+        return
+    if InferenceMode.is_active():
+        raise ValueError(NO_FLOW_WITH_CACHE)

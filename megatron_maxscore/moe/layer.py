@@ -2,8 +2,9 @@
 
 Megatron builds MoE layers from many specs, and rebuilds some of them (multi-token prediction) from
 its own functions. All of them end in ``MoELayer.__init__``, so that is the one place that is
-wrapped: it swaps the router class in the layer's submodules and, while the layer is built, the
-dispatcher class.
+wrapped: it swaps the router class in the layer's submodules before the layer is built, and the
+dispatcher afterwards. No module attribute changes meanwhile, so layers can be built in several
+threads.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import inspect
 from typing import Any
 
-from megatron.core.transformer.moe import moe_layer
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from megatron_maxscore._patches import PatchSet
 from megatron_maxscore.moe.config import MaxScoreConfig
 from megatron_maxscore.moe.dispatcher import MaxScoreTokenDispatcher
-from megatron_maxscore.moe.plan import RoutingPlan
 from megatron_maxscore.moe.router import MaxScoreRouter
 
 _patches = PatchSet("MaxScore layer hook")
@@ -113,45 +115,43 @@ def _router_options(config: Any, router: Any) -> tuple[bool, MaxScoreConfig | No
 def choose_router(config: Any, submodules: MoESubmodules) -> MoESubmodules:
     """Return a layer's submodules with our router, if the layer is ours; else as they are."""
     ours, options = _router_options(config, submodules.router)
-    keywords = getattr(submodules.router, "keywords", {})
-    if not ours or "plan" in keywords:
+    if not ours:
         return submodules
-    router = functools.partial(MaxScoreRouter, maxscore=options, plan=RoutingPlan())
+    router = functools.partial(MaxScoreRouter, maxscore=options)
     return dataclasses.replace(submodules, router=router)
 
 
 def choose_dispatcher(layer: Any, pg_collection: Any) -> None:
-    """Give a layer with our router our dispatcher; for forks, before the experts are built."""
-    if not isinstance(layer.router, MaxScoreRouter):
-        return
-    if isinstance(layer.token_dispatcher, MaxScoreTokenDispatcher):
+    """Give a layer with our router our dispatcher, in place of Megatron's all-to-all one.
+
+    Args:
+        layer: a MoELayer whose dispatcher is built.
+        pg_collection: the process groups that it was built with, None for Megatron's default ones.
+    """
+    stock = layer.token_dispatcher
+    is_ours = isinstance(layer.router, MaxScoreRouter)
+    if not is_ours or type(stock) is not MoEAlltoAllTokenDispatcher:
         return
     layer.token_dispatcher = MaxScoreTokenDispatcher(
         layer.num_local_experts,
         layer.local_expert_indices,
         config=layer.config,
-        pg_collection=pg_collection,
-        plan=layer.router.plan,
+        pg_collection=get_default_pg_collection() if pg_collection is None else pg_collection,
     )
+    if stock.shared_experts is not None:
+        layer.token_dispatcher.set_shared_experts(stock.shared_experts)
 
 
 def _choosing_router(original: Any) -> Any:
-    def init(self: Any, config: Any, submodules: Any = None, *args: Any, **kwargs: Any) -> None:
+    signature = inspect.signature(original)
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        call = signature.bind(self, *args, **kwargs)
+        submodules = call.arguments.get("submodules")
         if submodules is not None:
-            submodules = choose_router(config, submodules)
-        plan = getattr(getattr(submodules, "router", None), "keywords", {}).get("plan")
-        if plan is None:
-            original(self, config, submodules, *args, **kwargs)
-            return
-        building = PatchSet("MaxScore dispatcher")
-        building.set(
-            moe_layer,
-            "MoEAlltoAllTokenDispatcher",
-            functools.partial(MaxScoreTokenDispatcher, plan=plan),
-        )
-        try:
-            original(self, config, submodules, *args, **kwargs)
-        finally:
-            building.undo()
+            submodules = choose_router(call.arguments["config"], submodules)
+            call.arguments["submodules"] = submodules
+        original(*call.args, **call.kwargs)
+        choose_dispatcher(self, call.arguments.get("pg_collection"))
 
     return init

@@ -1,8 +1,10 @@
 """What routers tell Megatron's tracker of MoE metrics, per layer.
 
 The training loop decides when (:data:`is_due`); without it nothing is computed. Values stay on the
-device of the scores, so nothing is synchronised. Each is a mean over microbatches, and over the
-ranks that hold replicas of the router.
+device of the scores, so nothing is synchronised. Each is a mean over the counted passes of a global
+batch (:mod:`counting`), and over the ranks that hold replicas of the router. Routers hand them in
+when an attempt at the batch ends, and the tracker gets them when it reports: what an attempt that
+is repeated has handed in is replaced.
 
 Shape letters: T tokens of this rank, E experts, K experts per token.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,6 +22,7 @@ from megatron_maxscore.flow import FlowSolution
 from megatron_maxscore.releases import has_metrics_tracker
 
 if TYPE_CHECKING:
+    from megatron_maxscore.moe.counting import SolveStatistics
     from megatron_maxscore.moe.router import MaxScoreRouter
 
 PREFIX = "maxscore/"
@@ -36,37 +40,42 @@ NAMES = tuple(
 # Set by the hooks into the training loop: whether values of the current iteration are logged.
 is_due: Callable[[], bool] | None = None
 
+# What routers have handed in since the last report.
+_waiting: WeakKeyDictionary[MaxScoreRouter, SolveStatistics] = WeakKeyDictionary()
 
-def record(
-    router: MaxScoreRouter,
-    scores_TE: Tensor,
-    experts_TK: Tensor,
-    valid_T: Tensor | None,
-    solution: FlowSolution,
-    seconds: float,
-) -> None:
-    """Give the tracker a solve's values, if they are due; communicates nothing.
+
+def are_due() -> bool:
+    """Return whether values of the current iteration are logged."""
+    return is_due is not None and is_due()
+
+
+def hand_in(router: MaxScoreRouter, statistics: SolveStatistics) -> None:
+    """Keep a router's values of a global batch for the next report, if they are due."""
+    if are_due():
+        _waiting[router] = statistics
+
+
+def give_to_tracker(loss_scale: float) -> None:
+    """Give Megatron's tracker what was handed in; communicates nothing.
+
+    A router without a counted pass gives zeros, since every rank must report the same names.
 
     Args:
-        router: whose layer number, configuration and groups the tracker is told.
-        scores_TE: (T, E) float what the flow maximised.
-        experts_TK: (T, K) int64.
-        valid_T: (T,) bool, False = padding, which does not count.
-        solution: of the problem that these tokens are part of.
-        seconds: time in the solve.
+        loss_scale: what the tracker multiplies values by: they are sums over microbatches to it.
     """
-    if is_due is None or not is_due():
-        return
-    values = measured(scores_TE, experts_TK, valid_T, solution)
-    values["solve_ms"] = torch.tensor(1e3 * seconds)
-    config = router.config
-    num_layers = config.num_layers + (config.mtp_num_layers or 0)
-    number = router.layer_number
-    if number is not None and router.is_mtp_layer:
-        number += config.num_layers
-    for name, value in values.items():
-        value = value.to(device=scores_TE.device, dtype=torch.float32, non_blocking=True)
-        _store(PREFIX + name, value, number, num_layers, router.tp_dp_cp_group)
+    for router, statistics in list(_waiting.items()):
+        config = router.config
+        num_layers = config.num_layers + (config.mtp_num_layers or 0)
+        number = router.layer_number
+        if number is not None and router.is_mtp_layer:
+            number += config.num_layers
+        zero = torch.zeros((), device=router.expert_prices.device)
+        for name in NAMES:
+            total = statistics.values.get(name.removeprefix(PREFIX), zero)
+            value = total.to(device=zero.device, dtype=torch.float32, non_blocking=True)
+            value = value / (max(statistics.measured, 1) * loss_scale)
+            _store(name, value, number, num_layers, router.tp_dp_cp_group)
+    _waiting.clear()
 
 
 def measured(

@@ -2,15 +2,47 @@
 
 Megatron's permutation gets a (T, E) map: it sorts all its entries (from 0.18), or picks the true
 ones, which waits for the device (before). With the experts at hand it is a stable sort of T * K
-small integers, of fixed size.
+small integers, of fixed size. :func:`install` makes Megatron's all-to-all dispatcher use it for
+maps whose plan (:mod:`plan`) has the experts. Replaced symbol: ``permute`` in
+``megatron.core.transformer.moe.token_dispatcher``.
 
 Shape letters: T tokens, K experts per token, H hidden size.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from megatron.core.transformer.moe import token_dispatcher
 from torch import Tensor
+
+from megatron_maxscore._patches import PatchSet
+from megatron_maxscore.moe.plan import plan_of
+
+_patches = PatchSet("MaxScore permutation")
+
+
+def install() -> None:
+    """Permute maps with known experts by them; a second call does nothing."""
+    if not _patches:
+        _patches.wrap(token_dispatcher, "permute", _by_experts)
+
+
+def uninstall() -> None:
+    """Undo :func:`install`, for tests."""
+    _patches.undo()
+
+
+def _by_experts(original: Any) -> Any:
+    def permute(tokens_TH: Tensor, routing_map: Tensor, *args: Any, **kwargs: Any) -> Any:
+        experts_TK = plan_of(routing_map).experts_TK
+        if experts_TK is None or kwargs.get("fused") or kwargs.get("drop_and_pad"):
+            return original(tokens_TH, routing_map, *args, **kwargs)
+        # Where tokens are padded, and by how much, are for fused kernels only.
+        return (*permute_known(tokens_TH, kwargs.get("probs"), experts_TK), None, None)
+
+    return permute
 
 
 def permute_known(

@@ -1,4 +1,11 @@
-"""What a router tells its dispatcher about the assignment it has just made."""
+"""What a router tells the dispatcher about the assignment it has just made.
+
+The plan is an attribute of the routing map: whoever has the map that the router returned has its
+plan, and a map that was changed on the way has none. So nothing waits on the router or on the
+dispatcher between their calls, and several layers can run at the same time.
+
+Shape letters: T tokens of this rank, E experts, K experts per token, R ranks of ``tp_ep``.
+"""
 
 from __future__ import annotations
 
@@ -6,36 +13,55 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+_ATTRIBUTE = "maxscore_plan"
 
-@dataclass
-class RoutingPlan:
-    """Shared by the router and the dispatcher of one layer, renewed by every routing call.
+
+@dataclass(frozen=True)
+class StaticLoads:
+    """Loads that every rank knows without communication: the quotas of :mod:`quotas`.
 
     Attributes:
-        routing_map: the very tensor that the router returned; another one means that the counts
-            below do not describe what is dispatched.
-        has_static_quotas: whether the loads are exactly the quotas, on every rank.
-        loads_RE: (R, E) int64 loads of every rank of ``tp_ep``, None if not known.
-        experts_TK: (T, K) int64 what the map says, None if not known.
+        num_tokens: of every rank.
+        turn: where remainders start; the same on every rank.
     """
 
-    routing_map: Tensor | None = None
-    has_static_quotas: bool = False
-    loads_RE: Tensor | None = None
+    num_tokens: int
+    turn: int
+
+
+@dataclass(frozen=True)
+class RoutingPlan:
+    """One routing call's assignment.
+
+    Attributes:
+        experts_TK: (T, K) int64 what the map says; None if tokens have to be counted in the map.
+        static: what every rank sends, if that is known in advance.
+        loads_RE: (R, E) int64 what every rank sends, if the solve has told; else None. With neither
+            the dispatcher gathers all ranks' counts, as Megatron's does.
+        num_tokens: whose assignments this rank sends; None for as many as the map has rows.
+        fits: False if this rank's tokens do not fit into what the other ranks expect of it. The
+            dispatcher then sends rows of zeros in their place, so that no rank waits in vain.
+        is_reported: whether someone will raise an error if they do not fit.
+    """
+
     experts_TK: Tensor | None = None
+    static: StaticLoads | None = None
+    loads_RE: Tensor | None = None
+    num_tokens: int | None = None
+    fits: bool = True
+    is_reported: bool = False
 
-    def forget(self) -> None:
-        """Nothing is known of the loads."""
-        self.has_static_quotas, self.loads_RE, self.experts_TK = False, None, None
 
-    def take(self, routing_map: Tensor) -> tuple[bool, Tensor | None, Tensor | None]:
-        """Return whether a map has static quotas, its loads and experts if known.
+# What is known of a map that the router has not made.
+UNKNOWN = RoutingPlan()
 
-        The plan is used up.
-        """
-        known = self.has_static_quotas, self.loads_RE, self.experts_TK
-        if self.routing_map is not routing_map:
-            known = False, None, None
-        self.routing_map = None
-        self.forget()
-        return known
+
+def attach(routing_map: Tensor, plan: RoutingPlan) -> None:
+    """Make a plan that of a routing map, (T, E) bool."""
+    setattr(routing_map, _ATTRIBUTE, plan)
+
+
+def plan_of(routing_map: Tensor) -> RoutingPlan:
+    """Return the plan of a routing map, (T, E) bool."""
+    plan: RoutingPlan = getattr(routing_map, _ATTRIBUTE, UNKNOWN)
+    return plan

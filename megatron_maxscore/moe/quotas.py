@@ -3,7 +3,11 @@
 With capacity factor 1 the T·k assignments of a rank are spread evenly: every expert gets
 ``T k // E``, and the remainder goes to consecutive experts, starting where the previous rank's
 remainder ended. Every rank knows every rank's quotas without communication, and over the ranks of
-a group the loads differ by at most one.
+a group the loads differ by at most one. The next microbatch starts where the last rank's remainder
+ended, so that over time no expert is preferred.
+
+With fewer assignments than experts, quotas of 0 and 1 would leave the flow nearly no choice. Every
+expert then takes at most one of the rank's tokens, and the flow chooses which experts take any.
 
 Shape letters: E experts, R ranks.
 """
@@ -16,11 +20,13 @@ import torch
 from torch import Tensor
 
 
-def quotas(num_tokens: int, topk: int, num_experts: int, rank: int) -> Tensor:
+def quotas(
+    num_tokens: int, topk: int, num_experts: int, rank: int, ranks: int = 1, turn: int = 0
+) -> Tensor:
     """Return the (E,) int64 quotas of one rank; they sum to ``num_tokens * topk``.
 
     Example:
-        >>> [quotas(3, 2, 4, rank).tolist() for rank in range(2)]
+        >>> [quotas(3, 2, 4, rank, ranks=2).tolist() for rank in range(2)]
         [[2, 2, 1, 1], [1, 1, 2, 2]]
 
     Args:
@@ -28,19 +34,59 @@ def quotas(num_tokens: int, topk: int, num_experts: int, rank: int) -> Tensor:
         topk: experts per token.
         num_experts: E.
         rank: rank in the group that shares the experts.
+        ranks: R, the size of that group.
+        turn: number of the microbatch, the same on all ranks.
     """
-    share, rest = divmod(num_tokens * topk, num_experts)
-    result_E = torch.full((num_experts,), share, dtype=torch.int64)
-    first = rank * rest % num_experts
-    result_E[(first + torch.arange(rest)) % num_experts] += 1
-    return result_E
+    rest = num_tokens * topk % num_experts
+    # Remainders handed out before. Each time they have gone round, they start one expert later:
+    # otherwise a rank whose remainders fit evenly would always get the same experts.
+    before = turn * ranks * rest
+    return _quotas(num_tokens * topk, num_experts, before + before // num_experts + rank * rest)
+
+
+def own_quotas(topk: int, scores_TE: Tensor) -> Tensor:
+    """Return quotas that no other rank has to know; (E,) int64 on the device of the scores.
+
+    The remainder starts at an expert that follows from the scores: it turns from microbatch to
+    microbatch, and a microbatch that is repeated gets the same quotas.
+
+    Args:
+        topk: experts per token.
+        scores_TE: (T, E) float.
+    """
+    num_tokens, num_experts = scores_TE.shape
+    bits = scores_TE.sum(dtype=torch.float64).view(torch.int64)
+    # The product's upper bits depend on all bits of the sum (Knuth's multiplicative hashing).
+    first = ((bits * 0x9E3779B97F4A7C1) >> 20) % num_experts
+    return _quotas(num_tokens * topk, num_experts, first)
+
+
+def _quotas(assignments: int, num_experts: int, first: int | Tensor) -> Tensor:
+    share, rest = divmod(assignments, num_experts)
+    device = first.device if isinstance(first, Tensor) else None
+    place_E = (torch.arange(num_experts, device=device) - first) % num_experts
+    return share + (place_E < rest).long()
 
 
 def capacities(
-    num_tokens: int, topk: int, num_experts: int, rank: int, capacity_factor: float
+    num_tokens: int,
+    topk: int,
+    num_experts: int,
+    rank: int,
+    capacity_factor: float,
+    ranks: int = 1,
+    turn: int = 0,
 ) -> Tensor:
-    """Return the (E,) int64 capacities of one rank's problem for any capacity factor >= 1."""
-    if capacity_factor == 1.0:
-        return quotas(num_tokens, topk, num_experts, rank)
+    """Return the (E,) int64 capacities of one rank's problem for any capacity factor >= 1.
+
+    The arguments are those of :func:`quotas`.
+    """
+    if capacity_factor == 1.0 and has_quotas(num_tokens, topk, num_experts):
+        return quotas(num_tokens, topk, num_experts, rank, ranks, turn)
     each = math.ceil(num_tokens * topk * capacity_factor / num_experts)
     return torch.full((num_experts,), each, dtype=torch.int64)
+
+
+def has_quotas(num_tokens: int, topk: int, num_experts: int) -> bool:
+    """Return whether a rank has enough assignments for quotas: one for each expert at least."""
+    return num_tokens * topk >= num_experts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,8 +50,8 @@ class ScoreRecorder:
         self._directory = Path(directory)
         self._layers = None if layers is None else parse_numbers(layers)
         self._iterations = None if iterations is None else parse_numbers(iterations)
-        self._last = (-1, -1)
-        self._solves = 0
+        # Solves of each layer and iteration in the attempt at a global batch that is under way.
+        self._solves: Counter[tuple[int, int]] = Counter()
 
     def record(
         self,
@@ -66,12 +67,10 @@ class ScoreRecorder:
         for number, wanted in ((layer, self._layers), (iteration, self._iterations)):
             if wanted is not None and not any(number in numbers for numbers in wanted):
                 return
-        self._solves = self._solves + 1 if self._last == (layer, iteration) else 0
-        self._last = (layer, iteration)
+        solve = self._solves[layer, iteration]
+        self._solves[layer, iteration] += 1
         rank = dist.get_rank() if dist.is_initialized() else 0
-        name = (
-            f"iteration{iteration:05d}_layer{layer:03d}_rank{rank:03d}_solve{self._solves:03d}.pt"
-        )
+        name = f"iteration{iteration:05d}_layer{layer:03d}_rank{rank:03d}_solve{solve:03d}.pt"
         self._directory.mkdir(parents=True, exist_ok=True)
         arguments = {
             "scores": scores_TE.detach().cpu(),
@@ -84,3 +83,7 @@ class ScoreRecorder:
         unfinished = self._directory / f".{name}.{os.getpid()}"
         torch.save(arguments, unfinished)
         unfinished.rename(self._directory / name)
+
+    def end_attempt(self) -> None:
+        """Forget what was counted: a batch that is run again overwrites its files."""
+        self._solves.clear()

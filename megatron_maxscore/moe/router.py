@@ -9,30 +9,27 @@ Shape letters: T tokens of this rank, E experts, K experts per token.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
+import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.random import is_checkpointing
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_maxscore.flow.device import is_device
-from megatron_maxscore.moe import metrics, recording
-from megatron_maxscore.moe.config import (
-    VARIABLE_LENGTHS,
-    MaxScoreConfig,
-    check_transformer_config,
-)
-from megatron_maxscore.moe.evaluation import uses_flow
+from megatron_maxscore.moe import metrics, microbatches, plan, recompute, recording
+from megatron_maxscore.moe.config import MaxScoreConfig, check_transformer_config
+from megatron_maxscore.moe.counting import Pass, SolveStatistics
+from megatron_maxscore.moe.evaluation import check_no_cache, uses_flow
 from megatron_maxscore.moe.plan import RoutingPlan
-from megatron_maxscore.moe.quotas import capacities
 from megatron_maxscore.moe.recording import ScoreRecorder
-from megatron_maxscore.moe.scopes import Routed, Scope
+from megatron_maxscore.moe.scopes import Scope
 from megatron_maxscore.ops import soft_topk
 
 # Name of the buffer of running average prices, also in checkpoints.
@@ -41,54 +38,48 @@ PRICES_NAME = "expert_prices"
 BIAS_NAME = "expert_bias"
 
 
-@dataclass
-class SolveStatistics:
-    """What a router's solves did since the last reset.
+@dataclass(frozen=True)
+class _Decision:
+    """The experts of a routing call's tokens.
 
     Attributes:
-        solves: how many.
-        seconds: of the host in them.
-        largest_gap: a 0-dim tensor where it is still on the device.
-        bad_tokens: likewise.
+        experts_TK: (T, K) int64; int16 while a checkpointed pass waits to be recomputed.
+        plan: for the dispatcher, without the experts.
+        pass_: what it adds to prices and statistics; None outside of training.
     """
 
-    solves: int = 0
-    seconds: float = 0.0
-    largest_gap: float | Tensor = 0.0
-    bad_tokens: int | Tensor = 0
+    experts_TK: Tensor
+    plan: RoutingPlan
+    pass_: Pass | None = None
 
-    def see_gap(self, gap: Tensor) -> None:
-        """Take a solve's gap into account; in place, since a captured graph keeps the place."""
-        if not is_device(gap):
-            self.largest_gap = max(float(self.largest_gap), float(gap))
-        elif isinstance(self.largest_gap, Tensor):
-            torch.maximum(self.largest_gap, gap, out=self.largest_gap)
-        else:
-            self.largest_gap = gap.clamp(min=self.largest_gap)
+    def with_experts(self, dtype: torch.dtype) -> _Decision:
+        return _Decision(self.experts_TK.to(dtype), self.plan, self.pass_)
 
-    def see_bad(self, count: Tensor) -> None:
-        """Add a number of bad tokens, likewise."""
-        if not is_device(count):
-            self.bad_tokens += int(count)
-        elif isinstance(self.bad_tokens, Tensor):
-            self.bad_tokens.add_(count)
-        else:
-            self.bad_tokens = count + self.bad_tokens
 
-    def forget_solves(self) -> None:
-        """Begin to count solves anew."""
-        self.solves, self.seconds = 0, 0.0
-        if isinstance(self.largest_gap, Tensor):
-            self.largest_gap.zero_()
-        else:
-            self.largest_gap = 0.0
+@dataclass
+class _Call:
+    """A routing call that is under way, for what Megatron calls back.
 
-    def forget_bad(self) -> None:
-        """Begin to count bad tokens anew."""
-        if isinstance(self.bad_tokens, Tensor):
-            self.bad_tokens.zero_()
-        else:
-            self.bad_tokens = 0
+    Attributes:
+        padding_T: (T,) bool, True = padding.
+        batch_size: B.
+        bad_T: (T,) bool, tokens other than padding whose logits are not finite; None if none is.
+        is_reported: whether someone will raise an error if there are bad tokens. Otherwise their
+            gates are NaN, so that they are seen in the output.
+        logits_TE: (T, E) with the z-loss in its graph.
+        decision: what was chosen, None if a replay has chosen.
+    """
+
+    padding_T: Tensor | None
+    batch_size: int
+    bad_T: Tensor | None
+    is_reported: bool
+    logits_TE: Tensor | None = None
+    decision: _Decision | None = None
+
+
+# Megatron's routing function passes nothing on to what it calls back.
+_local = threading.local()
 
 
 def _with_pre_softmax(config: Any) -> Any:
@@ -158,7 +149,6 @@ class MaxScoreRouter(TopKRouter):
         pg_collection: Megatron's process groups; ``tp_ep`` gives the rank that rotates quotas.
         is_mtp_layer: whether this router belongs to a multi-token-prediction layer.
         maxscore: options; None reads the ``maxscore_*`` fields of ``config``.
-        plan: shared with the layer's dispatcher.
 
     Raises:
         ValueError: the configuration cannot be combined with MaxScore routing.
@@ -173,7 +163,6 @@ class MaxScoreRouter(TopKRouter):
         is_mtp_layer: bool = False,
         *,
         maxscore: MaxScoreConfig | None = None,
-        plan: RoutingPlan | None = None,
         **kwargs: Any,
     ) -> None:
         options = maxscore or MaxScoreConfig.from_transformer_config(config)
@@ -185,53 +174,88 @@ class MaxScoreRouter(TopKRouter):
         super().__init__(config, pg_collection, is_mtp_layer, **kwargs)
         self.options = options
         self.temperature = options.temperature_for(config)
-        self.plan = plan or RoutingPlan()
-        has_fixed_lengths = not any(getattr(config, name, False) for name in VARIABLE_LENGTHS)
-        self.scope = Scope(options, pg_collection, config.sequence_parallel, has_fixed_lengths)
+        self.scope = Scope(options, pg_collection, config.sequence_parallel)
+        # Of the attempt at a global batch that is under way, and of the last one that has ended.
         self.statistics = SolveStatistics()
+        self.last_statistics = SolveStatistics()
+        # Tokens in evaluation whose logits were not finite.
+        self.evaluated_bad_tokens = 0
         self.router_replay = _Selector(self, self.router_replay)
-        self.register_buffer(
-            PRICES_NAME,
-            torch.zeros(config.num_moe_experts, dtype=torch.float32, device=self.weight.device),
+        zeros_E = torch.zeros(
+            config.num_moe_experts, dtype=torch.float32, device=self.weight.device
         )
-        # Sum over the solves of the current global batch, and their number; never saved.
-        self.register_buffer("price_sum", torch.zeros_like(self.expert_prices), persistent=False)
-        self.price_count = 0
-        # Assignments of checkpointed forward passes, one per microbatch, for their recomputation.
-        self._forwarded: deque[Routed] = deque()
-        self._logits: Tensor | None = None
-        self._padding: Tensor | None = None
-        self._batch_size = 1
+        self.register_buffer(PRICES_NAME, zeros_E)
+        # Sum over the counted passes of the current global batch, and their number; never saved.
+        self.register_buffer("price_sum", zeros_E.clone(), persistent=False)
+        self.register_buffer("price_count", zeros_E.new_zeros(()), persistent=False)
+        # What the prices become when the optimizer has taken its step.
+        self.pending_prices: Tensor | None = None
+        # Set while a training step is under way that raises an error if tokens were bad or lost.
+        self.raises_bad_scores = False
         self._batches = 0
         self._recorder: ScoreRecorder | None = None
         if self.options.record_dir is not None:
             self._recorder = ScoreRecorder(
                 self.options.record_dir, self.options.record_layers, self.options.record_steps
             )
+        recompute.install()
+        microbatches.install()
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """Route (S, B, E) logits; see the base class.
 
         Returns:
             probs (T, E) of the logits' dtype, 0 where not routed, and routing_map (T, E) bool with
-            exactly k per row.
+            exactly k per row. Probabilities of tokens whose logits are not finite are NaN, unless
+            the training step raises an error for them.
         """
         # The first pipeline stage slices the mask for sequence parallelism, others get it whole.
         num_tokens = logits.shape[0] * logits.shape[1]
         if padding_mask is not None and padding_mask.numel() != num_tokens:
             padding_mask = self._own_part(padding_mask, num_tokens)
-        self._padding = None if padding_mask is None else padding_mask.reshape(-1)
-        self._batch_size = logits.shape[1]
-        logits = self._without_bad_scores(logits)
-        probs, routing_map = super().routing(logits, padding_mask=padding_mask, **kwargs)
-        self._logits = self._padding = None
-        self.plan.routing_map = routing_map
+        padding_T = None if padding_mask is None else padding_mask.reshape(-1)
+        # A pass without gradients, which ends in no training step, is reported by nobody.
+        may_count = recompute.is_first_run() or (torch.is_grad_enabled() and logits.requires_grad)
+        is_reported = self.training and self.raises_bad_scores and may_count
+        logits, bad_T = _without_bad_scores(logits, padding_T)
+        call = _Call(padding_T, logits.shape[1], bad_T, is_reported)
+        before, _local.call = getattr(_local, "call", None), call
+        try:
+            probs, routing_map = super().routing(logits, padding_mask=padding_mask, **kwargs)
+        finally:
+            _local.call = before
+        if call.decision is not None:
+            self._conclude(call.decision, probs, routing_map)
+        if bad_T is not None and not self.training:
+            self.evaluated_bad_tokens = self.evaluated_bad_tokens + bad_T.sum()
         return probs, routing_map
+
+    def _conclude(self, decision: _Decision, probs: Tensor, routing_map: Tensor) -> None:
+        """Tell the dispatcher what is known, and count the pass when its backward pass runs."""
+        # Megatron's dropping, which inference may switch on, changes the map.
+        if self.config.moe_expert_capacity_factor is None:
+            known = decision.plan
+            plan.attach(routing_map, dataclasses.replace(known, experts_TK=decision.experts_TK))
+        if decision.pass_ is not None and torch.is_grad_enabled() and probs.requires_grad:
+            probs.register_hook(functools.partial(self._count, decision.pass_))
+
+    def _count(self, pass_: Pass, gradient: Tensor) -> None:
+        """Add a pass, whose backward pass runs, to prices and statistics, once."""
+        if pass_.has_counted:
+            return
+        pass_.has_counted = True
+        self.statistics.add(pass_)
+        with torch.no_grad():
+            self.price_sum += pass_.prices_E
+            self.price_count += 1
 
     def apply_z_loss(self, logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Note the logits that carry the z-loss: gates must be made of them, or it is lost."""
-        self._logits = super().apply_z_loss(logits, *args, **kwargs)
-        return self._logits
+        logits = super().apply_z_loss(logits, *args, **kwargs)
+        call = getattr(_local, "call", None)
+        if call is not None:
+            call.logits_TE = logits
+        return logits
 
     def _own_part(self, padding_mask: Tensor, num_tokens: int) -> Tensor:
         ranks = self.tp_group.size()
@@ -241,27 +265,10 @@ class MaxScoreRouter(TopKRouter):
             )
         return padding_mask.chunk(ranks, dim=0)[self.tp_group.rank()]
 
-    def _without_bad_scores(self, logits: Tensor) -> Tensor:
-        """Replace non-finite logits by 0 and count their tokens.
-
-        Raising here would leave the other ranks waiting in the all-to-all; the count is reduced
-        over all ranks before the optimizer step, which then fails everywhere.
-        """
-        finite = torch.isfinite(logits.detach())
-        # On a device the answer stays there: waiting for it would hold up every layer.
-        if not is_device(finite) and bool(finite.all()):
-            return logits
-        # Evaluation takes no step, and recomputation sees the same scores a second time.
-        if self.training and self._recompute_pass() != "again":
-            bad_T = ~finite.all(-1).reshape(-1)
-            if self._padding is not None:
-                bad_T = bad_T & ~self._padding
-            self.statistics.see_bad(bad_T.sum())
-        return torch.where(finite, logits, 0.0)
-
     def _select(self, scores_TE: Tensor, replay: Any) -> tuple[Tensor, Tensor]:
-        assert self._logits is not None
-        logits_TE = self._logits
+        call: _Call = _local.call
+        logits_TE = call.logits_TE
+        assert logits_TE is not None
         wide_TE = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
         if self.options.gate == "soft_topk":
             gates_TE = soft_topk(wide_TE, self.topk, self.temperature, self.options.variant)
@@ -271,22 +278,23 @@ class MaxScoreRouter(TopKRouter):
         else:
             gates_TE = scores_TE
 
-        pass_ = self._recompute_pass()
-
         def choose(
             scores: Tensor, topk: int, num_groups: int | None = None, group_topk: int | None = None
         ) -> tuple[Tensor, Tensor]:
             with torch.no_grad():
-                experts_TK = self._experts(self._objective(wide_TE, gates_TE), pass_)
+                call.decision = self._decision(self._objective(wide_TE, gates_TE), call)
+            experts_TK = call.decision.experts_TK
             return scores.gather(1, experts_TK), experts_TK
 
         if replay is None:
             gates_TK, experts_TK = choose(gates_TE, self.topk)
         else:
             # Replayed experts need not meet the quotas; choose() says so when it is asked instead.
-            self.plan.forget()
             gates_TK, experts_TK = replay.get_replay_topk(gates_TE, self.topk, None, None, choose)
-        return self._shaped(gates_TK), experts_TK
+        gates_TK = self._shaped(gates_TK)
+        if call.bad_T is not None and not call.is_reported:
+            gates_TK = gates_TK.masked_fill(call.bad_T[:, None], math.nan)
+        return gates_TK, experts_TK
 
     def _shaped(self, gates_TK: Tensor) -> Tensor:
         """Return the chosen experts' gates, annealed and normalised if that is asked for."""
@@ -311,13 +319,6 @@ class MaxScoreRouter(TopKRouter):
             return recording.iteration_source() - 1
         return self._batches if self.training else math.inf
 
-    def _recompute_pass(self) -> str | None:
-        """Return "first" or "again" inside activation recomputation, else None."""
-        # A repeated MTP layer recomputes its calls in reverse order, so it solves again.
-        if not self.training or not is_checkpointing() or self.is_mtp_layer:
-            return None
-        return "again" if torch.is_grad_enabled() else "first"
-
     def _objective(self, logits_TE: Tensor, gates_TE: Tensor) -> Tensor:
         """Return what the flow maximises, (T, E)."""
         if self.options.objective == "logits":
@@ -327,48 +328,64 @@ class MaxScoreRouter(TopKRouter):
             return torch.softmax(logits_TE, dim=-1)
         return gates_TE
 
-    def _experts(self, scores_TE: Tensor, recompute_pass: str | None) -> Tensor:
-        """Return the (T, K) int64 experts by the rule in force."""
-        if not self.training and not uses_flow(self.options.eval_routing):
-            self.plan.forget()
-            biased_TE = scores_TE - self.expert_prices.to(scores_TE.dtype)
-            return biased_TE.topk(self.topk, dim=1).indices
-        if recompute_pass == "again" and self._forwarded:
-            routed = self._forwarded.popleft()
-        else:
-            routed = self._solve(scores_TE)
-            if recompute_pass == "first":
-                self._forwarded.append(routed)
-        self.plan.has_static_quotas, self.plan.loads_RE = routed.is_static, routed.loads_RE
-        self.plan.experts_TK = routed.experts_TK
-        return routed.experts_TK
+    def _decision(self, scores_TE: Tensor, call: _Call) -> _Decision:
+        """Return the experts for (T, E) scores; when a pass is recomputed, those it had."""
+        if not recompute.is_in_region():
+            return self._decide(scores_TE, call)
+        decide = lambda: self._decide(scores_TE, call).with_experts(torch.int16)  # noqa: E731
+        kept: _Decision = recompute.decide_once(self, decide)
+        return kept.with_experts(torch.int64)
 
-    def _solve(self, scores_TE: Tensor) -> Routed:
-        valid_T = None if self._padding is None else ~self._padding
-        if self._recorder is not None and self.training:
-            source = recording.iteration_source
-            iteration = self._batches + 1 if source is None else source()
-            num_tokens, num_experts = scores_TE.shape
-            capacity_E = capacities(
-                num_tokens, self.topk, num_experts, self.scope.rank, self.options.capacity_factor
-            )
-            self._recorder.record(
-                self.layer_number or 0, iteration, scores_TE, self.topk, capacity_E,
-                self.expert_prices, valid_T,
-            )  # fmt: skip
+    def _decide(self, scores_TE: Tensor, call: _Call) -> _Decision:
+        """Return the experts by the rule in force."""
+        if not self.training and not uses_flow(self.options.eval_routing):
+            biased_TE = scores_TE - self.expert_prices.to(scores_TE.dtype)
+            return _Decision(biased_TE.topk(self.topk, dim=1).indices, plan.UNKNOWN)
+        if not self.training:
+            check_no_cache()
+        valid_T = None if call.padding_T is None else ~call.padding_T
+        turn = None
+        if self.training:
+            turn = self._iteration() + microbatches.current()
+            self._record(scores_TE, valid_T)
         started = time.perf_counter()
         routed, solution = self.scope.solve(
-            scores_TE, self._batch_size, self.topk, self.expert_prices, valid_T, self.training
+            scores_TE, call.batch_size, self.topk, self.expert_prices, valid_T, turn
         )
-        if self.training:
-            seconds = time.perf_counter() - started
-            metrics.record(self, scores_TE, routed.experts_TK, valid_T, solution, seconds)
-            self.statistics.seconds += seconds
-            self.statistics.solves += 1
-            self.statistics.see_gap(solution.gap.max())
-            self.price_sum += solution.prices.reshape(-1, self.price_sum.numel()).mean(0)
-            self.price_count += 1
-        return routed
+        seconds = time.perf_counter() - started
+        known = RoutingPlan(
+            static=routed.static,
+            loads_RE=routed.loads_RE,
+            num_tokens=routed.num_tokens,
+            fits=routed.fits,
+            is_reported=call.is_reported,
+        )
+        if not self.training:
+            return _Decision(routed.experts_TK, known)
+        pass_ = Pass(
+            prices_E=solution.prices.reshape(-1, self.price_sum.numel()).mean(0),
+            gap=solution.gap.max(),
+            seconds=seconds,
+            bad_tokens=None if call.bad_T is None else call.bad_T.sum(),
+            lost_tokens=0 if routed.fits else scores_TE.shape[0],
+        )
+        if metrics.are_due():
+            pass_.values = metrics.measured(scores_TE, routed.experts_TK, valid_T, solution)
+            pass_.values["solve_ms"] = torch.tensor(1e3 * seconds)
+        return _Decision(routed.experts_TK, known, pass_)
+
+    def _iteration(self) -> int:
+        """Return the number of the current global batch, the same on all ranks."""
+        source = recording.iteration_source
+        return self._batches + 1 if source is None else source()
+
+    def _record(self, scores_TE: Tensor, valid_T: Tensor | None) -> None:
+        if self._recorder is None:
+            return
+        self._recorder.record(
+            self.layer_number or 0, self._iteration(), scores_TE, self.topk,
+            self.scope.capacity(scores_TE, self.topk, None), self.expert_prices, valid_T,
+        )  # fmt: skip
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Save; minus the prices too, as a stock router's bias, if that is asked for."""
@@ -389,12 +406,55 @@ class MaxScoreRouter(TopKRouter):
     def _maintain_float32_expert_bias(self) -> None:
         """Keep prices in float32 when a half-precision wrapper has converted the module."""
         super()._maintain_float32_expert_bias()
-        for name in (PRICES_NAME, "price_sum"):
+        for name in (PRICES_NAME, "price_sum", "price_count"):
             buffer = getattr(self, name, None)
             if buffer is not None and buffer.dtype != torch.float32:
                 buffer.data = buffer.data.float()
 
-    def begin_batch(self) -> None:
-        """Drop assignments kept for recomputation; a new global batch begins."""
-        self._forwarded.clear()
+    @property
+    def is_frozen(self) -> bool:
+        """Whether prices stay as they are, as Megatron's expert bias does then."""
+        return getattr(self, "frozen_expert_bias", False) or not self.weight.requires_grad
+
+    def end_attempt(self, pending_E: Tensor) -> None:
+        """End an attempt at a global batch; the next one starts from the same prices.
+
+        Args:
+            pending_E: (E,) float32 what prices become if the optimizer takes its step.
+        """
+        self.pending_prices = None if self.is_frozen else pending_E
+        self.last_statistics = self.statistics.take()
+        metrics.hand_in(self, self.last_statistics)
+        self.price_sum.zero_()
+        self.price_count.zero_()
+        if self._recorder is not None:
+            self._recorder.end_attempt()
+
+    def end_batch(self, has_stepped: bool = True) -> None:
+        """End a global batch: take the pending prices, if the optimizer has taken its step."""
+        if has_stepped and self.pending_prices is not None:
+            self.expert_prices.copy_(self.pending_prices)
+        self.pending_prices = None
         self._batches += 1
+
+
+def _without_bad_scores(logits: Tensor, padding_T: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Replace logits that are not finite by 0, so that experts can be chosen.
+
+    Raising here would leave the other ranks waiting in the all-to-all.
+
+    Args:
+        logits: (S, B, E).
+        padding_T: (T,) bool, padding, which may hold anything.
+
+    Returns:
+        The logits, and (T,) bool, which tokens had others; None if it is known that none had.
+    """
+    finite = torch.isfinite(logits.detach())
+    # On a device the answer stays there: waiting for it would hold up every layer.
+    if not is_device(finite) and bool(finite.all()):
+        return logits, None
+    bad_T = ~finite.all(-1).reshape(-1)
+    if padding_T is not None:
+        bad_T = bad_T & ~padding_T
+    return torch.where(finite, logits, 0.0), bad_T

@@ -15,6 +15,7 @@ experts per token, R ranks of ``tp_ep``.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +25,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_maxscore.flow import FlowSolution, solve
+from megatron_maxscore.flow.device import is_device
 from megatron_maxscore.flow.exchange import Exchange, exchange_of
 from megatron_maxscore.moe.config import MaxScoreConfig
-from megatron_maxscore.moe.quotas import capacities
+from megatron_maxscore.moe.plan import StaticLoads
+from megatron_maxscore.moe.quotas import capacities, has_quotas, own_quotas, quotas
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,17 @@ class Routed:
 
     Attributes:
         experts_TK: (T, K) int64.
-        loads_RE: (R, E) int64 what every rank of ``tp_ep`` dispatches, None if not known.
-        is_static: whether the loads are the quotas on every rank.
+        static: what every rank of ``tp_ep`` sends, if that is known without communication.
+        loads_RE: (R, E) int64 what every rank of ``tp_ep`` sends, None if not known.
+        fits: whether this rank's tokens fit into what the others expect of it.
+        num_tokens: how many tokens' assignments the others expect; None for as many as it has.
     """
 
     experts_TK: Tensor
+    static: StaticLoads | None
     loads_RE: Tensor | None
-    is_static: bool
+    fits: bool = True
+    num_tokens: int | None = None
 
 
 class Scope:
@@ -51,7 +58,6 @@ class Scope:
         options: MaxScore's options; scope, mode, capacity factor and tolerance count.
         pg_collection: Megatron's process groups ``tp``, ``tp_cp`` and ``tp_ep``.
         sequence_parallel: whether tensor-parallel ranks hold different tokens.
-        has_fixed_lengths: whether every rank has the number of tokens that the configuration says.
 
     Raises:
         ValueError: the collection lacks the group of the scope.
@@ -62,13 +68,11 @@ class Scope:
         options: MaxScoreConfig,
         pg_collection: Any,
         sequence_parallel: bool,
-        has_fixed_lengths: bool,
     ) -> None:
         self.options = options
         self._tp_ep = getattr(pg_collection, "tp_ep", None)
         self.rank = self._tp_ep.rank() if self._tp_ep is not None else 0
-        self._has_fixed_lengths = has_fixed_lengths
-        self._may_be_static = options.capacity_factor == 1.0 and has_fixed_lengths
+        self.ranks = self._tp_ep.size() if self._tp_ep is not None else 1
         self.group: Any = None
         if options.scope == "local":
             return
@@ -102,7 +106,7 @@ class Scope:
         topk: int,
         prices: Tensor,
         valid_T: Tensor | None,
-        is_training: bool,
+        turn: int | None,
     ) -> tuple[Routed, FlowSolution]:
         """Assign this rank's tokens; every rank of the scope's group must call it.
 
@@ -112,51 +116,117 @@ class Scope:
             topk: K.
             prices: (E,) warm start, the same on all ranks.
             valid_T: (T,) bool, False = padding, which gets experts too.
-            is_training: outside of it lengths may differ whatever the configuration says.
+            turn: number of the microbatch, the same on all ranks; None outside of training, where
+                lengths may differ whatever the configuration says.
         """
-        options = self.options
-        common: dict[str, Any] = dict(
-            prices=prices, fill_padding=True, tolerance=options.tolerance, mode=options.mode
-        )
         num_tokens, num_experts = scores_TE.shape
-        if options.scope == "local":
-            capacity_E = capacities(
-                num_tokens, topk, num_experts, self.rank, options.capacity_factor
-            )
+        static = None if turn is None else self._static(topk, num_experts, turn)
+        common: dict[str, Any] = dict(
+            prices=prices,
+            fill_padding=True,
+            tolerance=self.options.tolerance,
+            mode=self.options.mode,
+        )
+        if self.options.scope == "local":
+            capacity_E = self.capacity(scores_TE, topk, static)
             solution = solve(scores_TE, topk, capacity=capacity_E, valid=valid_T, **common)
-            return Routed(solution.experts, None, self._may_be_static and is_training), solution
+            fits = static is None or num_tokens <= static.num_tokens
+            return self._routed(solution.experts, static, None, fits), solution
+        if self._needs_equal_rows(scores_TE, turn) and num_tokens != self._fixed_tokens:
+            # The ranks exchange tensors of one size; this rank takes part with rows of zeros.
+            zeros = scores_TE.new_zeros(self._fixed_tokens, num_experts)
+            solution = self._solve_together(zeros, 1, topk, None, True, common)
+            experts_TK = scores_TE.topk(topk, dim=1).indices
+            loads_RE = self._loads(solution)
+            return Routed(experts_TK, None, loads_RE, False, self._fixed_tokens), solution
+        equal_rows = self._needs_equal_rows(scores_TE, turn)
+        solution = self._solve_together(scores_TE, batch_size, topk, valid_T, equal_rows, common)
+        experts_TK = solution.experts
+        if self.options.scope == "sequence":
+            experts_TK = experts_TK.transpose(0, 1).reshape(-1, topk)
+        if self._has_copies:
+            experts_TK = self._of_primary(exchange_of(self.group), experts_TK)
+        fits = True
+        if static is not None:
+            length = num_tokens // batch_size
+            most = batch_size * math.ceil(length * topk / num_experts)
+            fits = most <= static.num_tokens * topk // num_experts
+        return self._routed(experts_TK, static, self._loads(solution), fits), solution
+
+    @staticmethod
+    def _routed(
+        experts_TK: Tensor, static: StaticLoads | None, loads_RE: Tensor | None, fits: bool
+    ) -> Routed:
+        num_tokens = None if static is None else static.num_tokens
+        return Routed(experts_TK, static, loads_RE, fits, num_tokens)
+
+    def capacity(self, scores_TE: Tensor, topk: int, static: StaticLoads | None) -> Tensor:
+        """Return the (E,) int64 capacities of this rank's own problem.
+
+        Args:
+            scores_TE: (T, E).
+            topk: K.
+            static: what the other ranks expect this rank to send, None if they are told.
+        """
+        num_tokens, num_experts = scores_TE.shape
+        factor = self.options.capacity_factor
+        if static is not None and num_tokens <= static.num_tokens:
+            return quotas(static.num_tokens, topk, num_experts, self.rank, self.ranks, static.turn)
+        if factor == 1.0 and has_quotas(num_tokens, topk, num_experts):
+            return own_quotas(topk, scores_TE)
+        return capacities(num_tokens, topk, num_experts, self.rank, factor)
+
+    @property
+    def _fixed_tokens(self) -> int:
+        """Tokens of every microbatch on every rank, 0 if that is not known."""
+        return math.prod(self.options.fixed_shape or (0, 0))
+
+    def _static(self, topk: int, num_experts: int, turn: int) -> StaticLoads | None:
+        """Return the loads that every rank knows in advance, by the configuration alone."""
+        if self._fixed_tokens == 0 or self.options.capacity_factor != 1.0:
+            return None
+        assert self.options.fixed_shape is not None
+        if self.options.scope == "local":
+            is_static = has_quotas(self._fixed_tokens, topk, num_experts)
+        else:
+            # Sequences that a rank has to itself, and which are spread evenly.
+            is_whole = self.options.scope == "sequence" and self.group.size() == 1
+            is_static = is_whole and self.options.fixed_shape[0] * topk % num_experts == 0
+        return StaticLoads(self._fixed_tokens, turn) if is_static else None
+
+    def _needs_equal_rows(self, scores_TE: Tensor, turn: int | None) -> bool:
+        """Return whether the solve runs on the device, which exchanges tensors of one size."""
+        is_fixed = self._fixed_tokens > 0 and turn is not None and not self._has_copies
+        is_together = self.options.scope == "group" and self.options.mode == "bounded"
+        return is_fixed and is_together and is_device(scores_TE)
+
+    def _solve_together(
+        self,
+        scores_TE: Tensor,
+        batch_size: int,
+        topk: int,
+        valid_T: Tensor | None,
+        equal_rows: bool,
+        common: dict[str, Any],
+    ) -> FlowSolution:
+        """Solve over the ranks of the scope's group."""
         own = self._primary == self.group.rank()
         scores, valid = scores_TE, valid_T
-        if options.scope == "sequence":
-            scores = scores.reshape(-1, batch_size, num_experts).transpose(0, 1)
+        if self.options.scope == "sequence":
+            scores = scores.reshape(-1, batch_size, scores.shape[1]).transpose(0, 1)
             valid = None if valid is None else valid.reshape(-1, batch_size).T
         if not own:
             scores = scores[..., :0, :]
             valid = None if valid is None else valid[..., :0]
-        solution = solve(
+        return solve(
             scores.contiguous(),
             topk,
-            capacity_factor=options.capacity_factor,
+            capacity_factor=self.options.capacity_factor,
             group=self.group,
-            equal_rows=self._has_fixed_lengths and is_training and not self._has_copies,
+            equal_rows=equal_rows,
             valid=None if valid is None else valid.contiguous(),
             **common,
         )
-        experts_TK = solution.experts
-        if options.scope == "sequence":
-            experts_TK = experts_TK.transpose(0, 1).reshape(-1, topk)
-        if self._has_copies:
-            experts_TK = self._of_primary(exchange_of(self.group), experts_TK)
-        return Routed(
-            experts_TK,
-            self._loads(solution),
-            is_training and self._is_static(num_tokens // batch_size, topk, num_experts),
-        ), solution
-
-    def _is_static(self, length: int, topk: int, num_experts: int) -> bool:
-        """Return whether sequences that this rank has to itself are spread evenly."""
-        is_whole = self.options.scope == "sequence" and self.group.size() == 1
-        return is_whole and self._may_be_static and length * topk % num_experts == 0
 
     def _loads(self, solution: FlowSolution) -> Tensor | None:
         if self.options.scope == "group" and not self._has_copies:

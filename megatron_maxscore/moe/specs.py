@@ -106,8 +106,9 @@ def _begin() -> Any:
         args.moe_router_type = "maxscore"
         for item in dataclasses.fields(options):
             setattr(args, PREFIX + item.name, getattr(options, item.name))
-        install_layer_hook(options)
         begin(args)
+        # With what follows from the arguments.
+        install_layer_hook(MaxScoreConfig.from_transformer_config(args))
         if has_callable_specs():
             return _callable_spec
         from megatron.training.arguments import core_transformer_config_from_args

@@ -1,7 +1,11 @@
 """What happens once per global batch: bad scores become an error, prices are averaged.
 
-Two all-reduces per global batch: four int64 over the world, and layers times E + 1 float32 over
+Two all-reduces per global batch: two int64 over the world, and for every router E + 1 float32 over
 the ranks that hold replicas of the routers.
+
+In Megatron's training loop the end of the gradients may come several times, since a step can be run
+again; so :func:`end_attempt` may be called again too, and :func:`end_batch` comes once, after the
+optimizer step. An own loop calls :func:`average_prices`, which is both.
 """
 
 from __future__ import annotations
@@ -10,7 +14,6 @@ from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_maxscore.errors import CollectiveError
 from megatron_maxscore.moe.router import MaxScoreRouter
@@ -32,6 +35,10 @@ class BadScoresError(CollectiveError):
         self.where = where
 
 
+class LengthError(CollectiveError):
+    """Microbatches have other shapes than was declared; raised on every rank together."""
+
+
 def maxscore_routers(model: Iterable[torch.nn.Module]) -> list[MaxScoreRouter]:
     """Return the routers of a list of model chunks, in module order."""
     return [m for chunk in model for m in chunk.modules() if isinstance(m, MaxScoreRouter)]
@@ -40,8 +47,10 @@ def maxscore_routers(model: Iterable[torch.nn.Module]) -> list[MaxScoreRouter]:
 def raise_on_bad_scores(routers: Sequence[MaxScoreRouter], iteration: int) -> None:
     """Raise one error on all ranks if any router met NaN or infinite scores since the last call.
 
-    Every rank must call it, also one without routers. Communicates one all-reduce of one int64
-    over the world, and an object all-gather when there is something to report.
+    Also if a microbatch had more tokens than the fixed shape that was declared. Passes count when
+    their backward pass has run. Every rank must call it, also one without routers. Communicates one
+    all-reduce of two int64 over the world, and an object all-gather when there is something to
+    report.
 
     Args:
         routers: this rank's routers.
@@ -51,26 +60,38 @@ def raise_on_bad_scores(routers: Sequence[MaxScoreRouter], iteration: int) -> No
         BadScoresError: names iteration, layer, rank and count.
     """
     device = routers[0].expert_prices.device if routers else _default_device()
-    total = torch.zeros(1, dtype=torch.int64, device=device)
+    totals = torch.zeros(2, dtype=torch.int64, device=device)
     for router in routers:
-        total += router.statistics.bad_tokens
+        totals[0] += router.statistics.bad_tokens
+        totals[1] += router.statistics.lost_tokens
     if dist.is_initialized():
-        dist.all_reduce(total)
-    if int(total) == 0:
+        dist.all_reduce(totals)
+    bad, lost = totals.tolist()
+    if bad == lost == 0:
         return
-    own = [(router.layer_number, int(router.statistics.bad_tokens)) for router in routers]
+    own = [
+        (r.layer_number, int(r.statistics.bad_tokens), r.statistics.lost_tokens) for r in routers
+    ]
     everyone: list = [own]
     if dist.is_initialized():
         everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, own)
     for router in routers:
         router.statistics.forget_bad()
+    column = 1 if bad else 2
     where = "; ".join(
-        f"layer {layer} on rank {rank}: {count} tokens"
-        for rank, found in enumerate(everyone)
-        for layer, count in found
-        if count
+        f"layer {found[0]} on rank {rank}: {found[column]} tokens"
+        for rank, all_found in enumerate(everyone)
+        for found in all_found
+        if found[column]
     )
+    if not bad:
+        raise LengthError(
+            f"a microbatch of iteration {iteration} has another shape than every microbatch was "
+            f"said to have ({where}); the optimizer step was not taken. Add "
+            "--maxscore-fixed-shape 0 0, or leave fixed_shape out: ranks then tell each other how "
+            "many tokens they have"
+        )
     raise BadScoresError(f"router scores were NaN or infinite in iteration {iteration} ({where})")
 
 
@@ -81,19 +102,33 @@ def _default_device() -> torch.device:
 
 
 def average_prices(routers: Sequence[MaxScoreRouter]) -> None:
-    """Fold this global batch's mean prices into the running averages.
+    """Fold this global batch's mean prices into the running averages, for own training loops.
 
-    The mean is over microbatches and over the ranks that hold replicas (tensor, data and context
-    parallel), so every replica stays equal. One all-reduce of ``len(routers) * (E + 1)`` float32.
+    Call it once per global batch on all ranks, before or after the optimizer step. It is
+    :func:`end_attempt` and :func:`end_batch`.
+    """
+    end_attempt(routers)
+    end_batch(routers)
+
+
+def end_attempt(routers: Sequence[MaxScoreRouter]) -> None:
+    """End an attempt at a global batch: its mean prices wait for the optimizer step.
+
+    The mean is over counted passes and over the ranks that hold replicas (tensor, data and context
+    parallel), so every replica stays equal. One all-reduce of E + 1 float32 for each router. What
+    an earlier attempt at the same batch has left is replaced.
+
+    Args:
+        routers: this rank's routers, which may have different numbers of experts.
     """
     if not routers:
         return
-    packed: Tensor = torch.stack(
-        [torch.cat([r.price_sum, r.price_sum.new_tensor([float(r.price_count)])]) for r in routers]
-    )
+    parts = [part for r in routers for part in (r.price_sum, r.price_count.reshape(1))]
+    packed = torch.cat(parts)
     if dist.is_initialized():
         dist.all_reduce(packed, group=routers[0].tp_dp_cp_group)
-    for router, row in zip(routers, packed, strict=True):
+    rows = packed.split([r.price_sum.numel() + 1 for r in routers])
+    for router, row in zip(routers, rows, strict=True):
         mean_E = row[:-1] / row[-1].clamp(min=1.0)
         decay = router.options.price_decay
         # A buffer of zeros has no history: the first average is the first batch's.
@@ -101,7 +136,15 @@ def average_prices(routers: Sequence[MaxScoreRouter]) -> None:
         averaged_E = torch.where(
             started, decay * router.expert_prices + (1.0 - decay) * mean_E, mean_E
         )
-        router.expert_prices.copy_(torch.where(row[-1] > 0, averaged_E, router.expert_prices))
-        router.price_sum.zero_()
-        router.price_count = 0
-        router.begin_batch()
+        router.end_attempt(torch.where(row[-1] > 0, averaged_E, router.expert_prices))
+
+
+def end_batch(routers: Sequence[MaxScoreRouter], has_stepped: bool = True) -> None:
+    """End a global batch: prices that wait become the routers' prices.
+
+    Args:
+        routers: this rank's routers.
+        has_stepped: whether the optimizer has taken its step; otherwise prices stay.
+    """
+    for router in routers:
+        router.end_batch(has_stepped)

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_maxscore._patches import PatchSet
 from megatron_maxscore.moe.config import (
+    VARIABLE_LENGTHS,
     MaxScoreConfig,
     check_transformer_config,
     config_fields,
@@ -15,45 +16,50 @@ from megatron_maxscore.moe.config import (
 from megatron_maxscore.releases import names_bound_early
 
 # What a run writes, and how it evaluates, is not restored from the checkpoint of another.
-OF_THIS_RUN = ("maxscore_stats_", "maxscore_record_", "maxscore_export_", "maxscore_eval_")
+OF_THIS_RUN = (
+    "maxscore_stats_", "maxscore_record_", "maxscore_export_", "maxscore_eval_", "maxscore_fixed_",
+)  # fmt: skip
+# Options with which the number of tokens of a microbatch is not known in advance.
+_VARYING = (*VARIABLE_LENGTHS, "sft", "perform_rl_step", "rl_use_sequence_packing")
 
 
 def hook(patches: PatchSet) -> None:
     """Wrap parsing and validation of arguments, and what ``--use-checkpoint-args`` restores."""
     from megatron.training import arguments, checkpointing
 
-    for name, wrapper in (("parse_args", _with_short_errors), ("validate_args", _with_our_checks)):
-        patches.wrap(arguments, name, wrapper)
-        for module in names_bound_early(name):
-            patches.set(module, name, getattr(arguments, name))
+    patches.wrap(arguments, "add_megatron_arguments", _with_short_errors)
+    patches.wrap(arguments, "validate_args", _with_our_checks)
+    for module in names_bound_early("validate_args"):
+        patches.set(module, "validate_args", arguments.validate_args)
     patches.wrap(checkpointing, "load_args_from_checkpoint", _with_router_type)
 
 
 def _with_short_errors(original: Any) -> Any:
     """Argparse prints Megatron's several hundred flags before the error; we print the error."""
 
-    def error(self: argparse.ArgumentParser, message: str) -> None:
-        raise ValueError(message)
+    def add_megatron_arguments(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+        result = original(parser, *args, **kwargs)
 
-    def expand_help(self: argparse.HelpFormatter, action: argparse.Action) -> str:
-        try:
-            return expand(self, action)
-        except (ValueError, TypeError, KeyError):
-            # A per cent sign in one of Megatron's help texts would otherwise end --help.
-            return action.help or ""
+        def error(message: str) -> None:
+            raise ValueError(message)
 
-    expand = argparse.HelpFormatter._expand_help
+        parser.error = error  # type: ignore[method-assign, assignment]
+        parser.formatter_class = _type_of_formatter(parser.formatter_class)
+        return result
 
-    def parse_args(*args: Any, **kwargs: Any) -> Any:
-        during = PatchSet("argument errors")
-        during.set(argparse.ArgumentParser, "error", error)
-        during.set(argparse.HelpFormatter, "_expand_help", expand_help)
-        try:
-            return original(*args, **kwargs)
-        finally:
-            during.undo()
+    return add_megatron_arguments
 
-    return parse_args
+
+def _type_of_formatter(base: Any) -> Any:
+    class Formatter(base):
+        def _expand_help(self, action: argparse.Action) -> str:
+            try:
+                return str(super()._expand_help(action))
+            except (ValueError, TypeError, KeyError):
+                # A per cent sign in one of Megatron's help texts would otherwise end --help.
+                return action.help or ""
+
+    return Formatter
 
 
 def _with_our_checks(original: Any) -> Any:
@@ -86,6 +92,25 @@ def check_arguments(args: Any) -> None:
                 f"{args.num_experts}; lower --moe-router-topk"
             )
     _check_data_paths(args)
+    if args.moe_router_type == "maxscore" and args.maxscore_fixed_shape is None:
+        args.maxscore_fixed_shape = _fixed_shape(args)
+
+
+def _fixed_shape(args: Any) -> list[int]:
+    """Return what every rank routes in every microbatch, as Megatron's own loaders make them.
+
+    A script may cut batches shorter; the dispatcher then adds rows of zeros.
+    """
+    varies = any(getattr(args, name, False) for name in _VARYING)
+    # Scripts with a loader of their own, and layers that are given a part of the tokens at a time.
+    varies = varies or getattr(args, "dataloader_type", None) == "external"
+    varies = varies or (getattr(args, "mlp_chunks_for_training", None) or 1) > 1
+    if varies or args.seq_length is None or args.micro_batch_size is None:
+        return [0, 0]
+    split = args.context_parallel_size
+    if args.sequence_parallel:
+        split *= args.tensor_model_parallel_size
+    return [args.seq_length // split, args.micro_batch_size]
 
 
 def _check_data_paths(args: Any) -> None:

@@ -67,6 +67,7 @@ def _with_ours(original: Any) -> Any:
         ahead = arguments["iteration"] - int(getattr(get_args(), "curr_iteration", 0) or 0)
         if not _is_due(ahead):
             return original(*args, **kwargs)
+        metrics.give_to_tracker(float(arguments["loss_scale"]))
         names = arguments.get("track_names")
         if names is not None:
             arguments["track_names"] = [*([names] if isinstance(names, str) else names)]

@@ -1,16 +1,20 @@
 """Per-iteration statistics of the MoE layers, counted from dispatched tokens.
 
 With ``--maxscore-stats-file`` every MoE layer, MaxScore's or stock, notes what its dispatcher hands
-to the experts. Once per iteration three small all-reduces over the world sum it up, and rank 0
-appends a JSON line. Without the flag nothing is wrapped and nothing communicated.
+to the experts, once the backward pass of these tokens runs: scoring passes do not count, and
+recomputed ones count once. A global batch that is run again counts once too. Once per iteration
+three small all-reduces over the world sum it up, and rank 0 appends a JSON line. Without the flag
+nothing is wrapped and nothing communicated.
 
 Shape letters: L layers, E experts.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +30,7 @@ def hook(patches: PatchSet) -> None:
 
     watch = _Watch()
     patches.wrap(MoELayer, "__init__", watch.building_layers)
+    patches.wrap(training, "finalize_model_grads", watch.ending_attempts)
     patches.wrap(training, "train_step", watch.taking_steps)
 
 
@@ -39,14 +44,36 @@ def _stats_file() -> str | None:
         return None
 
 
+@dataclass
+class _Counts:
+    """What the layers' experts got in an attempt at a global batch.
+
+    Attributes:
+        loads_LE: (L, E) int64 tokens of each expert.
+        expected_L: (L,) int64 assignments that the routers made.
+        maxvio_L: (L,) float64 the largest of all passes, -1 without one.
+    """
+
+    loads_LE: torch.Tensor
+    expected_L: torch.Tensor
+    maxvio_L: torch.Tensor
+
+    @classmethod
+    def zeros(cls, num_layers: int, num_experts: int) -> _Counts:
+        return cls(
+            torch.zeros(num_layers, num_experts, dtype=torch.int64),
+            torch.zeros(num_layers, dtype=torch.int64),
+            torch.full((num_layers,), -1.0, dtype=torch.float64),
+        )
+
+
 class _Watch:
-    """Counts of one process since the last line was written."""
+    """Counts of one process: of the attempt that is under way, and of the last one that ended."""
 
     def __init__(self) -> None:
         self.layers: list[Any] = []
-        self.loads_LE: torch.Tensor | None = None
-        self.expected_L: torch.Tensor | None = None
-        self.maxvio_L: torch.Tensor | None = None
+        self.counts: _Counts | None = None
+        self.ended: _Counts | None = None
 
     def building_layers(self, original: Any) -> Any:
         def init(layer: Any, *args: Any, **kwargs: Any) -> None:
@@ -59,6 +86,14 @@ class _Watch:
                 )
 
         return init
+
+    def ending_attempts(self, original: Any) -> Any:
+        def finalize_model_grads(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            self.ended, self.counts = self.counts, None
+            return result
+
+        return finalize_model_grads
 
     def taking_steps(self, original: Any) -> Any:
         def train_step(*args: Any, **kwargs: Any) -> Any:
@@ -73,87 +108,105 @@ class _Watch:
         return train_step
 
     def _counting(self, layer: Any, dispatcher: Any, original: Any) -> Any:
-        from megatron.core.tensor_parallel.random import is_checkpointing
-
         def dispatch_postprocess(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
-            again = is_checkpointing() and torch.is_grad_enabled()
-            # Expert-tensor-parallel ranks see the same tokens: the first one counts.
-            if layer.training and not again:
-                self._count(layer, dispatcher, result[1])
+            tokens_MH, tokens_per_expert = result[0], result[1]
+            if layer.training and torch.is_grad_enabled() and tokens_MH.requires_grad:
+                noted = _Dispatched(
+                    tokens_per_expert.detach().cpu().to(torch.int64), _assignments(dispatcher)
+                )
+                tokens_MH.register_hook(functools.partial(self._count, layer, dispatcher, noted))
             return result
 
         return dispatch_postprocess
 
-    def _allocate(self, layer: Any) -> None:
+    def _count(
+        self, layer: Any, dispatcher: Any, noted: _Dispatched, gradient: torch.Tensor
+    ) -> None:
+        """Count a pass, whose backward pass runs, once."""
+        if noted.has_counted:
+            return
+        noted.has_counted = True
         config = layer.config
-        num_layers = config.num_layers + (config.mtp_num_layers or 0)
-        self.loads_LE = torch.zeros(num_layers, config.num_moe_experts, dtype=torch.int64)
-        self.expected_L = torch.zeros(num_layers, dtype=torch.int64)
-        self.maxvio_L = torch.full((num_layers,), -1.0, dtype=torch.float64)
-
-    def _count(self, layer: Any, dispatcher: Any, tokens_per_expert: torch.Tensor) -> None:
-        if self.loads_LE is None:
-            self._allocate(layer)
-        assert self.loads_LE is not None and self.expected_L is not None
-        assert self.maxvio_L is not None
-        config = layer.config
+        if self.counts is None:
+            num_layers = config.num_layers + (config.mtp_num_layers or 0)
+            self.counts = _Counts.zeros(num_layers, _most_experts(self.layers))
+        counts = self.counts
         index = layer.layer_number - 1 + (config.num_layers if layer.is_mtp_layer else 0)
-        count = tokens_per_expert.detach().cpu().to(torch.int64)
-        own = dispatcher.hidden_shape_before_permute[0] * config.moe_router_topk
-        self.expected_L[index] += own
+        counts.expected_L[index] += noted.assignments
         ranks = dispatcher.ep_size * dispatcher.tp_size
-        mean = own * ranks / config.num_moe_experts
+        mean = noted.assignments * ranks / config.num_moe_experts
         if mean > 0:
-            violation = float(count.max()) / mean - 1.0
-            self.maxvio_L[index] = max(float(self.maxvio_L[index]), violation)
+            violation = float(noted.count_E.max()) / mean - 1.0
+            counts.maxvio_L[index] = max(float(counts.maxvio_L[index]), violation)
+        # Expert-tensor-parallel ranks see the same tokens: the first one counts.
         if dispatcher.tp_rank == 0:
             first = dispatcher.local_expert_indices[0]
-            self.loads_LE[index, first : first + count.numel()] += count
+            counts.loads_LE[index, first : first + noted.count_E.numel()] += noted.count_E
 
     def _write(self, path: str, step_seconds: float) -> None:
         from megatron.training import get_args
 
         args = get_args()
-        num_layers = args.num_layers + (args.mtp_num_layers or 0)
-        if self.loads_LE is None:
+        counts = self.ended
+        if counts is None:
             # A pipeline stage without MoE layers takes part with zeros.
-            self.loads_LE = torch.zeros(num_layers, args.num_experts or 1, dtype=torch.int64)
-            self.expected_L = torch.zeros(num_layers, dtype=torch.int64)
-            self.maxvio_L = torch.full((num_layers,), -1.0, dtype=torch.float64)
-        assert self.expected_L is not None and self.maxvio_L is not None
+            num_layers = args.num_layers + (args.mtp_num_layers or 0)
+            counts = _Counts.zeros(num_layers, _most_experts(self.layers) or args.num_experts or 1)
         statistics = [
-            layer.router.statistics for layer in self.layers if hasattr(layer.router, "statistics")
+            layer.router.last_statistics
+            for layer in self.layers
+            if hasattr(layer.router, "last_statistics")
         ]
         seconds = sum(s.seconds for s in statistics)
         solves = sum(s.solves for s in statistics)
         gap = max((float(s.largest_gap) for s in statistics), default=0.0)
-        for s in statistics:
-            s.forget_solves()
-        counts = torch.cat([self.loads_LE.flatten(), self.expected_L, torch.tensor([solves])])
+        size = counts.loads_LE.numel()
+        integers = torch.cat([counts.loads_LE.flatten(), counts.expected_L, torch.tensor([solves])])
         sums = torch.tensor([seconds, step_seconds], dtype=torch.float64)
-        maxima = torch.cat([self.maxvio_L, torch.tensor([gap], dtype=torch.float64)])
+        maxima = torch.cat([counts.maxvio_L, torch.tensor([gap], dtype=torch.float64)])
         if dist.get_backend() == "nccl":
             device = torch.device("cuda", torch.cuda.current_device())
-            counts, sums, maxima = counts.to(device), sums.to(device), maxima.to(device)
-        dist.all_reduce(counts)
+            integers, sums, maxima = integers.to(device), sums.to(device), maxima.to(device)
+        dist.all_reduce(integers)
         dist.all_reduce(sums)
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
         if dist.get_rank() == 0:
-            loads_LE = counts[: self.loads_LE.numel()].reshape(self.loads_LE.shape).cpu()
-            expected_L = counts[self.loads_LE.numel() : -1].cpu()
+            loads_LE = integers[:size].reshape(counts.loads_LE.shape).cpu()
+            expected_L = integers[size:-1].cpu()
             line = {
                 "iteration": getattr(args, "curr_iteration", 0) + 1,
                 "loads": loads_LE.tolist(),
                 "dropped": (expected_L - loads_LE.sum(1)).tolist(),
                 "maxvio": maxima[:-1].cpu().tolist(),
                 "largest_gap": float(maxima[-1]),
-                "solves": int(counts[-1]),
+                "solves": int(integers[-1]),
                 "solve_seconds": float(sums[0]) / dist.get_world_size(),
                 "step_seconds": float(sums[1]) / dist.get_world_size(),
             }
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-        self.loads_LE.zero_()
-        self.expected_L.zero_()
-        self.maxvio_L.fill_(-1.0)
+        self.ended = None
+
+
+@dataclass
+class _Dispatched:
+    """One pass's tokens of each local expert, and how many assignments this rank made."""
+
+    count_E: torch.Tensor
+    assignments: int
+    has_counted: bool = False
+
+
+def _assignments(dispatcher: Any) -> int:
+    """Return how many assignments this rank's router has made, dropped ones included."""
+    from megatron_maxscore.moe.dispatcher import MaxScoreTokenDispatcher
+
+    if isinstance(dispatcher, MaxScoreTokenDispatcher) and dispatcher.is_filled:
+        return int(dispatcher.num_out_tokens)
+    return int(dispatcher.hidden_shape_before_permute[0] * dispatcher.config.moe_router_topk)
+
+
+def _most_experts(layers: list[Any]) -> int:
+    """Return the largest number of experts of these layers; 0 without layers."""
+    return max((layer.config.num_moe_experts for layer in layers), default=0)

@@ -1,7 +1,14 @@
-"""The end of a global batch: between the gradients and the optimizer step."""
+"""The end of a global batch: between the gradients and the optimizer step, and after it.
+
+Megatron may run a step's forward and backward passes several times before the optimizer takes its
+step (the rerun state machine, the retry of the paged stash). Every attempt ends in
+``finalize_model_grads``, where prices are averaged; what an earlier attempt has left is replaced.
+After ``train_step`` they become the routers' prices, if the optimizer has taken its step.
+"""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -11,17 +18,19 @@ from megatron_maxscore._run import is_rank_zero
 from megatron_maxscore.moe import recording
 from megatron_maxscore.moe.step import (
     BadScoresError,
-    average_prices,
+    end_attempt,
+    end_batch,
     maxscore_routers,
     raise_on_bad_scores,
 )
 
 
 def hook(patches: PatchSet) -> None:
-    """Wrap the function that finalizes gradients; the training loop reads it once, as a global."""
+    """Wrap the function that finalizes gradients and the one that takes a step."""
     from megatron.training import training
 
-    patches.wrap(training, "finalize_model_grads", _ending_batch)
+    patches.wrap(training, "finalize_model_grads", _ending_attempt)
+    patches.wrap(training, "train_step", _ending_batch)
     patches.set(recording, "iteration_source", _iteration)
 
 
@@ -37,12 +46,36 @@ def _iteration() -> int:
     return max(1, int(getattr(args, "iteration", None) or 0))
 
 
-def _ending_batch(original: Any) -> Any:
-    def finalize_model_grads(model: Any, *args: Any, **kwargs: Any) -> Any:
-        from megatron.training import get_args
+def _uses_maxscore() -> bool:
+    from megatron.training import get_args
 
-        arguments = get_args()
-        if arguments.moe_router_type != "maxscore":
+    return bool(get_args().moe_router_type == "maxscore")
+
+
+def _ending_batch(original: Any) -> Any:
+    signature = inspect.signature(original)
+
+    def train_step(*args: Any, **kwargs: Any) -> Any:
+        if not _uses_maxscore():
+            return original(*args, **kwargs)
+        routers = maxscore_routers(signature.bind(*args, **kwargs).arguments["model"])
+        for router in routers:
+            router.raises_bad_scores = True
+        try:
+            result = original(*args, **kwargs)
+        finally:
+            for router in routers:
+                router.raises_bad_scores = False
+        # The losses, and whether the optimizer has skipped its step.
+        end_batch(routers, has_stepped=not result[1])
+        return result
+
+    return train_step
+
+
+def _ending_attempt(original: Any) -> Any:
+    def finalize_model_grads(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _uses_maxscore():
             return original(model, *args, **kwargs)
         routers = maxscore_routers(model)
         skip = False
@@ -51,7 +84,7 @@ def _ending_batch(original: Any) -> Any:
             raise_on_bad_scores(routers, _iteration())
         except BadScoresError as error:
             # A dynamic loss scaler skips the step and lowers the scale, as for any overflow.
-            skip = bool(arguments.fp16) and arguments.loss_scale is None
+            skip = _has_dynamic_loss_scale()
             if not skip:
                 raise
             if is_rank_zero():
@@ -59,10 +92,17 @@ def _ending_batch(original: Any) -> Any:
         result = original(model, *args, **kwargs)
         if skip:
             _overflow(model)
-        average_prices(routers)
+        end_attempt(routers)
         return result
 
     return finalize_model_grads
+
+
+def _has_dynamic_loss_scale() -> bool:
+    from megatron.training import get_args
+
+    args = get_args()
+    return bool(args.fp16) and args.loss_scale is None
 
 
 def _overflow(model: Any) -> None:

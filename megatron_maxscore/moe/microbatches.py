@@ -1,0 +1,44 @@
+"""The number of the microbatch that Megatron's schedules are running.
+
+Quotas turn with it (:mod:`quotas`). All ranks that share experts run the same schedule, so they
+agree on it without communication. Replaced symbol: ``set_current_microbatch`` in
+``megatron.core.pipeline_parallel.schedules``.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from megatron_maxscore._patches import PatchSet
+
+# Two models in one process may run in two threads.
+_local = threading.local()
+_patches = PatchSet("MaxScore microbatches")
+
+
+def current() -> int:
+    """Return the number of the microbatch in its global batch, from 0; 0 without a schedule."""
+    number: int = getattr(_local, "number", 0)
+    return number
+
+
+def install() -> None:
+    """Follow Megatron's schedules; a second call does nothing."""
+    if not _patches:
+        from megatron.core.pipeline_parallel import schedules
+
+        _patches.wrap(schedules, "set_current_microbatch", _noting)
+
+
+def uninstall() -> None:
+    """Undo :func:`install`, for tests."""
+    _patches.undo()
+
+
+def _noting(original: Any) -> Any:
+    def set_current_microbatch(model: Any, microbatch_id: int) -> Any:
+        _local.number = int(microbatch_id)
+        return original(model, microbatch_id)
+
+    return set_current_microbatch
