@@ -41,6 +41,7 @@ sys.path.insert(0, str(ROOT))
 
 from megatron_maxscore.inference import (  # noqa: E402
     Decoder,
+    NotFiniteError,
     TrainedModel,
     add_arguments,
     restore,
@@ -187,13 +188,21 @@ def evaluate(
     rules = rules_of(trained)
     tallies = {rule: Tally() for rule in rules}
     divergence, same = 0.0, 0
+    failure = ""
     for batch in tqdm(batches, desc="evaluating", unit="batch", disable=None):
+        if failure:
+            break
         tokens, labels = sequences[batch, :-1], sequences[batch, 1:]
         found = []
         for rule in rules:
             tally = tallies[rule]
             with under(rule, trained), counting(trained, tally):
-                logits = trained.logits(tokens).cpu().log_softmax(-1)
+                try:
+                    logits = trained.logits(tokens).cpu().log_softmax(-1)
+                except NotFiniteError as error:
+                    # Raised below, on all ranks together.
+                    failure = str(error)
+                    break
             tally.loss -= float(logits.gather(2, labels[..., None]).double().sum())
             tally.tokens += labels.numel()
             tally.batches += 1
@@ -203,6 +212,12 @@ def evaluate(
             divergence += float((found[1].exp() * (found[1] - found[0])).double().sum())
             same += int((found[1].argmax(-1) == found[0].argmax(-1)).sum())
     comparison = {"divergence": divergence, "same": float(same)}
+    failures: list[Any] = [failure]
+    if ranks > 1:
+        failures = [None] * ranks
+        dist.all_gather_object(failures, failure, group=mpu.get_data_parallel_group())
+    if any(failures):
+        raise NotFiniteError(next(filter(None, failures)))
     if ranks > 1:
         _add_up(tallies, comparison, mpu.get_data_parallel_group())
     total = tallies[rules[0]].tokens
@@ -298,11 +313,26 @@ def main() -> int:
     if arguments.checkpoint is None and "--load" not in arguments.megatron:
         parser.error("give --checkpoint, or all of Megatron's arguments with --load after --")
     try:
-        trained = restore(arguments.checkpoint, arguments.megatron)
-        sequences = sequences_of(arguments.data, trained.args.seq_length)
+        result = evaluated(arguments)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if result is not None:
+        report(result)
+        if arguments.output is not None:
+            partial = arguments.output.with_suffix(".partial")
+            partial.write_text(json.dumps(result))
+            partial.replace(arguments.output)
+    return 0
+
+
+def evaluated(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """Restore the checkpoint and evaluate it; return the results on rank 0, None elsewhere."""
+    trained = restore(arguments.checkpoint, arguments.megatron)
+    sequences = sequences_of(arguments.data, trained.args.seq_length)
     if arguments.sequences is not None and arguments.sequences < len(sequences):
         # From everywhere: neighbours are of one document.
         places = torch.linspace(0, len(sequences) - 1, arguments.sequences).long()
@@ -318,14 +348,7 @@ def main() -> int:
     # Where tokens compete for capacity, decoding is another rule.
     if arguments.decode and "no drops" not in rules:
         result["decoding"] = decode(trained, sequences[: arguments.decode])
-    if dist.get_rank() == 0:
-        report(result)
-        if arguments.output is not None:
-            partial = arguments.output.with_suffix(".partial")
-            partial.write_text(json.dumps(result))
-            partial.replace(arguments.output)
-    dist.destroy_process_group()
-    return 0
+    return result if dist.get_rank() == 0 else None
 
 
 def report(result: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ study, to tell the flow within a batch from its prices; started by it.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -13,27 +14,28 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import pretrain_gpt  # noqa: E402
 
+from megatron_maxscore.moe.plan import UNKNOWN  # noqa: E402
 from megatron_maxscore.moe.router import MaxScoreRouter  # noqa: E402
 
-_experts = MaxScoreRouter._experts
+_decide = MaxScoreRouter._decide
 
 
-def experts_by_prices(self, scores, recompute_pass):
+def decide_by_prices(self, scores, call):
     """Solve for the prices, and choose by those of the batches before.
 
     Args:
         self: the router.
         scores: (T, E).
-        recompute_pass: as for the router.
+        call: as for the router.
     """
-    experts = _experts(self, scores, recompute_pass)
+    decision = _decide(self, scores, call)
     if not self.training:
-        return experts
-    self.plan.forget()
-    return (scores - self.expert_prices.to(scores.dtype)).topk(self.topk, dim=1).indices
+        return decision
+    experts = (scores - self.expert_prices.to(scores.dtype)).topk(self.topk, dim=1).indices
+    return replace(decision, experts_TK=experts, plan=UNKNOWN)
 
 
-MaxScoreRouter._experts = experts_by_prices
+MaxScoreRouter._decide = decide_by_prices
 
 if __name__ == "__main__":
     pretrain_gpt.main()

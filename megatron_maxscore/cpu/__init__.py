@@ -9,6 +9,7 @@ them, and both may be called twice. What is answered is listed by module:
 * :mod:`~megatron_maxscore.cpu.streams` -- streams, events, synchronisation
 * :mod:`~megatron_maxscore.cpu.rng` -- the CUDA generator and Megatron's RNG tracker
 * :mod:`~megatron_maxscore.cpu.collectives` -- the backend name and gloo's gaps
+* :mod:`~megatron_maxscore.cpu.processes` -- spawned processes and data loaders
 * :mod:`~megatron_maxscore.cpu.megatron_fixes` -- symbols of Megatron that assume a GPU build
 
 It knows nothing of MaxScore: ``python -m megatron_maxscore.cpu SCRIPT ARGS`` runs stock Megatron.
@@ -22,7 +23,14 @@ import sys
 import torch
 
 from megatron_maxscore._patches import PatchSet
-from megatron_maxscore.cpu import collectives, devices, megatron_fixes, rng, streams
+from megatron_maxscore.cpu import (
+    collectives,
+    devices,
+    megatron_fixes,
+    processes,
+    rng,
+    streams,
+)
 
 _patches = PatchSet("CPU mode")
 
@@ -45,7 +53,7 @@ def enable() -> None:
         return
     # torch.compile on these wrappers gains nothing on CPU and costs seconds of start-up.
     _compile(False)
-    for part in (devices, streams, rng, collectives, megatron_fixes):
+    for part in (devices, streams, rng, collectives, processes, megatron_fixes):
         for answer in part.ANSWERS:
             answer(_patches)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -18,9 +19,13 @@ def answer_init(patches: PatchSet) -> None:
     """``init_process_group('nccl')`` makes a gloo group on no device."""
 
     def make(original: Any) -> Any:
-        def init_process_group(backend: Any = None, *args: Any, **kwargs: Any) -> Any:
-            kwargs.pop("device_id", None)
-            return original("gloo" if backend is None else _gloo(backend), *args, **kwargs)
+        signature = inspect.signature(original)
+
+        def init_process_group(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs).arguments
+            given.pop("device_id", None)
+            backend = given.pop("backend", None)
+            return original("gloo" if backend is None else _gloo(backend), **given)
 
         return init_process_group
 
@@ -36,10 +41,14 @@ def answer_new_group(patches: PatchSet) -> None:
     groups: dict[tuple[int, ...], Any] = {}
 
     def make(original: Any) -> Any:
-        def new_group(ranks: Any = None, *args: Any, **kwargs: Any) -> Any:
+        signature = inspect.signature(original)
+
+        def new_group(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs).arguments
+            ranks = given.get("ranks")
             key = tuple(range(dist.get_world_size())) if ranks is None else tuple(sorted(ranks))
             if key not in groups:
-                timeout = kwargs.get("timeout")
+                timeout = given.get("timeout")
                 groups[key] = original(list(key), timeout=timeout, backend="gloo")
             return groups[key]
 
@@ -62,9 +71,12 @@ def answer_barrier(patches: PatchSet) -> None:
     """Barriers take no device."""
 
     def make(original: Any) -> Any:
+        signature = inspect.signature(original)
+
         def barrier(*args: Any, **kwargs: Any) -> Any:
-            kwargs.pop("device_ids", None)
-            return original(*args, **kwargs)
+            given = signature.bind(*args, **kwargs).arguments
+            given.pop("device_ids", None)
+            return original(**given)
 
         return barrier
 
@@ -112,40 +124,74 @@ def answer_uneven(patches: PatchSet) -> None:
 
     def make_gather(original: Any) -> Any:
         def all_gather(
-            outputs: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, **kwargs: Any
+            tensor_list: list[torch.Tensor],
+            tensor: torch.Tensor,
+            group: Any = None,
+            async_op: bool = False,
         ) -> Any:
-            if len({t.shape for t in outputs}) == 1:
-                return original(outputs, tensor, group=group, **kwargs)
-            received = tensor.new_empty((sum(sizes(outputs)), *tensor.shape[1:]))
-            sent = torch.cat([tensor] * len(outputs))
-            own = [tensor.shape[0]] * len(outputs)
-            dist.all_to_all_single(received, sent, sizes(outputs), own, group=group)
-            for output, part in zip(outputs, received.split(sizes(outputs)), strict=True):
+            if len({t.shape for t in tensor_list}) == 1:
+                return original(tensor_list, tensor, group=group, async_op=async_op)
+            received = tensor.new_empty((sum(sizes(tensor_list)), *tensor.shape[1:]))
+            sent = torch.cat([tensor] * len(tensor_list))
+            own = [tensor.shape[0]] * len(tensor_list)
+            dist.all_to_all_single(received, sent, sizes(tensor_list), own, group=group)
+            for output, part in zip(tensor_list, received.split(sizes(tensor_list)), strict=True):
                 output.copy_(part)
-            return None
+            return _Done(tensor_list) if async_op else None
 
         return all_gather
 
     def make_scatter(original: Any) -> Any:
         def reduce_scatter(
             output: torch.Tensor,
-            inputs: list[torch.Tensor],
+            input_list: list[torch.Tensor],
             op: Any = dist.ReduceOp.SUM,
             group: Any = None,
-            **kwargs: Any,
+            async_op: bool = False,
         ) -> Any:
-            if len({t.shape for t in inputs}) == 1 or op != dist.ReduceOp.SUM:
-                return original(output, inputs, op=op, group=group, **kwargs)
-            received = output.new_empty((len(inputs) * output.shape[0], *output.shape[1:]))
-            own = [output.shape[0]] * len(inputs)
-            dist.all_to_all_single(received, torch.cat(inputs), own, sizes(inputs), group=group)
-            output.copy_(received.reshape(len(inputs), *output.shape).sum(0))
-            return None
+            if len({t.shape for t in input_list}) == 1 or op != dist.ReduceOp.SUM:
+                return original(output, input_list, op=op, group=group, async_op=async_op)
+            ranks = len(input_list)
+            received = output.new_empty((ranks * output.shape[0], *output.shape[1:]))
+            own = [output.shape[0]] * ranks
+            sent = torch.cat(input_list)
+            dist.all_to_all_single(received, sent, own, sizes(input_list), group=group)
+            output.copy_(received.reshape(ranks, *output.shape).sum(0))
+            return _Done([output]) if async_op else None
 
         return reduce_scatter
 
     patches.wrap(dist, "all_gather", make_gather)
     patches.wrap(dist, "reduce_scatter", make_scatter)
+
+
+class _Done:
+    """A collective that was asked for with ``async_op`` and is done."""
+
+    def __init__(self, result: list[torch.Tensor]) -> None:
+        self._result = result
+
+    def wait(self, timeout: Any = None) -> bool:
+        """Return at once."""
+        return True
+
+    def is_completed(self) -> bool:
+        """Return that it is done."""
+        return True
+
+    def is_success(self) -> bool:
+        """Return that it has not failed."""
+        return True
+
+    def result(self) -> list[torch.Tensor]:
+        """Return the output tensors."""
+        return self._result
+
+    def get_future(self) -> torch.futures.Future:
+        """Return a future that is done."""
+        future: torch.futures.Future = torch.futures.Future()
+        future.set_result(self._result)
+        return future
 
 
 ANSWERS = (answer_init, answer_new_group, answer_barrier, answer_splits, answer_uneven)

@@ -36,6 +36,7 @@ def answer_queries(patches: PatchSet) -> None:
     an ordering of launches that the CPU has anyway.
     """
     count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    own = int(os.environ.get("LOCAL_RANK", "0"))
     properties = SimpleNamespace(
         name="cpu", major=10, minor=0, total_memory=0, multi_processor_count=1
     )
@@ -44,9 +45,7 @@ def answer_queries(patches: PatchSet) -> None:
         "is_initialized": lambda: True,
         "init": lambda: None,
         "device_count": lambda: count,
-        # A torch.device and not an index: it is passed on as a device argument, also inside
-        # backward passes on other threads.
-        "current_device": lambda: CPU,
+        "current_device": lambda: own,
         "set_device": lambda device: None,
         "get_device_name": lambda device=None: "cpu",
         "get_device_capability": lambda device=None: (10, 0),

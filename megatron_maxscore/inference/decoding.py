@@ -25,13 +25,14 @@ class Decoder:
         max_length: tokens per sequence that fit.
 
     Raises:
-        ValueError: the model is split into pipeline stages.
+        ValueError: the model is split into pipeline stages, or routes by the flow.
     """
 
     def __init__(self, trained: TrainedModel, batch_size: int, max_length: int) -> None:
         from megatron.core.inference.contexts import StaticInferenceContext
 
         trained.check_is_whole()
+        self._check_rule(trained)
         self.trained = trained
         self.length = 0
         self.max_length = max_length
@@ -49,8 +50,10 @@ class Decoder:
             (B, V) logits, in float32 at least, of what follows the last of them.
 
         Raises:
-            ValueError: they do not fit, or are several after the first call.
+            ValueError: they do not fit, or are several after the first call; or the model routes by
+                the flow now.
         """
+        self._check_rule(self.trained)
         count = tokens_BS.shape[1]
         if self.length and count > 1:
             raise ValueError(
@@ -76,6 +79,14 @@ class Decoder:
         self._context.sequence_len_offset += count
         self.length += count
         return self.trained.wide(logits[:, -1])
+
+    @staticmethod
+    def _check_rule(trained: TrainedModel) -> None:
+        from megatron_maxscore.moe.evaluation import NO_FLOW_WITH_CACHE, uses_flow
+        from megatron_maxscore.moe.step import maxscore_routers
+
+        if any(uses_flow(r.options.eval_routing) for r in maxscore_routers([trained.model])):
+            raise ValueError(NO_FLOW_WITH_CACHE)
 
 
 def sample(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import os
@@ -37,8 +38,14 @@ FURTHER = (
     "use_rope_scaling", "rope_scaling_factor", "attention_softmax_in_fp32",
     "apply_residual_connection_post_layernorm", "window_size", "softmax_type", "glu_linear_offset",
     "activation_func_clamp_value", "moe_shared_expert_gate", "multi_latent_attention", "bf16",
-    "fp16", "tokenizer_type", "tokenizer_model", "micro_batch_size",
+    "fp16", "micro_batch_size",
 )  # fmt: skip
+# What of the tokenizer's arguments is decided anew: whether a tokenizer may run code of its own.
+_NOT_RESTORED = ("trust_remote_code",)
+
+
+class NotFiniteError(ValueError):
+    """A model computes logits that are NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +87,27 @@ class TrainedModel:
             )
 
     def wide(self, logits: Tensor) -> Tensor:
-        """Return logits without those that pad the vocabulary, in float32 at least."""
+        """Return logits without those that pad the vocabulary, in float32 at least.
+
+        Raises:
+            NotFiniteError: some are NaN or infinite; names how many router scores were.
+        """
         logits = logits[..., : self.tokenizer.vocab_size]
+        if not bool(torch.isfinite(logits).all()):
+            raise NotFiniteError(self._why_not_finite())
         return logits if logits.dtype == torch.float64 else logits.float()
+
+    def _why_not_finite(self) -> str:
+        from megatron_maxscore.moe.step import maxscore_routers
+
+        found = []
+        for router in maxscore_routers([self.model]):
+            count = int(router.evaluated_bad_tokens)
+            router.evaluated_bad_tokens = 0
+            if count:
+                found.append(f"layer {router.layer_number}: {count} tokens")
+        where = f" (router scores are, in {', '.join(found)})" if found else ""
+        return f"the model's logits are NaN or infinite{where}; use an earlier checkpoint"
 
 
 def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -105,8 +130,8 @@ def restore(checkpoint: str | Path | None, arguments: Sequence[str] = ()) -> Tra
 
     Args:
         checkpoint: directory that ``--save`` wrote. The model's shape and our options come from it,
-            as far as Megatron's ``--use-checkpoint-args`` goes, and :data:`FURTHER`; a tokenizer
-            too, unless ``--tokenizer-model`` names one. None: ``arguments`` say everything,
+            as far as Megatron's ``--use-checkpoint-args`` goes, and :data:`FURTHER`, and the
+            tokenizer's arguments, except those that are given. None: ``arguments`` say everything,
             ``--load`` included.
         arguments: further arguments of Megatron's, such as parallel sizes.
 
@@ -173,17 +198,20 @@ def _become_a_rank() -> None:
 
 
 def _parsed(parse: Any) -> Any:
-    """Parse arguments; with ``--use-checkpoint-args`` restore :data:`FURTHER` too."""
+    """Parse arguments; with ``--use-checkpoint-args`` restore more of them."""
     from megatron.training import arguments, checkpointing
+    from megatron.training.config import TokenizerConfig
 
     defaults = arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    of_tokenizer = {field.name for field in dataclasses.fields(TokenizerConfig)}
+    further = [*FURTHER, *sorted(of_tokenizer - set(_NOT_RESTORED))]
     during = PatchSet("arguments of a checkpoint")
 
     def with_further(original: Any) -> Any:
         def load_args_from_checkpoint(args: Any, *rest: Any, **kwargs: Any) -> Any:
             result = original(args, *rest, **kwargs)
             if isinstance(result, tuple):
-                for name in FURTHER:
+                for name in further:
                     is_default = getattr(args, name, None) == defaults.get_default(name)
                     if hasattr(args, name) and hasattr(result[1], name) and is_default:
                         setattr(args, name, getattr(result[1], name))

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_maxscore._patches import PatchSet
+from megatron_maxscore.flow import MAX_EXPERTS
 from megatron_maxscore.moe.recording import parse_numbers
 from megatron_maxscore.releases import graphed_modules
 
@@ -218,10 +219,15 @@ def check_transformer_config(config: Any, options: MaxScoreConfig) -> None:
     who = "--moe-router-type maxscore"
     if num_experts is None:
         raise ValueError(f"{who} needs experts; add --num-experts")
-    if topk > num_experts:
+    if topk is None or not 1 <= topk <= num_experts:
         raise ValueError(
-            f"--moe-router-topk {topk} is more than --num-experts {num_experts}; "
-            "a token takes distinct experts, lower --moe-router-topk"
+            f"--moe-router-topk {topk} must lie between 1 and --num-experts {num_experts}: a token "
+            "takes so many distinct experts"
+        )
+    if num_experts > MAX_EXPERTS:
+        raise ValueError(
+            f"{who} takes at most {MAX_EXPERTS} experts, --num-experts is {num_experts}; lower it, "
+            "or use --moe-router-type topk"
         )
     balancing = get("moe_router_load_balancing_type")
     for name in [balancing] if isinstance(balancing, str) else balancing or []:
@@ -275,6 +281,7 @@ def check_transformer_config(config: Any, options: MaxScoreConfig) -> None:
             f"--maxscore-gate soft_topk replaces --moe-router-score-function {score_function}; "
             "use --maxscore-gate score, or leave the score function at softmax"
         )
+    _check_gates_can_learn(topk, num_experts, score_function, get, options)
     if options.export_bias and (
         score_function not in ("sigmoid", "sqrtsoftplus")
         or (options.gate, options.objective) != ("score", "scores")
@@ -296,6 +303,31 @@ def check_transformer_config(config: Any, options: MaxScoreConfig) -> None:
         raise ValueError(
             f"{who} cannot be captured in Megatron's CUDA graphs yet; use "
             "--cuda-graph-modules attn (before megatron-core 0.18 --cuda-graph-scope attn)"
+        )
+
+
+def _check_gates_can_learn(
+    topk: int, num_experts: int, score_function: Any, get: Any, options: MaxScoreConfig
+) -> None:
+    """Refuse gates that are 1 whatever the router's weight is, which then gets no gradient."""
+    if options.normalize_gates and topk == 1:
+        raise ValueError(
+            "--maxscore-normalize-gates cannot be combined with --moe-router-topk 1: a token's "
+            "only gate over itself is always 1, and the router learns nothing; leave it out"
+        )
+    is_softmax = score_function in (None, "softmax")
+    if options.gate == "score" and is_softmax and topk == 1 and not get("moe_router_pre_softmax"):
+        raise ValueError(
+            "--maxscore-gate score cannot be combined with --moe-router-topk 1 and a softmax over "
+            "the chosen expert, which is always 1; add --moe-router-pre-softmax, or use "
+            "--maxscore-gate soft_topk"
+        )
+    is_plain = options.gate == "soft_topk" and options.variant == "bientropic"
+    if is_plain and topk == num_experts:
+        raise ValueError(
+            f"--moe-router-topk {topk} takes all --num-experts {num_experts} experts, for which "
+            "--maxscore-variant bientropic makes every gate 1, and the router learns nothing; "
+            "lower --moe-router-topk, or use --maxscore-gate score"
         )
 
 

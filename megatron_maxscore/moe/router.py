@@ -64,6 +64,7 @@ class _Call:
         padding_T: (T,) bool, True = padding.
         batch_size: B.
         bad_T: (T,) bool, tokens other than padding whose logits are not finite; None if none is.
+        may_count: whether a backward pass may follow.
         is_reported: whether someone will raise an error if there are bad tokens. Otherwise their
             gates are NaN, so that they are seen in the output.
         logits_TE: (T, E) with the z-loss in its graph.
@@ -73,6 +74,7 @@ class _Call:
     padding_T: Tensor | None
     batch_size: int
     bad_T: Tensor | None
+    may_count: bool
     is_reported: bool
     logits_TE: Tensor | None = None
     decision: _Decision | None = None
@@ -218,7 +220,7 @@ class MaxScoreRouter(TopKRouter):
         may_count = recompute.is_first_run() or (torch.is_grad_enabled() and logits.requires_grad)
         is_reported = self.training and self.raises_bad_scores and may_count
         logits, bad_T = _without_bad_scores(logits, padding_T)
-        call = _Call(padding_T, logits.shape[1], bad_T, is_reported)
+        call = _Call(padding_T, logits.shape[1], bad_T, may_count, is_reported)
         before, _local.call = getattr(_local, "call", None), call
         try:
             probs, routing_map = super().routing(logits, padding_mask=padding_mask, **kwargs)
@@ -347,7 +349,11 @@ class MaxScoreRouter(TopKRouter):
         turn = None
         if self.training:
             turn = self._iteration() + microbatches.current()
-            self._record(scores_TE, valid_T)
+            if self._recorder is not None and call.may_count:
+                self._recorder.record(
+                    self.layer_number or 0, self._iteration(), scores_TE, self.topk,
+                    self.scope.capacity(scores_TE, self.topk, turn), self.expert_prices, valid_T,
+                )  # fmt: skip
         started = time.perf_counter()
         routed, solution = self.scope.solve(
             scores_TE, call.batch_size, self.topk, self.expert_prices, valid_T, turn
@@ -378,14 +384,6 @@ class MaxScoreRouter(TopKRouter):
         """Return the number of the current global batch, the same on all ranks."""
         source = recording.iteration_source
         return self._batches + 1 if source is None else source()
-
-    def _record(self, scores_TE: Tensor, valid_T: Tensor | None) -> None:
-        if self._recorder is None:
-            return
-        self._recorder.record(
-            self.layer_number or 0, self._iteration(), scores_TE, self.topk,
-            self.scope.capacity(scores_TE, self.topk, None), self.expert_prices, valid_T,
-        )  # fmt: skip
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Save; minus the prices too, as a stock router's bias, if that is asked for."""

@@ -120,7 +120,7 @@ class Scope:
                 lengths may differ whatever the configuration says.
         """
         num_tokens, num_experts = scores_TE.shape
-        static = None if turn is None else self._static(topk, num_experts, turn)
+        static = self._static(topk, num_experts, turn)
         common: dict[str, Any] = dict(
             prices=prices,
             fill_padding=True,
@@ -128,7 +128,7 @@ class Scope:
             mode=self.options.mode,
         )
         if self.options.scope == "local":
-            capacity_E = self.capacity(scores_TE, topk, static)
+            capacity_E = self.capacity(scores_TE, topk, turn)
             solution = solve(scores_TE, topk, capacity=capacity_E, valid=valid_T, **common)
             fits = static is None or num_tokens <= static.num_tokens
             return self._routed(solution.experts, static, None, fits), solution
@@ -160,15 +160,16 @@ class Scope:
         num_tokens = None if static is None else static.num_tokens
         return Routed(experts_TK, static, loads_RE, fits, num_tokens)
 
-    def capacity(self, scores_TE: Tensor, topk: int, static: StaticLoads | None) -> Tensor:
+    def capacity(self, scores_TE: Tensor, topk: int, turn: int | None) -> Tensor:
         """Return the (E,) int64 capacities of this rank's own problem.
 
         Args:
             scores_TE: (T, E).
             topk: K.
-            static: what the other ranks expect this rank to send, None if they are told.
+            turn: as for :meth:`solve`.
         """
         num_tokens, num_experts = scores_TE.shape
+        static = self._static(topk, num_experts, turn)
         factor = self.options.capacity_factor
         if static is not None and num_tokens <= static.num_tokens:
             return quotas(static.num_tokens, topk, num_experts, self.rank, self.ranks, static.turn)
@@ -181,9 +182,9 @@ class Scope:
         """Tokens of every microbatch on every rank, 0 if that is not known."""
         return math.prod(self.options.fixed_shape or (0, 0))
 
-    def _static(self, topk: int, num_experts: int, turn: int) -> StaticLoads | None:
+    def _static(self, topk: int, num_experts: int, turn: int | None) -> StaticLoads | None:
         """Return the loads that every rank knows in advance, by the configuration alone."""
-        if self._fixed_tokens == 0 or self.options.capacity_factor != 1.0:
+        if turn is None or self._fixed_tokens == 0 or self.options.capacity_factor != 1.0:
             return None
         assert self.options.fixed_shape is not None
         if self.options.scope == "local":

@@ -95,6 +95,25 @@ def raise_on_bad_scores(routers: Sequence[MaxScoreRouter], iteration: int) -> No
     raise BadScoresError(f"router scores were NaN or infinite in iteration {iteration} ({where})")
 
 
+def evaluated_bad_tokens(routers: Sequence[MaxScoreRouter]) -> int:
+    """Return how many tokens in evaluation had NaN or infinite router scores, and begin anew.
+
+    Of all ranks and layers since the last call. Every rank must call it; one all-reduce of an int64
+    over the world.
+
+    Args:
+        routers: this rank's routers.
+    """
+    device = routers[0].expert_prices.device if routers else _default_device()
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    for router in routers:
+        total += router.evaluated_bad_tokens
+        router.evaluated_bad_tokens = 0
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return int(total)
+
+
 def _default_device() -> torch.device:
     if dist.is_initialized() and dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())

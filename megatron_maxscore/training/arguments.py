@@ -81,6 +81,8 @@ def check_arguments(args: Any) -> None:
         check_transformer_config(args, options)
     if args.num_experts is not None:
         parallel = args.expert_model_parallel_size
+        if parallel < 1:
+            raise ValueError(f"--expert-model-parallel-size must be at least 1, got {parallel}")
         if args.num_experts % parallel:
             raise ValueError(
                 f"--num-experts {args.num_experts} is not divisible by "
@@ -92,6 +94,7 @@ def check_arguments(args: Any) -> None:
                 f"{args.num_experts}; lower --moe-router-topk"
             )
     _check_data_paths(args)
+    _check_written_paths(options)
     if args.moe_router_type == "maxscore" and args.maxscore_fixed_shape is None:
         args.maxscore_fixed_shape = _fixed_shape(args)
 
@@ -126,6 +129,35 @@ def _check_data_paths(args: Any) -> None:
                         f"{flag} {item}: {item + suffix} does not exist; give the path without "
                         "its ending, or make the data with tools/prepare_data.py"
                     )
+
+
+def _check_written_paths(options: MaxScoreConfig) -> None:
+    """Refuse files that could not be written, before the first step is computed."""
+    # Only the first node writes statistics; torchrun numbers nodes.
+    if options.stats_file is not None and os.environ.get("GROUP_RANK", "0") == "0":
+        path = os.path.abspath(options.stats_file)
+        above = os.path.dirname(path)
+        reason = ""
+        if os.path.isdir(path):
+            reason = "it is a directory; name a file in it"
+        elif not os.path.isdir(above):
+            reason = f"{above} is no directory; make it, or name another file"
+        elif not os.access(path if os.path.exists(path) else above, os.W_OK):
+            reason = "no permission to write there; name another file"
+        if reason:
+            raise ValueError(f"--maxscore-stats-file {path} cannot be written: {reason}")
+    if options.record_dir is not None:
+        path = above = os.path.abspath(options.record_dir)
+        # It is made if need be, with the directories above it.
+        while not os.path.exists(above):
+            above = os.path.dirname(above)
+        reason = ""
+        if not os.path.isdir(above):
+            reason = f"{above} is no directory; name another one"
+        elif not os.access(above, os.W_OK):
+            reason = f"no permission to write in {above}; name another directory"
+        if reason:
+            raise ValueError(f"--maxscore-record-dir {path} cannot be written: {reason}")
 
 
 def _is_number(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""Validation reports the loss under both routing rules, on the same samples."""
+"""Validation reports the loss under both routing rules, on the same samples, and bad scores."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import inspect
 from typing import Any
 
 from megatron_maxscore._patches import PatchSet
+from megatron_maxscore._run import is_rank_zero
 from megatron_maxscore.moe.evaluation import evaluation_routing
+from megatron_maxscore.moe.step import evaluated_bad_tokens, maxscore_routers
 
 
 def hook(patches: PatchSet) -> None:
@@ -52,9 +54,13 @@ def _under_both_rules(original: Any) -> Any:
         from megatron.training import get_args
 
         arguments = get_args()
-        if arguments.moe_router_type != "maxscore" or arguments.maxscore_eval_routing != "both":
+        if arguments.moe_router_type != "maxscore":
             return original(*args, **kwargs)
         call = signature.bind(*args, **kwargs).arguments
+        if arguments.maxscore_eval_routing != "both":
+            result = original(**call)
+            _report_bad_scores(call["model"], call["prefix"])
+            return result
         prefix, recorders = call["prefix"], _recording(call["data_iterator"])
         call["data_iterator"] = recorders
         call["prefix"] = f"{prefix} (price routing)"
@@ -68,6 +74,18 @@ def _under_both_rules(original: Any) -> Any:
         with evaluation_routing("flow"):
             original(**call)
         arguments.consumed_valid_samples = consumed
+        _report_bad_scores(call["model"], prefix)
         return None
 
     return evaluate_and_print_results
+
+
+def _report_bad_scores(model: Any, prefix: str) -> None:
+    """Say how many tokens had router scores that were not finite; one all-reduce of an int64."""
+    count = evaluated_bad_tokens(maxscore_routers(model))
+    if count and is_rank_zero():
+        print(
+            f"megatron_maxscore: router scores were NaN or infinite for {count} tokens at "
+            f"{prefix}, counted in every layer and rule; the loss there is not a number",
+            flush=True,
+        )

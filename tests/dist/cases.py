@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections import Counter
 
@@ -36,9 +37,10 @@ def groups(tp=1, ep=1, etp=1, cp=1):
 
 
 def make_layer(
-    tp=1, ep=1, etp=1, cp=1, router="maxscore", options=None, experts=EXPERTS, **settings
-):
-    """Build a Megatron MoE layer, stock or ours."""
+    tp=1, ep=1, etp=1, cp=1, router="maxscore", options=None, experts=EXPERTS, shape=None,
+    **settings,
+):  # fmt: skip
+    """Build a Megatron MoE layer, stock or ours; ``shape`` is what every rank is said to route."""
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.spec_utils import build_module
@@ -72,7 +74,10 @@ def make_layer(
         use_te=False, num_experts=experts, moe_grouped_gemm=False
     )
     if router == "maxscore":
-        spec = with_maxscore(spec, options or MaxScoreConfig())
+        options = options or MaxScoreConfig()
+        if shape is not None:
+            options = dataclasses.replace(options, fixed_shape=list(shape))
+        spec = with_maxscore(spec, options)
     if callable(spec) and not hasattr(spec, "module"):
         layer = spec(config=config, layer_number=1, pg_collection=collection)
     else:
@@ -90,6 +95,8 @@ def own_input(rank, num_tokens, batch=1, dtype=torch.float32):
 
 def round_trip(rank, size, num_tokens=24, training=True, ragged=False, **settings):
     """Dispatch, pass each copy through times its gate, combine: must restore input x gate sum."""
+    from megatron_maxscore.moe.plan import plan_of
+
     layer = make_layer(**settings)
     layer.train(training)
     if ragged:
@@ -117,6 +124,7 @@ def round_trip(rank, size, num_tokens=24, training=True, ragged=False, **setting
         "etp_rank": dispatcher.tp_rank,
         "per_token": routing_map.sum(1).tolist(),
         "own": routing_map.sum(0).tolist(),
+        "static": plan_of(routing_map).static is not None,
     }
 
 
@@ -199,7 +207,7 @@ def counted():
 
 def count_collectives(rank, size, router="maxscore", training=True, **settings):
     """Return the collectives of one forward and backward pass, and the dispatcher's sync point."""
-    layer = make_layer(router=router, **settings)
+    layer = make_layer(router=router, shape=(16, 1), **settings)
     layer.train(training)
     hidden = own_input(rank, 16)
     with counted() as counts:
@@ -231,8 +239,11 @@ def count_with_rounds(rank, size, **settings):
 def scope_problems(rank, size, scope, batch=2, num_tokens=12, skew=1.0, **layout):
     """Route in a scope; return what every rank had and chose, and which ranks share a problem."""
     from megatron_maxscore.moe import MaxScoreConfig
+    from megatron_maxscore.moe.plan import plan_of
 
-    layer = make_layer(options=MaxScoreConfig(scope=scope), **layout)
+    layer = make_layer(
+        options=MaxScoreConfig(scope=scope), shape=(num_tokens, batch), **layout
+    )
     layer.train()
     hidden = own_input(rank, num_tokens, batch).detach()
     router = layer.router
@@ -248,8 +259,8 @@ def scope_problems(rank, size, scope, batch=2, num_tokens=12, skew=1.0, **layout
         "logits": logits,
         "chosen": chosen,
         "ranks": dist.get_process_group_ranks(router.scope.group),
-        "loads": router.plan.loads_RE,
-        "static": router.plan.has_static_quotas,
+        "loads": plan_of(routing_map).loads_RE,
+        "static": plan_of(routing_map).static is not None,
         "tp_ep": dist.get_process_group_ranks(router.scope._tp_ep),
     }
 
@@ -265,8 +276,8 @@ def prices_after_batches(rank, size, batches=3, **settings):
     for batch in range(batches):
         own = []
         for microbatch in range(2):
-            layer(own_input(rank + 10 * batch + 100 * microbatch, 24))
-        own.append((routers[0].price_sum.clone(), routers[0].price_count))
+            layer(own_input(rank + 10 * batch + 100 * microbatch, 24))[0].sum().backward()
+        own.append((routers[0].price_sum.clone(), int(routers[0].price_count)))
         average_prices(routers)
         history.append((own[0], routers[0].expert_prices.clone()))
     assert routers[0].price_count == 0 and not routers[0].price_sum.any()
@@ -286,7 +297,9 @@ def bad_scores(rank, size, bad_rank=1, tokens=3):
         hidden[:tokens] = float("nan")
     probs, routing_map = layer.router(hidden)
     assert routing_map.sum(1).tolist() == [TOPK] * 16, "the assignment stays valid"
-    assert torch.isfinite(probs).all()
+    is_bad = torch.isnan(probs).any(1)
+    assert is_bad.tolist() == [rank == bad_rank and t < tokens for t in range(16)]
+    probs.sum().backward()
     try:
         raise_on_bad_scores(routers, 6)
     except BadScoresError as error:
@@ -322,8 +335,7 @@ def recompute(rank, size, how, **settings):
         "gathers": counts["all_gather"],
         # Nothing else uses these here.
         "solver_rounds": counts["all_gather_single"] + counts["all_gather_into_tensor"],
-        "kept": len(router._forwarded),
-        "price_count": router.price_count,
+        "price_count": int(router.price_count),
     }
 
 

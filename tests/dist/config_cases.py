@@ -75,9 +75,6 @@ def specs(rank, size):
             assert len(ours) == len(routers)
             assert all(type(r) is MaxScoreRouter and r.options == options for r in ours)
             assert all(type(d) is MaxScoreTokenDispatcher for d in dispatchers)
-            for module in model.modules():
-                if hasattr(module, "token_dispatcher"):
-                    assert module.token_dispatcher.plan is module.router.plan
             assert any(r.is_mtp_layer for r in ours), "the MTP layer is ours too"
         found.append(len(ours))
     # Releases differ in how a spec holds the MoE layer: a ModuleSpec or a partial.

@@ -14,13 +14,15 @@ from megatron_maxscore import cpu
 cpu.enable()
 sys.path.insert(0, "tools")
 import study_prices
+from megatron_maxscore.moe.plan import plan_of
 from tests.one_rank_layer import EXPERTS, HIDDEN, TOPK, build, tear_down
 
 router = build("gloo").router.train()
 hidden = torch.randn(64, 1, HIDDEN, dtype=torch.bfloat16)
 prices = torch.linspace(-0.2, 0.2, EXPERTS)
 router.expert_prices.copy_(prices)
-_, routing_map = router(hidden)
+probs, routing_map = router(hidden)
+probs.sum().backward()
 logits = router.gating(hidden).reshape(-1, EXPERTS).float()
 for token, row in enumerate(logits.tolist()):
     order = sorted(range(EXPERTS), key=lambda e: row[e] - float(prices[e]), reverse=True)
@@ -28,7 +30,8 @@ for token, row in enumerate(logits.tolist()):
 loads = routing_map.sum(0)
 assert loads.max() > 64 * TOPK / EXPERTS, "no capacity"
 assert router.price_count == 1 and router.price_sum.abs().max() > 0, "prices of the flow"
-assert not router.plan.has_static_quotas and router.plan.experts_TK is None
+plan = plan_of(routing_map)
+assert plan.static is None and plan.loads_RE is None
 tear_down()
 print("routed by prices")
 """
