@@ -17,9 +17,9 @@ from megatron_maxscore._patches import PatchSet
 
 def run_in_cpu_mode(target: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> None:
     """Enable CPU mode in this new process and call ``target``."""
-    from megatron_maxscore import cpu
+    from megatron_maxscore.cpu import enable
 
-    cpu.enable()
+    enable()
     target(*args, **kwargs)
 
 

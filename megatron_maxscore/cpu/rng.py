@@ -30,6 +30,30 @@ def answer_generator(patches: PatchSet) -> None:
     patches.set(torch.cuda, "default_generators", (torch.default_generator,))
 
 
+_Generator = torch.Generator
+
+
+class _AnyGenerator(type(_Generator)):  # type: ignore[misc]
+    """Makes generators that were there before instances of :class:`Generator` too."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, _Generator)
+
+
+class Generator(_Generator, metaclass=_AnyGenerator):
+    """A generator on the CPU, whatever device is asked for."""
+
+    def __new__(cls, device: Any = None) -> Generator:
+        """Make one, of the default seed."""
+        generator: Generator = _Generator.__new__(cls, "cpu")
+        return generator
+
+
+def answer_generator_class(patches: PatchSet) -> None:
+    """``torch.Generator(device="cuda")`` makes one on the CPU."""
+    patches.set(torch, "Generator", Generator)
+
+
 def answer_tracker(patches: PatchSet) -> None:
     """Megatron's RNG tracker binds the CUDA functions by name when it is imported."""
     from megatron.core.tensor_parallel import random
@@ -66,4 +90,4 @@ def answer_dataloader_seed(patches: PatchSet) -> None:
     patches.wrap(dataloader._BaseDataLoaderIter, "__init__", make)
 
 
-ANSWERS = (answer_generator, answer_tracker, answer_dataloader_seed)
+ANSWERS = (answer_generator, answer_generator_class, answer_tracker, answer_dataloader_seed)

@@ -1,6 +1,7 @@
 """``examples/pretrain_gpt.py`` that also writes every global batch's training loss exactly.
 
-With BAD_RANK and BAD_ITERATION set, that rank's first router meets NaN in that iteration.
+With BAD_RANK and BAD_ITERATION set, that rank's routers meet NaN in that iteration, or with
+BAD_ITERATION=evaluation in evaluation.
 """
 
 import os
@@ -35,8 +36,9 @@ if "BAD_RANK" in os.environ:
 
     def _bad_gating(self, hidden):
         logits = _gating(self, hidden)
-        due = get_args().curr_iteration + 1 == int(os.environ["BAD_ITERATION"])
-        if due and self.training and os.environ["RANK"] == os.environ["BAD_RANK"]:
+        wanted = os.environ["BAD_ITERATION"]
+        now = str(get_args().curr_iteration + 1) if self.training else "evaluation"
+        if now == wanted and os.environ["RANK"] == os.environ["BAD_RANK"]:
             logits = torch.cat([torch.full_like(logits[:1], float("nan")), logits[1:]])
         return logits
 
