@@ -216,6 +216,39 @@ REFUSALS = (
         ("CUDA graph", "attn"),
     ),
     Refusal(
+        "top-1 with normalised gates", "--moe-router-topk 1 --maxscore-normalize-gates",
+        ("--maxscore-normalize-gates", "--moe-router-topk 1"),
+    ),
+    Refusal(
+        "top-1 with a softmax over the chosen", "--moe-router-topk 1 --maxscore-gate score",
+        ("--maxscore-gate score", "--moe-router-topk 1", "--moe-router-pre-softmax"),
+    ),
+    Refusal(
+        "all experts with bi-entropic gates", "--moe-router-topk 8",
+        ("--moe-router-topk 8", "--num-experts 8", "--maxscore-gate score"),
+    ),
+    Refusal("top-0", "--moe-router-topk 0", ("--moe-router-topk 0", "between 1 and")),
+    Refusal(
+        "more experts than the solver takes", "--num-experts 2048",
+        ("--num-experts is 2048", "1024", "--moe-router-type topk"),
+    ),
+    Refusal(
+        "statistics where they cannot be written", "--maxscore-stats-file /nowhere/stats.jsonl",
+        ("--maxscore-stats-file /nowhere/stats.jsonl", "no directory"),
+    ),
+    Refusal(
+        "statistics into a directory", "--maxscore-stats-file /tmp",
+        ("--maxscore-stats-file /tmp", "is a directory"),
+    ),
+    Refusal(
+        "recorded scores below a file", "--maxscore-record-dir /etc/hostname/scores",
+        ("--maxscore-record-dir /etc/hostname/scores", "no directory"),
+    ),
+    Refusal(
+        "a fixed shape of one number", "--maxscore-fixed-shape 64 -2",
+        ("--maxscore-fixed-shape", "-2"),
+    ),
+    Refusal(
         "top-k above the number of experts", "--moe-router-topk 9",
         ("--moe-router-topk 9", "--num-experts 8"),
     ),

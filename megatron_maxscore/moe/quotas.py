@@ -4,7 +4,7 @@ With capacity factor 1 the T·k assignments of a rank are spread evenly: every e
 ``T k // E``, and the remainder goes to consecutive experts, starting where the previous rank's
 remainder ended. Every rank knows every rank's quotas without communication, and over the ranks of
 a group the loads differ by at most one. The next microbatch starts where the last rank's remainder
-ended, so that over time no expert is preferred.
+ended, so that after at most E microbatches every expert has got the same.
 
 With fewer assignments than experts, quotas of 0 and 1 would leave the flow nearly no choice. Every
 expert then takes at most one of the rank's tokens, and the flow chooses which experts take any.
@@ -38,10 +38,12 @@ def quotas(
         turn: number of the microbatch, the same on all ranks.
     """
     rest = num_tokens * topk % num_experts
-    # Remainders handed out before. Each time they have gone round, they start one expert later:
-    # otherwise a rank whose remainders fit evenly would always get the same experts.
-    before = turn * ranks * rest
-    return _quotas(num_tokens * topk, num_experts, before + before // num_experts + rank * rest)
+    # What all ranks hand out in a turn, and after how many turns every expert has got the same. From
+    # then on remainders start one expert later, or a rank might serve the same experts for ever.
+    step = ranks * rest
+    cycle = num_experts // math.gcd(step, num_experts)
+    first = turn * step + turn // cycle + rank * rest
+    return _quotas(num_tokens * topk, num_experts, first)
 
 
 def own_quotas(topk: int, scores_TE: Tensor) -> Tensor:

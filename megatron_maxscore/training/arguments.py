@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 from typing import Any
 
@@ -95,6 +96,7 @@ def check_arguments(args: Any) -> None:
             )
     _check_data_paths(args)
     _check_written_paths(options)
+    _check_asynchronous_saving(args)
     if args.moe_router_type == "maxscore" and args.maxscore_fixed_shape is None:
         args.maxscore_fixed_shape = _fixed_shape(args)
 
@@ -158,6 +160,20 @@ def _check_written_paths(options: MaxScoreConfig) -> None:
             reason = f"no permission to write in {above}; name another directory"
         if reason:
             raise ValueError(f"--maxscore-record-dir {path} cannot be written: {reason}")
+
+
+def _check_asynchronous_saving(args: Any) -> None:
+    """Refuse a way of writing checkpoints whose package is missing, before ranks meet."""
+    # Without the persistent worker Megatron saves synchronously.
+    asked = getattr(args, "async_save", False) and getattr(
+        args, "use_persistent_ckpt_worker", False
+    )
+    strategy = getattr(args, "async_strategy", None)
+    if asked and strategy == "nvrx" and importlib.util.find_spec("nvidia_resiliency_ext") is None:
+        raise ValueError(
+            "--async-save with --async-strategy nvrx needs the package nvidia-resiliency-ext; "
+            "install it, or add --async-strategy mcore"
+        )
 
 
 def _is_number(text: str) -> bool:

@@ -220,3 +220,29 @@ def lost_rank(rank, size, how):
     except LostRankError as error:
         return str(error), time.monotonic() - started
     return None
+
+
+def outliers_in_parts(rank, size, sizes):
+    """Solve scores with outliers in parts; return this rank's answer and the whole's."""
+    scores = torch.randn(64, 8, generator=torch.Generator().manual_seed(3))
+    scores[17] *= 1e11
+    scores[60] *= 1e20
+    own = scores.split(sizes)[rank]
+    # Several problems at once, one of them without outliers.
+    batch = torch.stack([scores, scores.clamp(-3, 3)])
+    parts = torch.stack([part.split(sizes)[rank] for part in batch])
+    found = []
+    for mine, whole in ((own, scores), (parts, batch)):
+        together, alone = solve(mine, 2, group=dist.group.WORLD), solve(whole, 2)
+        first = sum(sizes[:rank])
+        wanted = alone.experts[..., first : first + sizes[rank], :]
+        found.append(
+            (
+                torch.equal(together.experts, wanted),
+                together.scaled,
+                alone.scaled,
+                torch.allclose(together.gap, alone.gap, atol=1e-15),
+                torch.equal(together.prices, alone.prices),
+            )
+        )
+    return found

@@ -3,7 +3,8 @@
 RERUN=3,5: in these iterations Megatron's rerun state machine finds the loss unexpected, not fatally,
 and runs the step again. RETRY=2,4: forward and backward passes are run twice before the optimizer
 step, as the runner of the paged stash does after an overflow. SCORED=1: a pass without gradients in
-training mode comes before each step. Prices after every step go to $EXACT_LOSSES.prices.
+training mode comes before each step. Whether the optimizer skipped its step, and the prices after it,
+go to $EXACT_LOSSES.prices.
 """
 
 import json
@@ -74,7 +75,7 @@ def train_step(*args, **kwargs):
     if int(os.environ["RANK"]) == 0:
         prices = [router.expert_prices.tolist() for router in maxscore_routers(model)]
         with open(os.environ["EXACT_LOSSES"] + ".prices", "a") as file:
-            file.write(json.dumps(prices) + "\n")
+            file.write(json.dumps({"skipped": bool(result[1]), "prices": prices}) + "\n")
     return result
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 
 import torch
@@ -37,14 +36,18 @@ def different_numbers_of_experts(rank, size):
     for layer in layers:
         layer.train()
         layer(own_input(rank, 24))[0].square().sum().backward()
-    alone = [copy.deepcopy(layer.router) for layer in layers]
-    for router in alone:
+    routers = [layer.router for layer in layers]
+    sums = [(router.price_sum.clone(), router.price_count.clone()) for router in routers]
+    average_prices(routers)
+    together = [router.expert_prices.clone() for router in routers]
+    for router, (price_sum, price_count) in zip(routers, sums, strict=True):
+        router.expert_prices.zero_()
+        router.price_sum.copy_(price_sum)
+        router.price_count.copy_(price_count)
         average_prices([router])
-    average_prices([layer.router for layer in layers])
     return [
-        torch.equal(layer.router.expert_prices, router.expert_prices)
-        and bool(router.expert_prices.any())
-        for layer, router in zip(layers, alone, strict=True)
+        torch.equal(router.expert_prices, prices) and bool(prices.any())
+        for router, prices in zip(routers, together, strict=True)
     ]
 
 

@@ -167,3 +167,12 @@ def test_a_lost_rank_ends_the_others_with_the_phase(how):
         assert "lost contact with another rank while exchanging arguments" in message
         assert f"round 1 of flow.solve, rank {rank} of 3" in message
         assert seconds < 10.0
+
+
+@pytest.mark.parametrize("sizes", [[40, 24], [1, 63], [0, 64], [16, 16, 16, 16]])
+def test_outliers_do_not_depend_on_the_split(ranks, sizes):
+    results = ranks(len(sizes), cases.outliers_in_parts, sizes=sizes)
+    for problem in range(2):
+        assert sum(result[problem][1] for result in results) == 2
+        for is_same, _, scaled, has_same_gap, has_same_prices in (r[problem] for r in results):
+            assert is_same and scaled == 2 and has_same_gap and has_same_prices

@@ -44,12 +44,6 @@ def test_shorter_microbatches_than_declared_are_filled(ranks, size, layout):
         assert all(own <= most for own, most in zip(result["own"], quota.tolist(), strict=True))
 
 
-def test_no_tokens_on_a_rank(ranks):
-    for shape in (None, (24, 1)):
-        results = ranks(2, length_cases.layer_of_lengths, lengths=[24, 0], shape=shape, ep=2)
-        assert all(result["right"] and result["message"] is None for result in results)
-
-
 def test_shorter_sequences_than_declared_in_scope_sequence(ranks):
     # 24 positions times 2 experts are spread evenly over 8 experts; 17 are not.
     results = ranks(
@@ -95,7 +89,8 @@ def test_a_script_with_larger_microbatches_ends_in_one_line(tmp_path):
     script = "tests/dist/cutting_script.py"
     result = run(tmp_path / "declared", 2, flags, script=script, environment=environment)
     assert result.status != 0 and len(result.errors) == 1
-    assert "on rank 1: 256 tokens" in result.errors[0]
+    # Two microbatches of four sequences of 64 tokens; declared are two.
+    assert "on rank 1: 512 tokens" in result.errors[0]
     assert "--maxscore-fixed-shape 0 0" in result.errors[0]
     assert result.losses == [], "no step was taken"
     mended = f"{flags} --maxscore-fixed-shape 0 0"

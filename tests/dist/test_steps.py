@@ -28,9 +28,13 @@ def trained(directory, flags, **environment):
 
 @pytest.mark.parametrize("scope", ["local", "group"])
 def test_a_step_that_is_run_again_leaves_what_one_run_leaves(tmp_path, scope):
-    flags = f"{EP2} --maxscore-scope {scope} --train-iters 6 --no-check-for-nan-in-loss-and-grad"
+    # Without dropout, whose random numbers go on from one attempt to the next.
+    flags = (
+        f"{EP2} --maxscore-scope {scope} --train-iters 6 --no-check-for-nan-in-loss-and-grad "
+        "--hidden-dropout 0 --attention-dropout 0"
+    )
     once, _ = trained(tmp_path / "once", flags)
-    assert len(once[0]) == 6 and any(map(any, once[1][-1])) and len(once[4]) > 0
+    assert len(once[0]) == 6 and any(map(any, once[1][-1]["prices"])) and len(once[4]) > 0
     for name, environment in (
         ("rerun", {"RERUN": "3,5"}),
         ("retry", {"RETRY": "2,4"}),
@@ -44,16 +48,13 @@ def test_a_step_that_is_run_again_leaves_what_one_run_leaves(tmp_path, scope):
 
 def test_a_skipped_optimizer_step_leaves_prices(tmp_path):
     # The first loss scale overflows, so the optimizer skips steps until it is small enough.
-    flags = f"{EP2} --train-iters 8 --fp16 --initial-loss-scale 1e9 --loss-scale-window 100 --hysteresis 1"
-    (_, prices, *_), output = trained(tmp_path, flags)
-    skipped = [
-        int(number)
-        for number in re.findall(r"iteration +(\d)/.*number of skipped iterations: +1", output)
-    ]
-    assert 1 in skipped and len(skipped) < 8
-    for iteration in range(1, 9):
-        before = prices[iteration - 2] if iteration > 1 else [[0.0] * 8] * 2
-        assert (prices[iteration - 1] == before) == (iteration in skipped), iteration
+    flags = f"{EP2} --train-iters 8 --fp16 --initial-loss-scale 1e6 --loss-scale-window 100 --hysteresis 1"
+    (_, steps, *_), _ = trained(tmp_path, flags)
+    assert {step["skipped"] for step in steps} == {False, True}
+    before = [[0.0] * 8] * 2
+    for step in steps:
+        assert (step["prices"] == before) == step["skipped"]
+        before = step["prices"]
 
 
 @pytest.mark.parametrize("how", ["weight", "bias", "not"])
