@@ -29,8 +29,12 @@ def make_layer(
     experts: int = EXPERTS,
     topk: int = TOPK,
     is_ours: bool = True,
+    tokens: int = 0,
 ) -> Any:
-    """Build the layer, bfloat16 on the CPU; with Megatron's top-k router if it is not ours."""
+    """Build the layer, bfloat16 on the CPU; with Megatron's top-k router if it is not ours.
+
+    ``tokens`` is how many every microbatch is said to have; 0: that is not said.
+    """
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer import TransformerConfig
@@ -47,7 +51,8 @@ def make_layer(
     )  # fmt: skip
     spec = get_moe_module_spec(use_te=False, num_experts=experts, moe_grouped_gemm=False)
     if is_ours:
-        spec = with_maxscore(spec, MaxScoreConfig(scope="local", mode="bounded"))
+        options = MaxScoreConfig(scope="local", mode="bounded", fixed_shape=[tokens, 1])
+        spec = with_maxscore(spec, options)
     collection = ProcessGroupCollection.use_mpu_process_groups()
     arguments = {"config": config, "layer_number": 1, "pg_collection": collection}
     is_plain = callable(spec) and not hasattr(spec, "module")
@@ -56,10 +61,10 @@ def make_layer(
     return built
 
 
-def build(backend: str) -> Any:
+def build(backend: str, tokens: int = 0) -> Any:
     """Set up one rank and build the layer, on the CPU."""
     set_up(backend)
-    return make_layer()
+    return make_layer(tokens=tokens)
 
 
 def tear_down() -> None:

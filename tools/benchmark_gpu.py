@@ -116,7 +116,9 @@ def layer_times(experts: int, topk: int, repeats: int) -> dict[str, float]:
     torch.cuda.set_device(0)
     set_up("nccl")
     layers = {
-        name: make_layer(hidden, expert_hidden, experts, topk, name == "MaxScore").cuda().train()
+        name: make_layer(hidden, expert_hidden, experts, topk, name == "MaxScore", tokens)
+        .cuda()
+        .train()
         for name in ("top-k", "MaxScore")
     }
     layers["MaxScore"].experts = layers["top-k"].experts

@@ -19,7 +19,7 @@ LAYER_TOPK = 2
 _FIRST_STEPS = 2
 
 
-def make_layer(router: str, scope: str, size: int, hidden: int, experts: int) -> Any:
+def make_layer(router: str, scope: str, size: int, hidden: int, experts: int, tokens: int) -> Any:
     """Build a Megatron MoE layer over all ranks."""
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -37,7 +37,7 @@ def make_layer(router: str, scope: str, size: int, hidden: int, experts: int) ->
     )  # fmt: skip
     spec = get_moe_module_spec(use_te=False, num_experts=experts, moe_grouped_gemm=False)
     if router == "maxscore":
-        spec = with_maxscore(spec, MaxScoreConfig(scope=scope))
+        spec = with_maxscore(spec, MaxScoreConfig(scope=scope, fixed_shape=[tokens, 1]))
     collection = ProcessGroupCollection.use_mpu_process_groups()
     if callable(spec) and not hasattr(spec, "module"):
         layer = spec(config=config, layer_number=1, pg_collection=collection)
@@ -72,7 +72,9 @@ def layer_rows(lifts: list[float], tokens: int, hidden: int, repeats: int) -> li
         "local": ("maxscore", "local"),
         "group": ("maxscore", "group"),
     }
-    layers = {name: make_layer(*router, size, hidden, experts) for name, router in routers.items()}
+    layers = {
+        name: make_layer(*router, size, hidden, experts, tokens) for name, router in routers.items()
+    }
     # One set of weights, so that where it lies in memory makes no difference between them.
     for layer in layers.values():
         layer.experts = layers["top-k"].experts

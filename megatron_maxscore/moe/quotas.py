@@ -38,8 +38,8 @@ def quotas(
         turn: number of the microbatch, the same on all ranks.
     """
     rest = num_tokens * topk % num_experts
-    # What all ranks hand out in a turn, and after how many turns every expert has got the same. From
-    # then on remainders start one expert later, or a rank might serve the same experts for ever.
+    # What all ranks hand out in a turn, and after how many turns every expert has got the same.
+    # From then on remainders start one expert later, or a rank might always serve the same experts.
     step = ranks * rest
     cycle = num_experts // math.gcd(step, num_experts)
     first = turn * step + turn // cycle + rank * rest

@@ -116,6 +116,106 @@ def test_generation(trained):
     assert wrong.returncode == 2 and "holds no checkpoint" in wrong.stderr
 
 
+def in_process(script, *arguments):
+    """Run a script that restores a checkpoint, which a process can do once."""
+    return subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        capture_output=True, text=True, timeout=300, cwd=ROOT,
+    )  # fmt: skip
+
+
+NULL_TOKENIZER = """
+import sys, torch
+from megatron_maxscore.inference import restore
+trained = restore(sys.argv[1])
+assert trained.args.tokenizer_type == "NullTokenizer" and trained.args.vocab_size == 127
+assert trained.args.null_tokenizer_pad_id == 126
+logits = trained.logits(torch.arange(64)[None])
+assert logits.shape[:2] == (1, 64) and torch.isfinite(logits).all()
+torch.distributed.destroy_process_group()
+print("restored")
+"""
+
+
+def test_a_checkpoint_without_a_tokenizer_is_restored(tmp_path):
+    flags = f"{MAXSCORE} --train-iters 2 --save {tmp_path}/checkpoint --save-interval 2"
+    succeed(tmp_path, 1, f"{flags} --null-tokenizer-pad-id 126")
+    done = in_process(NULL_TOKENIZER, tmp_path / "checkpoint")
+    assert done.stdout.strip() == "restored", done.stderr[-3000:]
+
+
+BAD_WEIGHT = """
+import sys, torch
+from megatron_maxscore.inference import Decoder, NotFiniteError, restore, sample
+from megatron_maxscore.inference.harness import MaxScoreLM
+from megatron_maxscore.moe.step import maxscore_routers
+trained = restore(sys.argv[1])
+tokens = torch.arange(10)[None]
+assert torch.isfinite(trained.logits(tokens)).all()
+routers = maxscore_routers([trained.model])
+with torch.no_grad():
+    routers[1].weight[2, 3] = float("nan")
+lm = MaxScoreLM(trained)
+for use in (
+    lambda: trained.logits(tokens),
+    lambda: Decoder(trained, 1, 16).feed(tokens),
+    lambda: list(sample(trained, [1, 2, 3], 4)),
+    lambda: lm._loglikelihood_tokens([(None, [1, 2], [3, 4])], disable_tqdm=True),
+):
+    try:
+        use()
+    except NotFiniteError as error:
+        assert f"layer {routers[1].layer_number}: " in str(error), error
+    else:
+        raise AssertionError("a NaN went unnoticed")
+torch.distributed.destroy_process_group()
+print("refused")
+"""
+
+
+def test_bad_router_scores_are_reported_in_inference(trained):
+    done = in_process(BAD_WEIGHT, trained[0])
+    assert done.stdout.strip() == "refused", done.stderr[-3000:]
+
+
+FLOW = """
+import sys, torch
+from megatron_maxscore.inference import Decoder, restore
+from megatron_maxscore.moe.evaluation import evaluation_routing
+trained = restore(sys.argv[1])
+tokens = torch.arange(10)[None]
+decoder = Decoder(trained, 1, 16)
+decoder.feed(tokens)
+def refused(use):
+    try:
+        use()
+    except ValueError as error:
+        return "--maxscore-eval-routing price" in str(error)
+    return False
+with evaluation_routing("flow"):
+    assert refused(lambda: Decoder(trained, 1, 16)) and refused(lambda: decoder.feed(tokens[:, :1]))
+    trained.logits(tokens)  # whole sequences may
+    from megatron.core.inference.utils import InferenceMode
+    with InferenceMode.active():
+        assert refused(lambda: trained.logits(tokens)), "one of Megatron's engines"
+decoder.feed(tokens[:, :1])
+torch.distributed.destroy_process_group()
+print("refused")
+"""
+
+
+def test_flow_routing_is_refused_in_decoding(trained):
+    done = in_process(FLOW, trained[0])
+    assert done.stdout.strip() == "refused", done.stderr[-3000:]
+    wrong = tool(
+        "generate.py", "--checkpoint", trained[0], "--prompt", "token", "--",
+        "--maxscore-eval-routing", "flow",
+    )  # fmt: skip
+    assert wrong.returncode == 2
+    lines = [line for line in wrong.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "--maxscore-eval-routing price" in lines[0]
+
+
 def test_a_killed_run_of_the_study_goes_on_and_ends_alike(trained, tmp_path, monkeypatch):
     from tools import study_runs
     from tools.study_arms import ARMS, Run, Size

@@ -13,7 +13,7 @@ TOKENS = 2048
 @pytest.fixture(scope="module")
 def layer():
     torch.cuda.set_device(0)
-    yield build("nccl").cuda()
+    yield build("nccl", TOKENS).cuda()
     tear_down()
 
 

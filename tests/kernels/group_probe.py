@@ -21,6 +21,7 @@ megatron_maxscore.cpu.enable()
 from megatron.core.transformer.moe import token_dispatcher  # noqa: E402
 
 from megatron_maxscore.flow import device  # noqa: E402
+from megatron_maxscore.moe import counting, scopes  # noqa: E402
 from megatron_maxscore.moe import dispatcher as dispatcher_module  # noqa: E402
 from megatron_maxscore.moe import router as router_module  # noqa: E402
 from megatron_maxscore.ops.kernels import soft_topk  # noqa: E402
@@ -36,6 +37,8 @@ def as_on_a_device():
     with (
         mock.patch.object(device, "is_device", on_device),
         mock.patch.object(router_module, "is_device", on_device),
+        mock.patch.object(scopes, "is_device", on_device),
+        mock.patch.object(counting, "is_device", on_device),
         mock.patch.object(dispatcher_module, "is_device", on_device),
         mock.patch.object(kernels, "_kernels", lambda matrix: soft_topk),
     ):
@@ -50,7 +53,7 @@ def main() -> None:
     options = MaxScoreConfig(scope="group", mode="bounded")
     # Tokens that differ between the ranks, so that loads do.
     hidden = own_input(rank, 64) * (1 + rank)
-    layers = [make_layer(ep=size, options=options) for _ in range(2)]
+    layers = [make_layer(ep=size, options=options, shape=(64, 1)) for _ in range(2)]
     layers[1].load_state_dict(layers[0].state_dict())
     expected, _ = layers[0](hidden)
     copied: list[str] = []
@@ -62,10 +65,12 @@ def main() -> None:
     with as_on_a_device():
         layers[1](hidden)  # arguments are compared
         copied.clear()
+        solved = mock.patch.object(device, "solve_bounded", wraps=device.solve_bounded)
         with mock.patch.object(token_dispatcher, "maybe_move_tensor_to_cpu", copy):
-            with Waits():
+            with Waits(), solved as on_the_device:
                 probs, routing_map = layers[1].router(hidden)
                 tokens_L = layers[1].token_dispatcher.preprocess(routing_map)
+            assert on_the_device.call_count == 1
             assert torch.is_tensor(layers[1].token_dispatcher.input_splits)
             found, _ = layers[1](hidden)
     assert probs.shape == routing_map.shape and tokens_L.sum() > 0
@@ -74,6 +79,11 @@ def main() -> None:
     loads = routing_map.sum(0)
     dist.all_reduce(loads)
     assert loads.max() - loads.min() <= 1, loads
+    # A rank with another number of tokens still takes part; its own are not dispatched.
+    with as_on_a_device():
+        shorter, _ = layers[1](hidden[: 64 - 20 * rank])
+        shorter.sum().backward()
+    assert bool(shorter.isnan().all()) == (rank > 0)
     if rank == 0:
         print("OK")
     dist.destroy_process_group()

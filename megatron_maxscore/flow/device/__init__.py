@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_maxscore.flow import inputs
+from megatron_maxscore.flow import inputs, outliers
 from megatron_maxscore.flow.agreement import ANY_UNIT, Own, agree
 from megatron_maxscore.flow.exchange import Exchange
 from megatron_maxscore.flow.solution import FlowSolution
@@ -205,7 +205,10 @@ def _agree_once(exchange: Exchange, tokens: int, arguments: tuple) -> None:
     if (tokens, arguments) in known:
         return
     none_1, any_1 = np.zeros(1), np.full(1, ANY_UNIT)
-    own = Own((*arguments, "bounded", None), "", "", False, np.array([tokens]), none_1, any_1)
+    classes_1C = np.zeros((1, outliers.CLASSES), np.uint32)
+    own = Own(
+        (*arguments, "bounded", None), "", "", False, np.array([tokens]), none_1, any_1, classes_1C
+    )
     rows_R = agree(exchange, own).rows_RB[:, 0].tolist()
     if len(set(rows_R)) > 1:
         raise ValueError(
