@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,6 +76,20 @@ def answer_memory(patches: PatchSet) -> None:
         patches.set(torch.cuda, name, lambda *args, **kwargs: None)
 
 
+def answer_profilers(patches: PatchSet) -> None:
+    """CUDA's profiler and the history of its allocator do nothing."""
+    runtime = SimpleNamespace(cudaProfilerStart=lambda: 0, cudaProfilerStop=lambda: 0)
+    patches.set(torch.cuda, "cudart", lambda: runtime)
+    patches.set(torch.cuda, "check_error", lambda code: None)
+    for name in ("start", "stop"):
+        patches.set(torch.cuda.profiler, name, lambda: None)
+    patches.set(torch.autograd.profiler, "emit_nvtx", lambda *args, **kwargs: nullcontext())
+    patches.set(torch.cuda.memory, "_record_memory_history", lambda *args, **kwargs: None)
+    patches.set(torch.cuda.memory, "_snapshot", lambda device=None: {})
+    # An observer of exhausted memory, which is not met here.
+    patches.set(torch._C, "_cuda_attach_out_of_memory_observer", lambda observer: None)
+
+
 class _Zeros(dict):
     def __missing__(self, key: str) -> int:
         return 0
@@ -82,8 +97,6 @@ class _Zeros(dict):
 
 def answer_device_contexts(patches: PatchSet) -> None:
     """``with torch.cuda.device(...)`` does nothing."""
-    from contextlib import nullcontext
-
     patches.set(torch.cuda, "device", lambda device=None: nullcontext())
 
 
@@ -158,6 +171,7 @@ def answer_tensor_type(patches: PatchSet) -> None:
 ANSWERS = (
     answer_queries,
     answer_memory,
+    answer_profilers,
     answer_device_contexts,
     answer_factories,
     answer_tensor_moves,

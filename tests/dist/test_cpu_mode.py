@@ -17,7 +17,11 @@ def test_data_loader_workers_with_pinned_memory(tmp_path):
     # Megatron's default is two workers; its loaders pin memory.
     model = MODEL.replace("--num-workers 0", "")
     with_workers = succeed(tmp_path / "workers", 2, FLAGS, model=model)
-    without = succeed(tmp_path / "none", 2, FLAGS)
+    # Beside what asks for CUDA's profiler and allocator.
+    watched = "--profile --profile-step-start 1 --profile-step-end 2 --record-memory-history"
+    without = succeed(
+        tmp_path / "none", 2, f"{FLAGS} {watched} --memory-snapshot-path {tmp_path}/snapshot"
+    )
     assert with_workers.losses == without.losses and len(without.losses) == 2
 
 
