@@ -18,14 +18,16 @@ SYMBOLS = [
     "megatron.core.datasets.indexed_dataset:IndexedDatasetBuilder.add_item",
     "megatron.core.tensor_parallel.random:_get_cuda_rng_state",
     "megatron.core.tensor_parallel.random:_set_cuda_rng_state",
-    "megatron.core.tensor_parallel.random:is_checkpointing",
+    "megatron.core.tensor_parallel.random:CheckpointFunction.apply",
+    "megatron.core.transformer.moe.moe_utils:get_default_pg_collection",
     "megatron.core.transformer.torch_norm:WrappedTorchNorm",
     "megatron.core.transformer.moe.moe_layer:MoEAlltoAllTokenDispatcher",
     "megatron.core.transformer.moe.moe_layer:MoELayer.__init__",
     "megatron.core.transformer.moe.router:TopKRouter.apply_z_loss",
     "megatron.core.transformer.moe.router:TopKRouter._maintain_float32_expert_bias",
     "megatron.core.transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher.dispatch_postprocess",
-    "megatron.training.arguments:parse_args",
+    "megatron.core.transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher.set_shared_experts",
+    "megatron.training.arguments:add_megatron_arguments",
     "megatron.training.arguments:validate_args",
     "megatron.training.checkpointing:load_args_from_checkpoint",
     "megatron.training.training:finalize_model_grads",
@@ -35,6 +37,18 @@ SYMBOLS = [
 
 # Parameters that we pass or receive, in order; others may follow.
 PARAMETERS = {
+    "megatron.core.tensor_parallel.random:CheckpointFunction.forward": [
+        "ctx",
+        "run_function",
+        "distribute_saved_activations",
+    ],
+    "megatron.core.tensor_parallel.random:CheckpointWithoutOutput.checkpoint": [
+        "self",
+        "run_function",
+    ],
+    "megatron.core.pipeline_parallel.schedules:set_current_microbatch": ["model", "microbatch_id"],
+    "megatron.core.transformer.moe.token_dispatcher:permute": ["tokens", "routing_map"],
+    "megatron.training.training:train_step": ["forward_step_func", "data_iterator", "model"],
     "megatron.core.transformer.moe.moe_layer:MoELayer.__init__": ["self", "config", "submodules"],
     "megatron.core.transformer.moe.router:TopKRouter.__init__": [
         "self",
@@ -96,10 +110,42 @@ def test_router_slot():
     assert fields["router"].default is top_k
 
 
-def test_layer_builds_its_dispatcher_through_the_module_global():
+def test_checkpoints_keep_the_function_that_they_run_again():
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    function = random.CheckpointFunction
+    assert "ctx.run_function = run_function" in inspect.getsource(function.forward)
+    assert "ctx.run_function(*" in inspect.getsource(function.backward)
+    assert "CheckpointFunction.apply(" in inspect.getsource(random.checkpoint)
+    without = random.CheckpointWithoutOutput
+    assert "self.run_function = run_function" in inspect.getsource(without.checkpoint)
+    assert "self.run_function(*" in inspect.getsource(without._recompute)
+
+
+def test_schedules_tell_the_number_of_the_microbatch():
+    schedules = importlib.import_module("megatron.core.pipeline_parallel.schedules")
+    assert "set_current_microbatch(model, " in inspect.getsource(schedules.forward_step)
+
+
+def test_dispatcher_permutes_by_a_module_global_and_the_map_it_was_given():
+    cls = resolve("megatron.core.transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher")
+    source = inspect.getsource(cls.dispatch_preprocess)
+    assert "= permute(" in source and "self.routing_map = routing_map" in source
+    assert "self.preprocess(self.routing_map)" in source
+    assert "view(self.hidden_shape)" in inspect.getsource(cls.combine_postprocess)
+
+
+def test_a_step_tells_whether_the_optimizer_skipped_it():
+    source = inspect.getsource(resolve("megatron.training.training:train_step"))
+    assert "return {}, True, should_checkpoint" in source
+    flat = "".join(source.split())
+    assert "return(loss_reduced,skipped_iter," in flat or "returnloss_reduced,skipped_iter," in flat
+
+
+def test_layer_builds_its_dispatcher_after_its_router():
     source = inspect.getsource(resolve("megatron.core.transformer.moe.moe_layer:MoELayer.__init__"))
     assert "= MoEAlltoAllTokenDispatcher(" in source
     assert source.index("self.router = ") < source.index("= MoEAlltoAllTokenDispatcher(")
+    assert "self.token_dispatcher.set_shared_experts(self.shared_experts)" in source
 
 
 def test_router_asks_router_replay_and_reads_pre_softmax_from_its_config():

@@ -71,7 +71,7 @@ def test_longer_microbatches_than_declared_end_in_one_error(ranks):
 EP2 = f"{MAXSCORE} --expert-model-parallel-size 2"
 
 
-@pytest.mark.parametrize("scope", ["local", "sequence"])
+@pytest.mark.parametrize("scope", ["local", pytest.param("sequence", marks=pytest.mark.full)])
 def test_a_script_that_cuts_batches_trains(tmp_path, scope):
     result = succeed(
         tmp_path, 2, f"{EP2} --maxscore-scope {scope} --train-iters 6",

@@ -26,7 +26,7 @@ def trained(directory, flags, **environment):
     return (result.losses, prices, lines, result.validation, logged), result.output
 
 
-@pytest.mark.parametrize("scope", ["local", "group"])
+@pytest.mark.parametrize("scope", [pytest.param("local", marks=pytest.mark.full), "group"])
 def test_a_step_that_is_run_again_leaves_what_one_run_leaves(tmp_path, scope):
     # Without dropout, whose random numbers go on from one attempt to the next.
     flags = (

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = """
@@ -82,27 +85,35 @@ def run(
     )
     if "launch" in module:
         command += f" --maxscore-stats-file {stats}"
+    process = subprocess.Popen(
+        command.split(),
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "EXACT_LOSSES": str(losses),
+            # Aborted, a rank shows where its threads are.
+            "PYTHONFAULTHANDLER": "1",
+            **(environment or {}),
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     try:
-        process = subprocess.run(
-            command.split(),
-            cwd=ROOT,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "EXACT_LOSSES": str(losses),
-                **(environment or {}),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=timeout,
-        )
-    except subprocess.TimeoutExpired as error:
-        text = (error.stdout or b"").decode(errors="replace")
-        raise AssertionError(f"the run hung; its output so far:\n{text[-6000:]}") from None
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.send_signal(signal.SIGABRT)
+        try:
+            output, _ = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output, _ = process.communicate()
+        raise AssertionError(f"the run hung; its output:\n{output[-12000:]}") from None
     return Result(
         process.returncode,
-        process.stdout,
+        output,
         losses.read_text().split() if losses.exists() else [],
         [json.loads(line) for line in stats.read_text().splitlines()] if stats.exists() else [],
     )
