@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Pretrain a mixture-of-experts model on one node of 8 GPUs with MaxScore routing.
 # Usage: examples/single_node.sh DATA_DIRECTORY [MORE MEGATRON ARGUMENTS]
-# The directory is what tools/prepare_data.py writes. With a Megatron-LM checkout, put its
+# The directory is what megatron_maxscore prepare writes. With a Megatron-LM checkout, put its
 # pretrain_gpt.py in place of examples/pretrain_gpt.py.
 set -euo pipefail
 DATA="${1:?usage: $0 DATA_DIRECTORY [MEGATRON ARGUMENTS]}"
@@ -12,7 +12,7 @@ export CUDA_DEVICE_MAX_CONNECTIONS=1
 torchrun --nproc-per-node "${GPUS:-8}" -m megatron_maxscore.launch examples/pretrain_gpt.py \
   --moe-router-type maxscore \
   --maxscore-scope local \
-  --maxscore-mode exact \
+  --maxscore-mode bounded \
   --moe-router-load-balancing-type none \
   --moe-token-dispatcher-type alltoall \
   --tensor-model-parallel-size 2 --sequence-parallel \

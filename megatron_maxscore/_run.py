@@ -6,6 +6,7 @@ import os
 import runpy
 import sys
 import time
+from typing import NoReturn
 
 # How long other ranks give rank 0 to print before they exit: torchrun ends all workers as soon
 # as the first one is gone, and would otherwise cut rank 0's message off.
@@ -17,21 +18,30 @@ def is_rank_zero() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def exit_with_error(message: str, code: int = 2) -> None:
+def exit_with_error(message: str, code: int = 2, on_every_node: bool = False) -> NoReturn:
     """End this rank with one line on rank 0's standard error.
 
     Args:
         message: what was wrong, the value, and what mends it. Line breaks are folded.
         code: exit status of every rank.
+        on_every_node: whether each node's first rank says it, for what is wrong on single nodes.
 
     Raises:
         SystemExit: always.
     """
-    if is_rank_zero():
+    if is_rank_zero() or (on_every_node and os.environ.get("LOCAL_RANK", "0") == "0"):
         print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     else:
         time.sleep(_GRACE_SECONDS)
     raise SystemExit(code)
+
+
+def check_script(script: str) -> None:
+    """End this rank with one line if there is no such script."""
+    if script.startswith("-"):
+        exit_with_error(f"unknown option {script} before the script")
+    if not os.path.isfile(script):
+        exit_with_error(f"script {script!r} does not exist; give the path of a training script")
 
 
 def run_script(arguments: list[str]) -> None:
@@ -48,8 +58,6 @@ def run_script(arguments: list[str]) -> None:
     debug = bool(os.environ.get("MAXSCORE_DEBUG"))
 
     script = arguments[0]
-    if not os.path.isfile(script):
-        exit_with_error(f"script {script!r} does not exist; give the path of a training script")
     sys.argv = list(arguments)
     sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
     try:

@@ -18,15 +18,14 @@ import ast
 import hashlib
 import os
 import re
-import sysconfig
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_maxscore import _resources
+
 BEGIN, END = "# >>> megatron_maxscore", "# <<< megatron_maxscore"
-_SOURCE = Path(__file__).resolve().parents[1] / "patches"
-_INSTALLED = Path(sysconfig.get_path("data")) / "share" / "megatron_maxscore" / "patches"
 
 
 class PatchError(Exception):
@@ -58,7 +57,7 @@ def line_hash(line: str) -> str:
 def patch_files() -> dict[str, Path]:
     """Return the patches by release, as ``"0.19"``."""
     found = {}
-    for path in sorted(_SOURCE.glob("core_v*.patch")) or sorted(_INSTALLED.glob("core_v*.patch")):
+    for path in sorted(_resources.folder("patches").glob("core_v*.patch")):
         major, minor = path.stem.removeprefix("core_v").split(".")[:2]
         found[f"{major}.{minor}"] = path
     return found
@@ -175,11 +174,17 @@ def changes(tree: Path, action: str) -> dict[Path, str]:
     Raises:
         PatchError: the tree cannot be patched.
     """
-    hunks = hunks_for(tree)
+    if action == "revert":
+        # Taking our blocks out needs no patch: a tree may have moved on to another release.
+        hunks = [hunk for path in patch_files().values() for hunk in read_hunks(path)]
+    else:
+        hunks = hunks_for(tree)
     result = {}
     for name in dict.fromkeys(hunk.path for hunk in hunks):
         path = tree / name
         if not path.is_file():
+            if action == "revert":
+                continue
             raise PatchError(f"{tree} lacks {name}")
         old = path.read_bytes().decode("utf-8")
         lines = without_ours(old.splitlines(keepends=True), name)
@@ -230,6 +235,11 @@ def run(action: str, tree: Path) -> Iterator[str]:
         if not names:
             yield f"{tree} (megatron-core {release}) is patched"
             return
+        if changes(tree, "revert"):
+            raise PatchError(
+                f"{tree} is patched in part, or by another release of megatron_maxscore; apply "
+                f"makes it whole, revert takes it out ({', '.join(names)})"
+            )
         yield f"{tree} (megatron-core {release}) can be patched; apply would change"
     elif not names:
         yield f"{tree} (megatron-core {release}): nothing to {action}"
@@ -241,16 +251,22 @@ def run(action: str, tree: Path) -> Iterator[str]:
         yield f"  {name}"
 
 
-def main() -> None:
-    """Parse the command line. Exit status 1 where a tree cannot be patched."""
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line. Exit status 1 where a tree cannot be patched.
+
+    Args:
+        arguments: of the command; None takes those of the process.
+    """
     parser = argparse.ArgumentParser(
-        prog="python -m megatron_maxscore.patch", description=(__doc__ or "").split("\n")[0]
+        prog="python -m megatron_maxscore patch",
+        description=(__doc__ or "").split("\n")[0],
+        epilog="example: python -m megatron_maxscore patch check ../Megatron-LM",
     )
     parser.add_argument("action", choices=("apply", "check", "revert"))
     parser.add_argument("path", type=Path, help="directory that holds the folder megatron")
-    arguments = parser.parse_args()
+    given = parser.parse_args(arguments)
     try:
-        for line in run(arguments.action, arguments.path):
+        for line in run(given.action, given.path):
             print(line)
     except (PatchError, UnicodeDecodeError, OSError) as error:
         parser.exit(1, f"error: {error}\n")

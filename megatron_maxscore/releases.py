@@ -13,11 +13,6 @@ from typing import Any
 
 # The newest release that the tests have run with.
 NEWEST = (0, 19)
-# Megatron's arguments on a machine without Transformer Engine and Apex.
-WITHOUT_TRANSFORMER_ENGINE = (
-    "--transformer-impl local --no-persist-layer-norm --no-bias-swiglu-fusion --no-rope-fusion "
-    "--no-masked-softmax-fusion --no-gradient-accumulation-fusion"
-).split()
 
 
 def version() -> tuple[int, int]:

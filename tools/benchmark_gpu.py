@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 from megatron_maxscore.flow import solve  # noqa: E402
 from tests.one_rank_layer import make_layer, set_up, tear_down  # noqa: E402
 from tools.rivals import quantile_balancing, sinkhorn  # noqa: E402
-from tools.workloads import workload  # noqa: E402
+from tools.workloads import size_of, workload  # noqa: E402
 
 SIZES = (
     "512x16x2", "4096x16x2", "8192x64x8", "4096x256x8", "16384x128x6", "65536x64x8", "131072x256x8",
@@ -148,7 +148,9 @@ def layer_times(experts: int, topk: int, repeats: int) -> dict[str, float]:
 def main() -> int:
     """Print the table; return 1 without a device."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sizes", nargs="+", default=SIZES, help="tokens x experts x k")
+    parser.add_argument(
+        "--sizes", nargs="+", type=size_of, default=SIZES, help="tokens x experts x k"
+    )
     parser.add_argument("--families", nargs="+", default=FAMILIES)
     parser.add_argument("--layer", default="64x8", help="experts x k of the layer; '' for none")
     parser.add_argument("--repeats", type=int, default=50)

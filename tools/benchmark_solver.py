@@ -47,6 +47,7 @@ from tools.workloads import (  # noqa: E402
     PLATEAUS,
     Workload,
     as_integers,
+    size_of,
     workload,
 )
 
@@ -385,7 +386,7 @@ def bars(rows: list[Row], demo: Path) -> list[tuple[str, str, bool | None]]:
 def main() -> int:
     """Run the chosen cases, print tables and bars, write CSV and PNG."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), metavar="TxExK")
+    parser.add_argument("--sizes", nargs="+", type=size_of, default=list(SIZES), metavar="TxExK")
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
     parser.add_argument("--solvers", nargs="+", default=list(SOLVERS), choices=SOLVERS)
     parser.add_argument("--budget", type=float, default=1.0, help="seconds per timing, about")

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from megatron_maxscore.flow import FlowSolution, backend, solve  # noqa: E402
 from tests.oracles import check_assignment  # noqa: E402
-from tools.workloads import FAMILIES, GENERIC, workload  # noqa: E402
+from tools.workloads import FAMILIES, GENERIC, size_of, workload  # noqa: E402
 
 SIZES = ("8192x64x8", "512x16x2", "4096x16x2", "4096x256x8", "16384x128x6")
 RECORDED = "recorded"
@@ -111,7 +111,9 @@ def main() -> int:
     """Print the table; return 1 if a bar is missed."""
     allowed = [family for family in FAMILIES if family != "forbidden arcs"]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sizes", nargs="+", default=SIZES, help="tokens x experts x k")
+    parser.add_argument(
+        "--sizes", nargs="+", type=size_of, default=SIZES, help="tokens x experts x k"
+    )
     parser.add_argument("--families", nargs="+", default=allowed, choices=allowed)
     parser.add_argument("--recorded", type=Path, default=ROOT / "runs" / RECORDED)
     arguments = parser.parse_args()

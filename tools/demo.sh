@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Set up .venv and pretrain the demo models on CPU: MaxScore, stock top-k, and a pipeline layout.
-# Options are passed on to tools/demo.py; --help lists them.
+# Options are those of python -m megatron_maxscore demo; --help lists them.
 set -euo pipefail
 # shellcheck source=tools/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 maxscore_setup demo
-exec python tools/demo.py "$@"
+exec python -m megatron_maxscore demo "$@"

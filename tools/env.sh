@@ -27,12 +27,24 @@ maxscore_find_python() {
   return 1
 }
 
+# Succeeds if .venv can be used: a Python that is new enough, with pip.
+maxscore_has_venv() {
+  maxscore_is_new_enough .venv/bin/python && .venv/bin/python -m pip --version >/dev/null 2>&1
+}
+
 maxscore_setup() {
   local extras="$1" stamp=".venv/.maxscore-$1" wanted python
-  if ! maxscore_is_new_enough .venv/bin/python; then
+  if ! maxscore_has_venv; then
+    if [ -e .venv ] && [ -z "$(ls -d .venv/.maxscore-* 2>/dev/null)" ]; then
+      echo "error: .venv is not of these scripts' making, and has no Python 3.12 or newer with pip; move it away, or install that into it" >&2
+      return 1
+    fi
     python="$(maxscore_find_python)" || return 1
     echo "Making .venv with $("$python" --version)"
     rm -rf .venv
+    # Marked before it is made: one that was interrupted is made anew.
+    mkdir .venv
+    touch .venv/.maxscore-made
     "$python" -m venv .venv || {
       echo "error: $python cannot make a virtual environment; install its venv package (apt install python3-venv) or set PYTHON" >&2
       return 1

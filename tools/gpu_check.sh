@@ -3,6 +3,15 @@
 # Writes runs/gpu/. With WHEELS=DIRECTORY nothing is downloaded; on a machine with a network, fill it:
 #   python3.12 -m pip download --dest DIRECTORY --constraint tools/constraints.txt '.[test]' setuptools wheel
 set -euo pipefail
+if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
+  sed -n '2,4s/^# //p' "${BASH_SOURCE[0]}"
+  exit 0
+fi
+# Before 5.5 GB are installed.
+nvidia-smi >/dev/null 2>&1 || {
+  echo "error: nvidia-smi finds no GPU; run this on a machine that has one, with its driver" >&2
+  exit 1
+}
 if [ -n "${WHEELS:-}" ]; then
   [ -d "$WHEELS" ] || { echo "error: WHEELS=$WHEELS is no directory" >&2; exit 1; }
   PIP_FIND_LINKS="$(cd "$WHEELS" && pwd)"

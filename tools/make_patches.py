@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from megatron_maxscore.moe.config import fork_fields  # noqa: E402
+from megatron_maxscore.moe.fields import fork_fields  # noqa: E402
 from megatron_maxscore.patch import BEGIN, END, line_hash  # noqa: E402
 
 

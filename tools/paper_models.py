@@ -8,6 +8,7 @@ meta device, with each router, and prints what a token uses beside the nominal s
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -62,7 +63,7 @@ def build(flags: list[str]) -> dict[str, Any]:
     from megatron.training.arguments import parse_and_validate_args
     from megatron.training.initialize import initialize_megatron
 
-    from megatron_maxscore.releases import WITHOUT_TRANSFORMER_ENGINE
+    from megatron_maxscore.cpu.arguments import WITHOUT_TRANSFORMER_ENGINE
 
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost")
     os.environ.setdefault("MASTER_PORT", "29577")
@@ -95,9 +96,15 @@ def build(flags: list[str]) -> dict[str, Any]:
 
 def main() -> int:
     """Build every model in a process of its own and print the table."""
-    if len(sys.argv) == 3:
-        print(json.dumps(build(flags_of(sys.argv[1], sys.argv[2]))))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("size", nargs="?", choices=SIZES, help="with router: this model alone")
+    parser.add_argument("router", nargs="?", choices=ROUTERS)
+    arguments = parser.parse_args()
+    if arguments.router is not None:
+        print(json.dumps(build(flags_of(arguments.size, arguments.router))))
         return 0
+    if arguments.size is not None:
+        parser.error("name a router too, or neither")
     pairs = [(size, router) for size in SIZES for router in ROUTERS]
     found = {}
     for size, router in track(pairs, "building", disable=not sys.stdout.isatty()):

@@ -15,6 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from megatron_maxscore.commands import prepare
+
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = """
     --num-layers 2 --hidden-size 128 --num-attention-heads 4 --seq-length 512
@@ -39,9 +41,8 @@ def main() -> int:
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--steps", default="100,150,198-200", help="iterations to keep")
     arguments = parser.parse_args()
-    prepare = [sys.executable, str(ROOT / "tools/prepare_data.py"), "--output", str(arguments.data)]
-    if subprocess.run(prepare, check=False).returncode:
-        return 1
+    if status := prepare.main(["--output", str(arguments.data)]):
+        return status
     unfinished = arguments.output.with_name(arguments.output.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     command = [

@@ -87,7 +87,7 @@ def session(tree: Path, router: str, file: str, output: Path) -> None:
 
         from megatron_maxscore._patches import PatchSet
         from megatron_maxscore.moe import router as our_router
-        from megatron_maxscore.moe.config import install_config_fields
+        from megatron_maxscore.moe.fields import install_config_fields
         from megatron_maxscore.moe.layer import install_layer_hook
 
         install_config_fields(PatchSet("upstream tests"))

@@ -30,8 +30,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from megatron_maxscore.commands.processes import RunError  # noqa: E402
 from tools import study_data, study_report  # noqa: E402
-from tools.processes import RunError  # noqa: E402
 from tools.study_arms import (  # noqa: E402
     ABLATION,
     ARMS,

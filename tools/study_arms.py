@@ -9,6 +9,8 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_maxscore.commands.demo import MODEL
+
 AUX = "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff"
 NO_AUX = "--moe-router-load-balancing-type none"
 MAXSCORE = (
@@ -208,13 +210,6 @@ class Size:
 
 
 # Also the demo's.
-MODEL = """
-    --num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 256
-    --max-position-embeddings 256 --position-embedding-type rope --normalization RMSNorm --swiglu
-    --disable-bias-linear --attention-dropout 0 --hidden-dropout 0
-    --num-experts 16 --moe-router-topk 2 --moe-ffn-hidden-size 128
-    --moe-token-dispatcher-type alltoall
-"""
 _TRAINED = (
     MODEL
     + """

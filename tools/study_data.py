@@ -54,7 +54,7 @@ def digest(directory: Path) -> str:
 
 
 def _prepare(inputs: list[Path], directory: Path, family: str) -> None:
-    command = [sys.executable, str(ROOT / "tools" / "prepare_data.py")]
+    command = [sys.executable, "-m", "megatron_maxscore", "prepare"]
     command += ["--output", str(directory), "--vocab-size", str(VOCABULARY)]
     command += ["--valid-share", str(VALID_SHARE[family])]
     if inputs:

@@ -1,8 +1,8 @@
 """Starts the study's training runs, resumes killed ones, and keeps what came out of them.
 
 A run trains through the launcher with Megatron's own loop, saves checkpoints on the way, is
-evaluated with ``tools/evaluate.py``, and leaves one line in the file of results. A run whose
-line is there is not repeated; one that was killed goes on from its last checkpoint.
+evaluated with ``python -m megatron_maxscore evaluate``, and leaves one line in the file of results.
+A run whose line is there is not repeated; one that was killed goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from megatron_maxscore.releases import WITHOUT_TRANSFORMER_ENGINE
-from tools.processes import STEP, Processes, RunError, execute
+from megatron_maxscore.commands.processes import STEP, Processes, RunError, execute
+from megatron_maxscore.cpu.arguments import WITHOUT_TRANSFORMER_ENGINE
 from tools.study_arms import Run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,7 +125,7 @@ def evaluation_command(run: Run, data: Path, directory: Path) -> list[str]:
     """Return the command line that evaluates a run's checkpoint; one process for every layout."""
     sequences = run.size.valid_sequences
     return [
-        *(sys.executable, str(ROOT / "tools" / "evaluate.py")),
+        *(sys.executable, "-m", "megatron_maxscore", "evaluate"),
         *("--data", str(data / run.family / "valid_text_document")),
         *(("--sequences", str(sequences)) if sequences else ()),
         *("--decode", str(DECODED if "maxscore" in run.flags else 0)),

@@ -9,12 +9,15 @@ Shape letters: T tokens, E experts.
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from megatron_maxscore.flow import MAX_EXPERTS
 
 CLUSTERS = 40
 TYPES = 8
@@ -110,3 +113,22 @@ def as_integers(scores: Tensor, bits: int = 20) -> Tensor:
     low, high = float(finite.min()), float(finite.max())
     scale = 2.0**bits / (high - low) if high > low else 1.0
     return torch.round((scores.double() - low) * scale).float()
+
+
+def size_of(text: str) -> str:
+    """Return a size like 8192x64x8, tokens x experts x k, as it is; for command lines.
+
+    Raises:
+        argparse.ArgumentTypeError: it is something else.
+    """
+    parts = text.split("x")
+    if len(parts) != 3 or not all(part.isascii() and part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(
+            f"expected tokens x experts x k like 8192x64x8, got {text}"
+        )
+    tokens, experts, topk = map(int, parts)
+    if tokens < 1 or not 1 <= topk <= experts <= MAX_EXPERTS:
+        raise argparse.ArgumentTypeError(
+            f"needs a token, 1 <= k <= experts, and at most {MAX_EXPERTS} experts, got {text}"
+        )
+    return text

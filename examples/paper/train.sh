@@ -3,7 +3,7 @@
 # Usage: examples/paper/train.sh SIZE ROUTER DATA_DIRECTORY CHECKPOINT_DIRECTORY [MEGATRON ARGUMENTS]
 #   SIZE    162M, 317M, 599M or 1205M
 #   ROUTER  maxscore, authors, gshard, dropless or deepseek
-# The data directory is what tools/prepare_data.py --vocab-size 32000 writes. On several nodes start it
+# The data directory is what megatron_maxscore prepare --vocab-size 32000 writes. On several nodes start it
 # on each with NNODES, NODE_RANK and MASTER_ADDR set; examples/paper/slurm.sh does so. GPUS (8),
 # EXPERT_PARALLEL (as many), MICRO_BATCH (16), GLOBAL_BATCH (512, a multiple of MICRO_BATCH times all
 # GPUs) and STEPS (30000, more than 2,048 of warm-up) may be set, and

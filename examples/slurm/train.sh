@@ -2,7 +2,7 @@
 # Pretrain a mixture-of-experts model on a Slurm allocation with MaxScore routing, one flow problem
 # over all ranks that share the experts.
 # Usage: sbatch --nodes 4 examples/slurm/train.sh DATA_DIRECTORY CHECKPOINT_DIRECTORY [MORE ARGUMENTS]
-# The data directory is what tools/prepare_data.py writes. With a Megatron-LM checkout, set
+# The data directory is what megatron_maxscore prepare writes. With a Megatron-LM checkout, set
 # SCRIPT=/path/to/its/pretrain_gpt.py.
 #SBATCH --job-name=maxscore-train
 #SBATCH --ntasks-per-node=1
@@ -28,7 +28,7 @@ srun --kill-on-bad-exit=1 python -m torch.distributed.run \
   -m megatron_maxscore.launch "${SCRIPT:-examples/pretrain_gpt.py}" \
   --moe-router-type maxscore \
   --maxscore-scope group \
-  --maxscore-mode exact \
+  --maxscore-mode bounded \
   --moe-router-load-balancing-type none \
   --moe-token-dispatcher-type alltoall \
   --tensor-model-parallel-size 2 --sequence-parallel \

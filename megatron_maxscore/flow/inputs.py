@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +53,9 @@ class Options:
         """Return (B, E) int64 for problems of so many rows."""
         if self.capacity_E is not None:
             return np.broadcast_to(self.capacity_E, (rows_B.size, num_experts))
+        # More than all rows make no difference, and might not be an integer any more.
         each = [
-            math.ceil(count * self.topk * self.capacity_factor / num_experts)
+            math.ceil(min(count * self.topk * self.capacity_factor / num_experts, count))
             for count in rows_B.tolist()
         ]
         return np.repeat(np.array(each, np.int64)[:, None], num_experts, 1)
@@ -68,6 +70,52 @@ class Options:
             capacity, self.capacity_factor, self.warm_BE, self.fill_padding, self.tolerance,
             self.mode, self.max_rounds,
         )  # fmt: skip
+
+
+def tensor(name: str, value: Any) -> Tensor:
+    """Return a tensor as it is, and an array or nested list as a tensor.
+
+    Raises:
+        ValueError: it is none of these; names the argument.
+    """
+    if isinstance(value, Tensor):
+        return value
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        kind = type(value).__name__
+        raise ValueError(
+            f"{name} must be a tensor, an array or nested lists of numbers, got {kind}"
+        ) from None
+
+
+def count(name: str, value: Any) -> int:
+    """Return a whole number.
+
+    Raises:
+        ValueError: it is another type, like 2.0 or True; names the argument.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, got {value!r}") from None
+
+
+def capacity(value: Any) -> int | Tensor | None:
+    """Return capacities as a whole number or a tensor; None where a factor gives them."""
+    if value is None:
+        return None
+    is_single = not isinstance(value, Tensor) and np.ndim(value) == 0
+    # Beyond 62 bits a capacity bounds nothing.
+    return min(count("capacity", value), 1 << 62) if is_single else tensor("capacity", value)
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    return float(value)
 
 
 def check(
@@ -91,13 +139,13 @@ def check(
         raise ValueError(f"scores may have at most {MAX_EXPERTS} experts, got {scores.shape[-1]}")
     if scores.dim() == 3 and scores.shape[0] == 0:
         raise ValueError("scores hold no problem: the first dimension of (B, S, E) is 0")
-    if not (capacity_factor > 0 and math.isfinite(capacity_factor)):
+    if not (0 < _number("capacity_factor", capacity_factor) < math.inf):
         raise ValueError(f"capacity_factor must be a positive number, got {capacity_factor}")
-    if not tolerance >= 0:
+    if not _number("tolerance", tolerance) >= 0:
         raise ValueError(f"tolerance must be at least 0, got {tolerance}")
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    if max_rounds is not None and max_rounds < 0:
+    if max_rounds is not None and count("max_rounds", max_rounds) < 0:
         raise ValueError(f"max_rounds must be at least 0, got {max_rounds}")
 
 
@@ -265,8 +313,6 @@ def capacity_of(capacity: int | Tensor | None, num_experts: int) -> IntArray | N
     if isinstance(capacity, Tensor):
         check_capacity(capacity, num_experts)
         capacity_E = capacity.detach().cpu().numpy().astype(np.int64)
-    elif not isinstance(capacity, (int, np.integer)):
-        raise ValueError(f"capacity must be an int or ({num_experts},) int64, got {capacity}")
     else:
         capacity_E = np.full(num_experts, capacity, np.int64)
     if (capacity_E < 0).any():
@@ -284,7 +330,7 @@ def warm_prices(
     if warm.shape != shape[1:] and not (is_batch and warm.shape == shape):
         either = f" or {shape}" if is_batch else ""
         raise ValueError(f"prices must be {shape[1:]}{either}, got shape {tuple(warm.shape)}")
-    warm_BE = warm.detach().cpu().numpy().astype(np.float64)
+    warm_BE = warm.detach().to(torch.float64).cpu().numpy()
     if not np.isfinite(warm_BE).all():
         raise ValueError("prices must be finite; start from zeros instead")
     return np.array(np.broadcast_to(warm_BE, shape))

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from megatron_maxscore.flow import device, inputs, outliers, rounds
@@ -36,14 +37,16 @@ from megatron_maxscore.flow.sample import gather_rows, sample_size
 from megatron_maxscore.flow.solution import ROUNDING, FlowSolution
 
 
+# Nothing in it can be traced: a function that torch.compile compiles calls it as it is.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def solve(
-    scores: Tensor,
+    scores: Tensor | ArrayLike,
     topk: int,
-    capacity: int | Tensor | None = None,
+    capacity: int | Tensor | ArrayLike | None = None,
     capacity_factor: float = 1.0,
-    prices: Tensor | None = None,
+    prices: Tensor | ArrayLike | None = None,
     group: Any = None,
-    valid: Tensor | None = None,
+    valid: Tensor | ArrayLike | None = None,
     fill_padding: bool = False,
     tolerance: float = 0.0,
     mode: str = "exact",
@@ -59,6 +62,7 @@ def solve(
 
     Args:
         scores: (T, E) float, or (B, S, E) for B separate problems; E <= 1024. -inf forbids the arc.
+            Arrays and nested lists are taken as tensors on the CPU, here and below.
             bfloat16 and float16 are exact in float32. Rows whose range exceeds that of ordinary
             rows by a factor of 16,384 or more are scaled down (:mod:`outliers`), and the result is
             the optimum for these scores. Any device; the solver runs on the CPU but
@@ -96,19 +100,27 @@ def solve(
     """
     exchange = exchange_of(group)
     with torch.no_grad():
-        detached = scores.detach()
         try:
+            detached = inputs.tensor("scores", scores).detach()
+            capacity = inputs.capacity(capacity)
+            prices = None if prices is None else inputs.tensor("prices", prices)
+            valid = None if valid is None else inputs.tensor("valid", valid)
+            topk = inputs.count("topk", topk)
             inputs.check(detached, topk, capacity_factor, tolerance, mode, max_rounds)
-            on_device = mode == "bounded" and device.can_solve(
-                detached, topk, exchange.size, equal_rows, valid is not None, fill_padding
-            )
+            obstacle = "mode is exact, which runs on the host (bounded runs on the GPU)"
+            if mode == "bounded":
+                obstacle = device.obstacle(
+                    detached, topk, exchange.size, equal_rows, valid is not None, fill_padding
+                )
         except (ValueError, TypeError) as error:
             agree(exchange, Own.wrong(str(error)))
             raise  # not reached: agree() raises the same on all ranks
-        if on_device:
+        if not obstacle:
             return device.solve_bounded(
                 detached, topk, capacity, capacity_factor, prices, tolerance, valid, exchange
             )
+        if device.is_device(detached) or detached.is_cuda:
+            device.tell_once(obstacle)
         try:
             rows = Rows.of(detached, valid, fill_padding)
             options = Options(
@@ -125,7 +137,7 @@ def solve(
         except (ValueError, TypeError) as error:
             agree(exchange, Own.wrong(str(error)))
             raise  # not reached: agree() raises the same on all ranks
-        return _Solve(exchange, kernels, rows, options).run(scores.dtype, scores.device)
+        return _Solve(exchange, kernels, rows, options).run(detached.dtype, detached.device)
 
 
 class _Solve:

@@ -1,8 +1,8 @@
 """Adapter for EleutherAI's lm-evaluation-harness (its model API, ``lm_eval`` 0.4.9 or newer).
 
-``tools/harness.py`` is its command. Price routing makes every token's experts its own affair, so
-sequences are scored in batches, padded on the right, and neither padding nor neighbours change a
-score.
+``python -m megatron_maxscore harness`` is its command. Price routing chooses every token's experts
+by that token alone. So sequences are scored in batches, padded on the right, and neither padding
+nor neighbours change a score.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from megatron_maxscore._patches import PatchSet
-from megatron_maxscore.releases import WITHOUT_TRANSFORMER_ENGINE
+from megatron_maxscore.cpu.arguments import WITHOUT_TRANSFORMER_ENGINE
 
 _LATEST = "latest_checkpointed_iteration.txt"
 # Arguments that change what a model computes and that Megatron does not restore. What is not at its

@@ -1,20 +1,16 @@
-"""The options of MaxScore routing, and their place in Megatron's ``TransformerConfig``.
+"""The options of MaxScore routing, and what they cannot be combined with.
 
-:class:`MaxScoreConfig` is the one list of options. :func:`install_config_fields` makes each of them
-a real field ``maxscore_<name>`` of ``TransformerConfig`` (next to ``moe_router_type``), from which
-Megatron's own argument factory makes the command-line flags.
+:class:`MaxScoreConfig` is the one list of options; :mod:`fields` makes flags of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-import textwrap
+import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_maxscore._patches import PatchSet
 from megatron_maxscore.flow import MAX_EXPERTS
 from megatron_maxscore.moe.recording import parse_numbers
 from megatron_maxscore.releases import graphed_modules
@@ -22,12 +18,18 @@ from megatron_maxscore.releases import graphed_modules
 PREFIX = "maxscore_"
 # Options of Megatron's with which the number of tokens of a microbatch is not known in advance.
 VARIABLE_LENGTHS = ("variable_seq_lengths", "hybrid_context_parallel")
-# Set on a class whose __init__ takes our fields, so that it is extended once.
-_MARK = "_maxscore_fields"
+# Expert loads may be bounded less tightly than any model needs, but numbers must stay numbers.
+_LARGEST_FACTOR = 4096.0
 
 
-def _option(default: Any, help_text: str, **argparse_meta: Any) -> Any:
+def option(default: Any, help_text: str, **argparse_meta: Any) -> Any:
+    """Declare an option with what ``--help`` says of it."""
     return field(default=default, metadata={"argparse_meta": {"help": help_text, **argparse_meta}})
+
+
+def flag(name: str) -> str:
+    """Return the command-line flag of an option."""
+    return "--maxscore-" + name.replace("_", "-")
 
 
 @dataclass(frozen=True)
@@ -38,67 +40,67 @@ class MaxScoreConfig:
         ValueError: a value is out of range or not available yet; names the flag and the fix.
     """
 
-    scope: Literal["local", "group", "sequence"] = _option(
+    scope: Literal["local", "group", "sequence"] = option(
         "local",
         "Whose tokens form one flow problem. local: each rank's own, with quotas that balance "
         "the experts without any communication. group: those of all ranks that share the experts. "
         "sequence: every sequence alone, over the ranks among which it is split.",
     )
-    mode: Literal["exact", "bounded"] = _option(
+    mode: Literal["exact", "bounded"] = option(
         "exact",
         "exact: the optimum, with a certificate. bounded: a fixed number of passes, then rounds of "
         "moves; feasible, with a certified gap.",
     )
-    capacity_factor: float = _option(
+    capacity_factor: float = option(
         1.0,
         "Capacity of an expert over an equal share of the assignments, at least 1. Nothing is "
         "ever dropped; at 1.0 every expert gets exactly its share.",
     )
-    tolerance: float = _option(
+    tolerance: float = option(
         0.0, "Relative duality gap at which the solver may stop; 0 is the exact optimum."
     )
-    gate: Literal["soft_topk", "score"] = _option(
+    gate: Literal["soft_topk", "score"] = option(
         "soft_topk",
         "Weight of an expert's output. soft_topk: SoftTopk of the logits, unchanged. score: what "
         "Megatron makes of --moe-router-score-function for the chosen experts.",
     )
-    variant: Literal["bientropic", "softmax"] = _option(
+    variant: Literal["bientropic", "softmax"] = option(
         "bientropic",
         "Variant of SoftTopk. bientropic: entries in (0, 1). softmax: k times softmax.",
     )
-    temperature: float | None = _option(
+    temperature: float | None = option(
         None,
         "Temperature of SoftTopk, in the unit of the logits. Default: half of what the logits' "
         "standard deviation is at first, --init-method-std times the root of --hidden-size.",
     )
-    normalize_gates: bool = _option(
+    normalize_gates: bool = option(
         False, "Divide SoftTopk's values of a token's chosen experts by their sum."
     )
-    anneal_steps: int = _option(
+    anneal_steps: int = option(
         0,
         "With N > 0 multiply all gates of a token but its largest by max(4 - 3 step / N, 1), as "
         "the code that the paper's authors released does with 30000.",
     )
-    objective: Literal["logits", "scores"] = _option(
+    objective: Literal["logits", "scores"] = option(
         "logits",
         "What the flow maximises. scores: SoftTopk values, or with --maxscore-gate score the "
         "values of the score function.",
     )
-    eval_routing: Literal["both", "price", "flow"] = _option(
+    eval_routing: Literal["both", "price", "flow"] = option(
         "both",
         "Routing in evaluation. price: each token takes its best experts by score minus price, "
         "which is causal. flow: as in training. both: validation reports price, then flow.",
     )
-    price_decay: float = _option(
+    price_decay: float = option(
         0.9, "Decay per global batch of the running average of expert prices, in [0, 1)."
     )
-    export_bias: bool = _option(
+    export_bias: bool = option(
         False,
         "Write minus the prices as expert_bias into checkpoints too, so that stock routers with "
         "--moe-router-enable-expert-bias choose as price routing does. Exact with score function "
         "sigmoid or sqrtsoftplus, --maxscore-gate score and --maxscore-objective scores.",
     )
-    fixed_shape: list[int] | None = _option(  # noqa: RUF009
+    fixed_shape: list[int] | None = option(  # noqa: RUF009
         None,
         "Positions of each sequence, and number of sequences, that every rank routes in every "
         "microbatch; 0 0 if they may differ. Where loads then follow from the shape, ranks need "
@@ -107,72 +109,83 @@ class MaxScoreConfig:
         nargs=2,
         metavar=("LENGTH", "BATCH"),
     )
-    stats_file: str | None = _option(
+    stats_file: str | None = option(
         None,
         "Write one JSON line per iteration to this file: expert loads, dropped assignments, "
         "maxvio, gap, time in solve. Works with --moe-router-type topk too.",
     )
-    record_dir: str | None = _option(
+    record_dir: str | None = option(
         None,
         "Write what the flow is asked to solve in training, scores included, to this directory: "
         "one file per solve. Meant for a few steps.",
     )
-    record_layers: str | None = _option(
+    record_layers: str | None = option(
         None, "Layers to record, numbered from 1, like 1,3-4; all without this option."
     )
-    record_steps: str | None = _option(
+    record_steps: str | None = option(
         None, "Iterations to record, numbered from 1, like 10,20-21; all without this option."
     )
 
     def __post_init__(self) -> None:
-        self._check_fixed_shape()
-        flags = {f.name: "--maxscore-" + f.name.replace("_", "-") for f in dataclasses.fields(self)}
+        for item in dataclasses.fields(self):
+            self._check_type(item.name, typing.get_type_hints(type(self))[item.name])
         for name, ok, range_text in (
-            ("capacity_factor", self.capacity_factor >= 1.0, "at least 1"),
-            ("tolerance", self.tolerance >= 0.0, "at least 0"),
-            ("temperature", self.temperature is None or self.temperature > 0.0, "greater than 0"),
+            ("capacity_factor", 1.0 <= self.capacity_factor <= _LARGEST_FACTOR, "from 1 to 4096"),
+            ("tolerance", 0.0 <= self.tolerance < math.inf, "at least 0, and finite"),
+            (
+                "temperature",
+                self.temperature is None or 0.0 < self.temperature < math.inf,
+                "greater than 0, and finite",
+            ),
             ("price_decay", 0.0 <= self.price_decay < 1.0, "in [0, 1)"),
             ("anneal_steps", self.anneal_steps >= 0, "at least 0"),
         ):
             if not ok:
-                raise ValueError(f"{flags[name]} must be {range_text}, got {getattr(self, name)}")
-        for name, choices in (
-            ("scope", ("local", "group", "sequence")),
-            ("mode", ("exact", "bounded")),
-            ("gate", ("soft_topk", "score")),
-            ("variant", ("bientropic", "softmax")),
-            ("objective", ("logits", "scores")),
-            ("eval_routing", ("both", "price", "flow")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{flags[name]} must be one of {', '.join(choices)}, got {getattr(self, name)}"
-                )
-
+                raise ValueError(f"{flag(name)} must be {range_text}, got {getattr(self, name)}")
         if self.gate != "soft_topk":
-            for name in ("normalize_gates", "anneal_steps"):
-                if getattr(self, name):
+            for name in ("normalize_gates", "anneal_steps", "temperature", "variant"):
+                default = type(self).__dataclass_fields__[name].default
+                if getattr(self, name) != default:
                     raise ValueError(
-                        f"{flags[name]} is for --maxscore-gate soft_topk, which "
+                        f"{flag(name)} is for --maxscore-gate soft_topk, which "
                         f"--maxscore-gate {self.gate} replaces; leave one of them out"
                     )
         for name in ("record_layers", "record_steps"):
-            if getattr(self, name) is not None:
-                try:
-                    parse_numbers(getattr(self, name))
-                except ValueError as error:
-                    raise ValueError(f"{flags[name]}: {error}") from None
+            text = getattr(self, name)
+            if text is None:
+                continue
+            if self.record_dir is None:
+                raise ValueError(
+                    f"{flag(name)} {text} chooses what --maxscore-record-dir records; add "
+                    f"--maxscore-record-dir, or leave {flag(name)} out"
+                )
+            try:
+                parse_numbers(text)
+            except ValueError as error:
+                raise ValueError(f"{flag(name)}: {error}") from None
 
-    def _check_fixed_shape(self) -> None:
-        if self.fixed_shape is None:
+    def _check_type(self, name: str, hint: Any) -> None:
+        """Refuse a value of another type: JSON's "no" would count as true."""
+        value, kinds = getattr(self, name), typing.get_args(hint)
+        if value is None and type(None) in kinds:
             return
-        shape = list(self.fixed_shape) if isinstance(self.fixed_shape, (list, tuple)) else []
-        # A bool is an int to Python.
-        if len(shape) != 2 or any(type(size) is not int or size < 0 for size in shape):
-            raise ValueError(
-                "--maxscore-fixed-shape must be two numbers, positions of a sequence and "
-                f"sequences, or 0 0, got {self.fixed_shape}"
-            )
+        if typing.get_origin(hint) is Literal:
+            ok, wanted = value in kinds, "one of " + ", ".join(kinds)
+        elif hint is bool:
+            ok, wanted = isinstance(value, bool), "true or false"
+        elif hint is int:
+            ok, wanted = type(value) is int, "a whole number"
+        elif hint is float or float in kinds:
+            ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+            wanted = "a number"
+        elif str in kinds:
+            ok, wanted = isinstance(value, str) and bool(value), "a text"
+        else:
+            shape = list(value) if isinstance(value, (list, tuple)) else []
+            ok = len(shape) == 2 and all(type(size) is int and size >= 0 for size in shape)
+            wanted = "two numbers, positions of a sequence and sequences, or 0 0"
+        if not ok:
+            raise ValueError(f"{flag(name)} must be {wanted}, got {value!r}")
 
     @classmethod
     def from_transformer_config(cls, config: Any) -> MaxScoreConfig:
@@ -282,6 +295,14 @@ def check_transformer_config(config: Any, options: MaxScoreConfig) -> None:
             "use --maxscore-gate score, or leave the score function at softmax"
         )
     _check_gates_can_learn(topk, num_experts, score_function, get, options)
+    if options.record_layers is not None:
+        layers = (get("num_layers") or 0) + (get("mtp_num_layers") or 0)
+        numbers = [n for part in parse_numbers(options.record_layers) for n in (part[0], part[-1])]
+        if max(numbers) > layers:
+            raise ValueError(
+                f"--maxscore-record-layers {options.record_layers} names layer {max(numbers)}, but "
+                f"the model has {layers} layers, numbered from 1"
+            )
     if options.export_bias and (
         score_function not in ("sigmoid", "sqrtsoftplus")
         or (options.gate, options.objective) != ("score", "scores")
@@ -355,100 +376,3 @@ def _check_quantization_padding(config: Any, options: MaxScoreConfig) -> None:
             f"{assignments / config.num_experts:g}, is no multiple of {align}; change "
             "--seq-length or --micro-batch-size, or leave the padding out"
         )
-
-
-def config_fields() -> dict[str, dataclasses.Field]:
-    """Return the fields added to ``TransformerConfig``, by name."""
-
-    @dataclass
-    class _Fields:
-        moe_router_type: Literal["topk", "maxscore"] = _option(
-            "topk", "Router of MoE layers. topk: Megatron's own. maxscore: MaxScore routing."
-        )
-
-    fields = {f.name: f for f in dataclasses.fields(_Fields)}
-    fields["moe_router_type"].type = Literal["topk", "maxscore"]
-    hints = _resolved_types()
-    for option in dataclasses.fields(MaxScoreConfig):
-        clone = dataclasses.field(default=option.default, metadata=option.metadata)
-        clone.name, clone.type = PREFIX + option.name, hints[option.name]
-        clone._field_type = option._field_type  # type: ignore[attr-defined]
-        clone.kw_only = False
-        fields[clone.name] = clone
-    return fields
-
-
-def _resolved_types() -> dict[str, Any]:
-    import typing
-
-    return typing.get_type_hints(MaxScoreConfig)
-
-
-def fork_fields() -> str:
-    """Return the source text that declares the same fields in ``TransformerConfig`` itself."""
-    parts = []
-    for name, item in config_fields().items():
-        hint = item.type
-        shown = hint.__name__ if isinstance(hint, type) else str(hint)
-        shown = shown.replace("typing.", "").replace("'", '"')
-        default = f'"{item.default}"' if isinstance(item.default, str) else repr(item.default)
-        help_text = textwrap.fill(
-            f'"""{item.metadata["argparse_meta"]["help"]}"""', 94, break_on_hyphens=False
-        )
-        parts.append(f"{name}: {shown} = {default}\n{help_text}\n")
-    return "\n".join(parts)
-
-
-def _has_fields(cls: Any) -> bool:
-    """Return whether a fork declares our fields itself.
-
-    Raises:
-        ImportError: it declares those of another release of ours.
-    """
-    present = vars(cls)["__dataclass_fields__"].keys()
-    if "moe_router_type" not in present:
-        return False
-    absent = config_fields().keys() - present
-    if absent:
-        raise ImportError(
-            f"the patched TransformerConfig lacks {', '.join(sorted(absent))}: it was patched by "
-            "another release of megatron_maxscore; run python -m megatron_maxscore.patch apply on "
-            "the tree again"
-        )
-    return True
-
-
-def install_config_fields(patches: PatchSet) -> None:
-    """Make our options fields of ``TransformerConfig`` and of its subclasses.
-
-    Classes derived later inherit them. ``dataclasses.replace``, ``asdict`` and copies keep the
-    values, since the fields are real ones. A fork that was patched has them already.
-    """
-    from megatron.core.transformer import MLATransformerConfig, TransformerConfig
-    from megatron.core.transformer.heterogeneous import heterogeneous_config
-
-    fields = config_fields()
-    for cls in (
-        TransformerConfig,
-        MLATransformerConfig,
-        heterogeneous_config.HeterogeneousTransformerConfig,
-    ):
-        if _MARK in vars(cls) or _has_fields(cls):
-            continue
-        own = vars(cls)["__dataclass_fields__"]
-        patches.set(cls, "__dataclass_fields__", {**own, **fields})
-        for name, item in fields.items():
-            patches.set(cls, name, item.default)
-        patches.wrap(cls, "__init__", functools.partial(_taking_fields, fields))
-        patches.set(cls, _MARK, True)
-
-
-def _taking_fields(fields: dict[str, dataclasses.Field], original: Any) -> Any:
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        # Set before the original runs, so that __post_init__ sees them.
-        for name, item in fields.items():
-            value = kwargs.pop(name, getattr(self, name, item.default))
-            object.__setattr__(self, name, value)
-        original(self, *args, **kwargs)
-
-    return init

@@ -25,9 +25,12 @@ def parse_numbers(text: str) -> list[range]:
     ranges = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        ends = (first, last) if dash else (first, first)
+        if not all(end.isascii() and end.isdecimal() for end in ends):
             raise ValueError(f"expected numbers and ranges like 1,4-6, got {text!r}")
-        ranges.append(range(int(first), int(last if dash else first) + 1))
+        ranges.append(range(int(ends[0]), int(ends[1]) + 1))
+        if ranges[-1].start == 0:
+            raise ValueError(f"numbers begin at 1, got {text!r}")
         if not ranges[-1]:
             raise ValueError(f"expected numbers and ranges like 1,4-6, got the empty range {part}")
     return ranges

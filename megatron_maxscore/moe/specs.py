@@ -46,7 +46,7 @@ def options_from_environment() -> MaxScoreConfig:
         raise ValueError(f"{VARIABLE} has unknown options {unknown}; there are {', '.join(names)}")
     try:
         return MaxScoreConfig(**values)
-    except TypeError as error:
+    except ValueError as error:
         raise ValueError(f"{VARIABLE}: {error}") from None
 
 

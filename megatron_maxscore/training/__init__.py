@@ -18,7 +18,7 @@ def install() -> None:
     """
     if _patches:
         return
-    from megatron_maxscore.moe.config import install_config_fields
+    from megatron_maxscore.moe.fields import install_config_fields
     from megatron_maxscore.releases import warn_if_untested
 
     warn_if_untested()
@@ -52,10 +52,12 @@ def begin(args: Any) -> None:
         SystemExit: on every rank, after one line on rank 0, if the arguments cannot work.
     """
     install()
-    from megatron_maxscore.training.arguments import check_arguments
+    from megatron_maxscore.training.arguments import check_arguments, say_once
 
     try:
         check_arguments(args)
+        if args.moe_router_type == "maxscore":
+            say_once(args)
     except ValueError as error:
         exit_with_error(str(error))
 

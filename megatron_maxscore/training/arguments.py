@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import os
+import sys
 from typing import Any
 
 from megatron_maxscore._patches import PatchSet
+from megatron_maxscore._run import is_rank_zero
+from megatron_maxscore.flow.backend import describe
 from megatron_maxscore.moe.config import (
     VARIABLE_LENGTHS,
     MaxScoreConfig,
     check_transformer_config,
-    config_fields,
 )
+from megatron_maxscore.moe.fields import config_fields
 from megatron_maxscore.releases import names_bound_early
 
 # What a run writes, and how it evaluates, is not restored from the checkpoint of another.
@@ -66,9 +70,27 @@ def _type_of_formatter(base: Any) -> Any:
 def _with_our_checks(original: Any) -> Any:
     def validate_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
         check_arguments(args)
+        if args.moe_router_type == "maxscore":
+            say_once(args)
         return original(args, *rest, **kwargs)
 
     return validate_args
+
+
+@functools.cache
+def _say(text: str) -> None:
+    if is_rank_zero():
+        print(f"megatron_maxscore: {text}", file=sys.stderr, flush=True)
+
+
+def say_once(args: Any) -> None:
+    """Say on rank 0 what routes and which solver runs."""
+    where = f"on the CPU by {describe()}"
+    if args.maxscore_mode == "bounded":
+        where = f"on a GPU by Triton kernels, {where}"
+    _say(
+        f"MaxScore routing, scope {args.maxscore_scope}, mode {args.maxscore_mode}, solved {where}"
+    )
 
 
 def check_arguments(args: Any) -> None:
@@ -80,6 +102,9 @@ def check_arguments(args: Any) -> None:
     options = MaxScoreConfig.from_transformer_config(args)
     if args.moe_router_type == "maxscore":
         check_transformer_config(args, options)
+        describe()  # an implementation that cannot be loaded is a ValueError
+    else:
+        _check_no_options(args)
     if args.num_experts is not None:
         parallel = args.expert_model_parallel_size
         if parallel < 1:
@@ -99,6 +124,20 @@ def check_arguments(args: Any) -> None:
     _check_asynchronous_saving(args)
     if args.moe_router_type == "maxscore" and args.maxscore_fixed_shape is None:
         args.maxscore_fixed_shape = _fixed_shape(args)
+
+
+def _check_no_options(args: Any) -> None:
+    """Refuse options of ours that the run would ignore."""
+    for name, field in config_fields().items():
+        # Statistics are written for Megatron's own router too.
+        if name in ("moe_router_type", "maxscore_stats_file"):
+            continue
+        if getattr(args, name, field.default) != field.default:
+            given = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"{given} is an option of --moe-router-type maxscore, but --moe-router-type is "
+                f"{args.moe_router_type}; add --moe-router-type maxscore, or leave {given} out"
+            )
 
 
 def _fixed_shape(args: Any) -> list[int]:
@@ -129,7 +168,7 @@ def _check_data_paths(args: Any) -> None:
                     flag = "--" + name.replace("_", "-")
                     raise ValueError(
                         f"{flag} {item}: {item + suffix} does not exist; give the path without "
-                        "its ending, or make the data with tools/prepare_data.py"
+                        "its ending, or make the data with python -m megatron_maxscore prepare"
                     )
 
 

@@ -181,7 +181,7 @@ def test_data_loader_draws_its_seed_in_the_iterator():
 
 def test_config_fields_are_not_upstreams():
     """Our option names must not collide with fields that Megatron adds."""
-    from megatron_maxscore.moe.config import config_fields
+    from megatron_maxscore.moe.fields import config_fields
 
     config = resolve("megatron.core.transformer:TransformerConfig")
     assert not {f.name for f in dataclasses.fields(config)} & config_fields().keys()

@@ -17,9 +17,9 @@ WORDS = "token expert capacity price residual flow score gap sweep dual bound lo
 
 
 def tool(name, *arguments, **kwargs):
-    """Run a tool and return its result."""
+    """Run a command of the package and return its result."""
     return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)],
+        [sys.executable, "-m", "megatron_maxscore", name, *map(str, arguments)],
         capture_output=True, text=True, timeout=300, cwd=ROOT, **kwargs,
     )  # fmt: skip
 
@@ -35,7 +35,7 @@ def trained(tmp_path_factory):
         lines = [" ".join(generator.choice(WORDS, 8)) for _ in range(40)]
         (texts / f"{index}.txt").write_text("\n".join(lines))
     data = directory / "data"
-    done = tool("prepare_data.py", "--input", texts, "--output", data, "--vocab-size", 320)
+    done = tool("prepare", "--input", texts, "--output", data, "--vocab-size", 320)
     assert done.returncode == 0, done.stderr
     model = re.sub(r"--mock-data.*--vocab-size 127|--split \S+", "", MODEL)
     assert "mock" not in model
@@ -53,7 +53,7 @@ def test_evaluation_of_a_checkpoint(trained, tmp_path):
     checkpoint, data, training = trained
     output = tmp_path / "found.json"
     done = tool(
-        "evaluate.py", "--checkpoint", checkpoint, "--data", data / "valid_text_document",
+        "evaluate", "--checkpoint", checkpoint, "--data", data / "valid_text_document",
         "--output", output, "--", "--micro-batch-size", 4,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -101,18 +101,18 @@ def test_the_study_evaluates_by_its_own_flags(trained, tmp_path):
 def test_generation(trained):
     checkpoint, data, _ = trained
     arguments = ("--checkpoint", checkpoint, "--tokens", 12, "--prompt", "token expert")
-    done = tool("generate.py", *arguments, "--temperature", 0, "--samples", 2)
+    done = tool("generate", *arguments, "--temperature", 0, "--samples", 2)
     assert done.returncode == 0, done.stderr[-3000:]
     one, other = done.stdout.split("-" * 40)
     assert one.startswith("token expert") and len(one) > 14 and one.strip() == other.strip()
     tokenizer = ("--", "--tokenizer-model", data / "tokenizer.model")
-    done = tool("generate.py", *arguments, "--seed", 3, "--samples", 2, *tokenizer)
+    done = tool("generate", *arguments, "--seed", 3, "--samples", 2, *tokenizer)
     assert done.returncode == 0, done.stderr[-3000:]
     one, other = done.stdout.split("-" * 40)
     assert one.strip() != other.strip()
-    wrong = tool("generate.py", *arguments, "--", "--tokenizer-model", "nowhere.model")
+    wrong = tool("generate", *arguments, "--", "--tokenizer-model", "nowhere.model")
     assert wrong.returncode == 2 and "tokenizer nowhere.model does not exist" in wrong.stderr
-    wrong = tool("generate.py", "--checkpoint", data)
+    wrong = tool("generate", "--checkpoint", data)
     assert wrong.returncode == 2 and "holds no checkpoint" in wrong.stderr
 
 
@@ -208,7 +208,7 @@ def test_flow_routing_is_refused_in_decoding(trained):
     done = in_process(FLOW, trained[0])
     assert done.stdout.strip() == "refused", done.stderr[-3000:]
     wrong = tool(
-        "generate.py", "--checkpoint", trained[0], "--prompt", "token", "--",
+        "generate", "--checkpoint", trained[0], "--prompt", "token", "--",
         "--maxscore-eval-routing", "flow",
     )  # fmt: skip
     assert wrong.returncode == 2
@@ -339,7 +339,7 @@ def test_harness_on_a_local_task(trained, tmp_path):
     }  # fmt: skip
     output = tmp_path / "found.json"
     arguments = ("--checkpoint", checkpoint, "--include", tasks, "--output", output)
-    done = tool("harness.py", *arguments, "--tasks", "local_items", env=environment)
+    done = tool("harness", *arguments, "--tasks", "local_items", env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     # Words of the text are likelier than letters that it does not have.
     assert json.loads(output.read_text())["local_items"]["acc,none"] == 1.0

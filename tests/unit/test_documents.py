@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_maxscore.moe.config import config_fields
+from megatron_maxscore.moe.fields import config_fields
 from megatron_maxscore.ops import soft_topk
 
 ROOT = Path(__file__).resolve().parents[2]

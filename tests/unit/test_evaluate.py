@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tools import evaluate
+from megatron_maxscore.commands import evaluate
 
 
 class MadeUpRouter(torch.nn.Module):

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "megatron_maxscore"
 ALLOWED = {
     "ops": {"megatron_maxscore.ops"},
     "flow": {"megatron_maxscore.flow", "megatron_maxscore.ops", "megatron_maxscore.errors"},
-    "cpu": {"megatron_maxscore.cpu", "megatron_maxscore._", "megatron.core"},
+    "cpu": {"megatron_maxscore.cpu", "megatron_maxscore._", "megatron.core", "megatron.training"},
     "moe": {
         "megatron_maxscore.moe",
         "megatron_maxscore.flow",
@@ -27,6 +27,7 @@ ALLOWED = {
     },
     "training": {"megatron_maxscore", "megatron.core", "megatron.training"},
     "inference": {"megatron_maxscore", "megatron.core", "megatron.training"},
+    "commands": {"megatron_maxscore", "megatron.core", "megatron.training"},
 }
 # An entry for stock scripts, named like the specs it stands beside: it installs the hooks.
 ENTRIES = {"moe/specs.py": "training"}
@@ -54,7 +55,9 @@ def test_direction(layer):
             if name.split(".")[0] in ("megatron", "megatron_maxscore"):
                 assert any(name.startswith(prefix) for prefix in allowed), (path, name)
                 # What trains and routes does not know who uses it.
-                if layer != "inference":
+                if layer != "commands":
+                    assert not name.startswith("megatron_maxscore.commands"), (path, name)
+                if layer not in ("inference", "commands"):
                     assert not name.startswith("megatron_maxscore.inference"), (path, name)
                 if layer == "training":
                     assert not name.startswith(FORBIDDEN_IN_TRAINING), (path, name)

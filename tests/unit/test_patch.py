@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_maxscore import patch
-from megatron_maxscore.moe.config import config_fields
+from megatron_maxscore.moe.fields import config_fields
 from tests.releases import RELEASES, copy_of_wheel
 
 CONFIG = "megatron/core/transformer/transformer_config.py"
@@ -77,10 +77,42 @@ def test_replaces_blocks_of_another_release_of_ours(tree):
     path = tree / CONFIG
     patched = path.read_text()
     path.write_text(patched.replace("    maxscore_price_decay: float = 0.9\n", ""))
-    assert "can be patched" in act("check", tree)
+    with pytest.raises(patch.PatchError, match="is patched in part, or by another release"):
+        act("check", tree)
     act("apply", tree)
     assert path.read_text() == patched
     act("revert", tree)
+
+
+def test_a_tree_that_is_patched_in_part_is_told_apart(tree):
+    plain = (tree / CONFIG).read_text()
+    act("apply", tree)
+    patched = (tree / CONFIG).read_text()
+    (tree / CONFIG).write_text(plain)
+    with pytest.raises(patch.PatchError, match=r"in part.*transformer_config\.py"):
+        act("check", tree)
+    act("apply", tree)
+    assert (tree / CONFIG).read_text() == patched and "is patched" in act("check", tree)
+    act("revert", tree)
+
+
+def test_reverts_a_tree_that_has_moved_on(tree):
+    before = contents(tree)
+    act("apply", tree)
+    info = tree / "megatron/core/package_info.py"
+    release = info.read_text()
+    info.write_text("MAJOR = 0\nMINOR = 99\n")
+    # One of the files is gone there.
+    gone = tree / "megatron/training/checkpointing.py"
+    there = gone.read_text()
+    gone.unlink()
+    with pytest.raises(patch.PatchError, match=r"0\.99"):
+        act("apply", tree)
+    act("revert", tree)
+    gone.write_text(there)
+    info.write_text(release)
+    act("revert", tree)
+    assert contents(tree) == before
 
 
 @pytest.mark.parametrize("broken", ["anchor", "file", "mark"])

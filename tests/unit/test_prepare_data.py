@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import sentencepiece
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "prepare_data.py"
+COMMAND = [sys.executable, "-m", "megatron_maxscore", "prepare"]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def prepare(*arguments, **kwargs):
     return subprocess.run(
-        [sys.executable, str(TOOL), *map(str, arguments)],
+        [*COMMAND, *map(str, arguments)],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=240,
@@ -44,6 +46,8 @@ def test_documents_come_back(tmp_path, texts):
     output = tmp_path / "data"
     result = prepare("--input", texts, "--output", output, "--vocab-size", 400)
     assert result.returncode == 0, result.stderr
+    assert "left out 1 of 42 files, empty: empty.txt" in result.stdout
+    assert "left out 1 of 42 files, not UTF-8 text: image.bin" in result.stdout
     assert sorted(p.name for p in output.iterdir()) == [
         "prepared.json",
         "tokenizer.model",
@@ -76,6 +80,55 @@ def test_documents_come_back(tmp_path, texts):
     )
 
 
+@pytest.mark.parametrize("damage", ["truncated", "missing", "other bytes", "record"])
+def test_damaged_data_are_made_anew(tmp_path, texts, damage):
+    output = tmp_path / "data"
+    arguments = ("--input", texts, "--output", output, "--vocab-size", 400)
+    assert prepare(*arguments).returncode == 0
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    name = {"missing": "valid_text_document.idx", "record": "prepared.json"}.get(
+        damage, "train_text_document.bin"
+    )
+    path = output / name
+    if damage == "missing":
+        path.unlink()
+    elif damage == "other bytes":
+        path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    else:
+        path.write_bytes(path.read_bytes()[:10])
+    result = prepare(*arguments)
+    assert result.returncode == 0 and "up to date" not in result.stdout
+    assert name in result.stdout and "made anew" in result.stdout
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+    assert "up to date" in prepare(*arguments).stdout
+
+
+def test_two_at_once(tmp_path, texts):
+    output = tmp_path / "data"
+    command = [*COMMAND, "--input", texts, "--output", output, "--vocab-size", "400"]
+    both = [
+        subprocess.Popen(
+            list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for _ in range(2)
+    ]
+    for process in both:
+        said, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, said.decode()
+    assert "up to date" in prepare(*command[4:]).stdout
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("kind", ["file", "below a file"])
+def test_an_output_that_cannot_be_written(tmp_path, texts, kind):
+    (tmp_path / "file").write_text("mine")
+    output = tmp_path / "file" if kind == "file" else tmp_path / "file" / "data"
+    result = prepare("--input", texts, "--output", output, "--vocab-size", 400)
+    assert result.returncode == 2 and result.stderr.count("error: ") == 1
+    assert "Traceback" not in result.stderr and str(output) in result.stderr
+    assert (tmp_path / "file").read_text() == "mine" and not list(tmp_path.glob(".*"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -103,7 +156,8 @@ def test_too_little_text(tmp_path):
 def test_terminated_run_leaves_nothing(tmp_path):
     output = tmp_path / "data"
     process = subprocess.Popen(
-        [sys.executable, str(TOOL), "--output", str(output)],
+        [*COMMAND, "--output", str(output)],
+        cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

@@ -13,12 +13,17 @@ def test_numbers_and_ranges():
     assert [list(part) for part in parse_numbers("1, 4-6")] == [[1], [4, 5, 6]]
 
 
-@pytest.mark.parametrize("text", ["", "a", "3-", "-3", "1;2", "6-4"])
+@pytest.mark.parametrize("text", ["a", "3-", "-3", "1;2", "6-4", "²"])
 def test_other_text_is_refused(text):
     with pytest.raises(ValueError, match="numbers and ranges like 1,4-6"):
         parse_numbers(text)
     with pytest.raises(ValueError, match="--maxscore-record-steps: expected numbers"):
-        MaxScoreConfig(record_steps=text)
+        MaxScoreConfig(record_dir="scores", record_steps=text)
+
+
+def test_numbers_begin_at_one():
+    with pytest.raises(ValueError, match="--maxscore-record-steps: numbers begin at 1, got '0-3'"):
+        MaxScoreConfig(record_dir="scores", record_steps="0-3")
 
 
 def test_only_what_was_asked_for_is_written(tmp_path):

@@ -13,6 +13,8 @@ import dataclasses
 import functools
 import importlib.util
 import math
+import os
+import sys
 import weakref
 from typing import Any
 
@@ -40,30 +42,51 @@ def is_device(scores: Tensor) -> bool:
     return scores.is_cuda and _has_triton()
 
 
-def can_solve(
+def obstacle(
     scores: Tensor,
     topk: int,
     num_ranks: int,
     equal_rows: bool,
     has_mask: bool,
     fill_padding: bool,
-) -> bool:
-    """Return whether a bounded solve runs in the kernels, which depends on no value.
+) -> str:
+    """Return why a bounded solve does not run in the kernels, "" if it does.
 
-    Not float64, not 2**31 assignments, not several problems, not ranks that may have different
-    numbers of rows, not rows without experts, not all experts. Ranks of a group decide alike: what
-    only some of them may have, a mask, does not count there.
+    That depends on no value. Ranks of a group decide alike: what only some of them may have, a
+    mask, does not count there.
     """
-    return (
-        is_device(scores)
-        and scores.dim() == 2
-        and scores.dtype in _DTYPES
-        and (num_ranks == 1 or equal_rows)
-        and scores.shape[0] > 0
-        and topk < scores.shape[1]
-        and num_ranks * scores.shape[0] * topk < _MOST_UNITS
-        and (fill_padding or not (has_mask or num_ranks > 1))
-    )
+    rows_differ = num_ranks > 1 and not equal_rows
+    some_without = not fill_padding and (has_mask or num_ranks > 1)
+    checks = (
+        (not is_device(scores), "Triton is not installed" if scores.is_cuda else "on the CPU"),
+        (scores.dim() != 2, "scores are several problems (scope sequence)"),
+        (scores.dtype not in _DTYPES, f"scores are {scores.dtype}"),
+        (rows_differ, "ranks may have different numbers of tokens"),
+        (scores.dim() == 2 and scores.shape[0] == 0, "there are no tokens"),
+        (topk >= scores.shape[-1], "every token takes all experts"),
+        (num_ranks * scores.numel() // max(scores.shape[-1], 1) * topk >= _MOST_UNITS,
+         "there are 2^31 assignments or more"),
+        (some_without, "padding gets no experts"),
+    )  # fmt: skip
+    return next((reason for applies, reason in checks if applies), "")
+
+
+# Reasons for which a solve has left the device, each of which is told once.
+_told: set[str] = set()
+
+
+def tell_once(reason: str) -> None:
+    """Say that scores on a device are solved on the host, and why; once for each reason."""
+    if reason in _told:
+        return
+    _told.add(reason)
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            "megatron_maxscore: scores are copied from the GPU to the host in every solve, because "
+            f"{reason}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def capacity_of(

@@ -1,8 +1,8 @@
 """Zero-shot evaluation of a checkpoint with EleutherAI's lm-evaluation-harness.
 
-    pip install lm_eval
-    python tools/harness.py --checkpoint runs/model --tasks paper
-    python tools/harness.py --checkpoint runs/model --tasks my_task --include tasks/
+    pip install 'megatron-maxscore[harness]'
+    python -m megatron_maxscore harness --checkpoint runs/model --tasks paper
+    python -m megatron_maxscore harness --checkpoint runs/model --tasks my_task --include tasks/
 
 ``paper`` stands for the ten benchmarks of the MaxScore paper: ARC-Challenge, ARC-Easy, BoolQ,
 HellaSwag, LAMBADA, PIQA, RACE, SciQ, ReCoRD, OpenBookQA. The harness downloads their data the first
@@ -21,10 +21,8 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from megatron_maxscore.inference import add_arguments, restore  # noqa: E402
+from megatron_maxscore.commands.outputs import check_output, write_whole
+from megatron_maxscore.inference import add_arguments, restore
 
 PAPER = (
     "arc_challenge", "arc_easy", "boolq", "hellaswag", "lambada_openai", "piqa", "race", "sciq",
@@ -46,10 +44,12 @@ def table_of(results: dict[str, Any]) -> Table:
     return table
 
 
-def main() -> int:
+def main(command: list[str] | None = None) -> int:
     """Restore a checkpoint and let the harness evaluate it."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m megatron_maxscore harness",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)
     parser.add_argument("--tasks", nargs="+", required=True, help="names, or paper")
@@ -58,14 +58,16 @@ def main() -> int:
     parser.add_argument("--fewshot", type=int, default=0, help="examples (default: 0)")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(command)
+    if arguments.output is not None:
+        check_output(parser, arguments.output)
     try:
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
 
         from megatron_maxscore.inference.harness import MaxScoreLM
     except ImportError as error:
-        print(f"error: {error}; pip install lm_eval", file=sys.stderr)
+        print(f"error: {error}; pip install 'megatron-maxscore[harness]'", file=sys.stderr)
         return 2
     tasks = [name for task in arguments.tasks for name in (PAPER if task == "paper" else (task,))]
     manager = TaskManager(include_path=arguments.include)
@@ -95,9 +97,5 @@ def main() -> int:
             dist.destroy_process_group()
     Console(width=None if sys.stdout.isatty() else 100).print(table_of(found["results"]))
     if arguments.output is not None:
-        arguments.output.write_text(json.dumps(found["results"], indent=2, default=str))
+        write_whole(arguments.output, json.dumps(found["results"], indent=2, default=str))
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

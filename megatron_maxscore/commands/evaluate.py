@@ -1,7 +1,7 @@
 """Evaluate a checkpoint on a whole data set, under each rule that its router knows.
 
-    python tools/evaluate.py --checkpoint runs/model --data data/valid_text_document
-    python tools/evaluate.py --data data/valid_text_document -- MEGATRON_ARGUMENTS --load runs/model
+    python -m megatron_maxscore evaluate --checkpoint runs/model --data data/valid_text_document
+    python -m megatron_maxscore evaluate --data data/valid_text_document -- FLAGS --load runs/model
 
 A MaxScore router routes by prices, which is causal, and by the flow, which sees the micro-batch
 (as many sequences as in training, unless ``--micro-batch-size`` says otherwise). Both see the same
@@ -36,10 +36,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from megatron_maxscore.inference import (  # noqa: E402
+from megatron_maxscore.commands.outputs import check_output, write_whole
+from megatron_maxscore.inference import (
     Decoder,
     NotFiniteError,
     TrainedModel,
@@ -299,19 +297,27 @@ def table_of(result: dict[str, Any]) -> Table:
     return table
 
 
-def main() -> int:
+def main(command: list[str] | None = None) -> int:
     """Restore, evaluate, report."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m megatron_maxscore evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser, required=False)
     parser.add_argument("--data", required=True, help="a data set's path without its ending")
     parser.add_argument("--sequences", type=int, help="so many, evenly spaced (default: all)")
     parser.add_argument("--decode", type=int, default=4, metavar="N", help="default: 4")
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(command)
     if arguments.checkpoint is None and "--load" not in arguments.megatron:
         parser.error("give --checkpoint, or all of Megatron's arguments with --load after --")
+    if arguments.sequences is not None and arguments.sequences < 1:
+        parser.error(f"--sequences must be at least 1, got {arguments.sequences}")
+    if arguments.decode < 0:
+        parser.error(f"--decode must be at least 0, got {arguments.decode}")
+    if arguments.output is not None:
+        check_output(parser, arguments.output)
     try:
         result = evaluated(arguments)
     except ValueError as error:
@@ -323,9 +329,7 @@ def main() -> int:
     if result is not None:
         report(result)
         if arguments.output is not None:
-            partial = arguments.output.with_suffix(".partial")
-            partial.write_text(json.dumps(result))
-            partial.replace(arguments.output)
+            write_whole(arguments.output, json.dumps(result))
     return 0
 
 
@@ -371,7 +375,3 @@ def report(result: dict[str, Any]) -> None:
                 f"{found['loss_one_pass' + kind]:.6f}, largest difference of a log-probability "
                 f"{found['largest_difference' + kind]:.1e}"
             )
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,7 +1,7 @@
 """Sample text from a trained checkpoint, token by token with a key-value cache.
 
-    python tools/generate.py --checkpoint runs/model --prompt "def main("
-    python tools/generate.py --checkpoint runs/model --temperature 0 --tokens 50
+    python -m megatron_maxscore generate --checkpoint runs/model --prompt "def main("
+    python -m megatron_maxscore generate --checkpoint runs/model --temperature 0 --tokens 50
 
 MaxScore routes each token by its scores and the learned prices, so the text does not depend on what
 else is generated. Works on CPU. Where the checkpoint's tokenizer has moved, name it:
@@ -11,16 +11,13 @@ else is generated. Works on CPU. Where the checkpoint's tokenizer has moved, nam
 from __future__ import annotations
 
 import argparse
+import math
 import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from megatron_maxscore.inference import TrainedModel, add_arguments, restore, sample  # noqa: E402
+from megatron_maxscore.inference import TrainedModel, add_arguments, restore, sample
 
 # What a half-read character looks like; it waits for its other bytes.
 _INCOMPLETE = "\ufffd"
@@ -49,10 +46,12 @@ def write(trained: TrainedModel, prompt: str, arguments: argparse.Namespace, see
     return count
 
 
-def main() -> int:
+def main(command: list[str] | None = None) -> int:
     """Restore a checkpoint and sample from it."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m megatron_maxscore generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)
     parser.add_argument("--prompt", default="", help="text to continue (default: a new document)")
@@ -61,7 +60,14 @@ def main() -> int:
     parser.add_argument("--top-p", type=float, default=0.95, help="share of probability kept")
     parser.add_argument("--samples", type=int, default=1, help="how many texts (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the first sample")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(command)
+    for name in ("tokens", "samples"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    if not 0.0 <= arguments.temperature < math.inf:
+        parser.error(f"--temperature must be at least 0, got {arguments.temperature}")
+    if not 0.0 < arguments.top_p <= 1.0:
+        parser.error(f"--top-p must lie in (0, 1], got {arguments.top_p}")
     try:
         trained = restore(arguments.checkpoint, arguments.megatron)
         for index in range(arguments.samples):
@@ -75,7 +81,3 @@ def main() -> int:
         if dist.is_initialized():
             dist.destroy_process_group()
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -13,7 +13,6 @@ from pathlib import Path
 STEP = re.compile(
     r"iteration +(\d+)/.*elapsed time per iteration \(ms\): ([\d.]+).* lm loss: ([-+.\deE]+)"
 )
-ROOT = Path(__file__).resolve().parents[1]
 
 
 class RunError(RuntimeError):
@@ -48,7 +47,6 @@ class Processes:
                 raise RunError("stopped before it began")
             process = subprocess.Popen(
                 command,
-                cwd=ROOT,
                 env=environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

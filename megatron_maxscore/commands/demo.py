@@ -5,37 +5,41 @@ TP 2 x EP 2, then with MaxScore as PP 2 x EP 2, all through Megatron's own train
 Prints a table and draws a picture. Loads and dropped assignments are counted from the tokens that
 reach the experts.
 
-    bash tools/demo.sh
+    python -m megatron_maxscore demo
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
+import importlib.util
 import json
 import re
 import shutil
-import subprocess
+import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from megatron_maxscore import _resources
+from megatron_maxscore.commands import prepare
+from megatron_maxscore.commands.processes import STEP, Processes, RunError, execute
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from megatron_maxscore.releases import WITHOUT_TRANSFORMER_ENGINE  # noqa: E402
-from tools.processes import STEP, Processes, RunError, execute  # noqa: E402
-from tools.study_arms import MODEL  # noqa: E402
-
+MODEL = """
+    --num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 256
+    --max-position-embeddings 256 --position-embedding-type rope --normalization RMSNorm --swiglu
+    --disable-bias-linear --attention-dropout 0 --hidden-dropout 0
+    --num-experts 16 --moe-router-topk 2 --moe-ffn-hidden-size 128
+    --moe-token-dispatcher-type alltoall
+"""
 TENSOR_EXPERT = (
     "--tensor-model-parallel-size 2 --sequence-parallel "
     "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1"
@@ -46,13 +50,18 @@ TRAINING = """
     --lr-warmup-fraction 0.1 --weight-decay 0.1 --clip-grad 1.0 --seed 1234
     --log-interval 1 --eval-interval 100000 --eval-iters 20
 """
-LOCAL = " ".join([*WITHOUT_TRANSFORMER_ENGINE, "--num-workers 0"])
 # Top-k needs an auxiliary loss to balance; this is its usual coefficient.
 STOCK_ROUTER = "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2"
 MAXSCORE_ROUTER = (
     "--moe-router-type maxscore --maxscore-scope local --maxscore-mode exact "
     "--moe-router-load-balancing-type none"
 )
+
+
+# Of the first run, in the output directory: for the commands that use a trained model.
+CHECKPOINT = "checkpoint"
+# The loss has to fall by a fifth in a run of so many iterations.
+SETTLED = 60
 
 
 @dataclass
@@ -64,6 +73,7 @@ class Run:
     layout: str
     router: str
     iterations: int
+    is_kept: bool = False
     losses: list[float] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
     validation: dict[str, float] = field(default_factory=dict)
@@ -76,14 +86,18 @@ class Run:
 
 def command(run: Run, data: Path, output: Path) -> list[str]:
     """Return the torchrun command line of a run."""
-    flags = f"{MODEL} {TRAINING} {LOCAL} {run.layout} {run.router}".split()
+    flags = f"{MODEL} {TRAINING} --num-workers 0 {run.layout} {run.router}".split()
+    if run.is_kept:
+        flags += ["--save", str(output / CHECKPOINT), "--save-interval", str(run.iterations)]
+        flags += "--ckpt-format torch_dist --no-save-optim --no-save-rng".split()
+    script = _resources.folder("examples") / "pretrain_gpt.py"
     return [
         *f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 4".split(),
-        *"-m megatron_maxscore.launch --cpu examples/pretrain_gpt.py".split(),
+        *("-m", "megatron_maxscore.launch", "--cpu", str(script)),
         *flags,
         *("--train-iters", str(run.iterations), "--lr-decay-iters", str(run.iterations)),
         *("--tokenizer-type", "SentencePieceTokenizer"),
-        *("--tokenizer-model", str(data / "tokenizer.model")),
+        *("--tokenizer-model", str(data.absolute() / "tokenizer.model")),
         *("--train-data-path", str(data / "train_text_document")),
         *("--valid-data-path", str(data / "valid_text_document")),
         *("--data-cache-path", str(output / "cache")),
@@ -107,7 +121,11 @@ def follow(line: str, run: Run) -> int | None:
 
 
 def train(run: Run, data: Path, output: Path, console: Console) -> None:
-    """Run one training; on failure show the end of its log and exit."""
+    """Run one training.
+
+    Raises:
+        RunError: it failed; with the end of its log.
+    """
     log_path, stats_path = output / f"{run.name}.log", output / f"{run.name}.jsonl"
     for path in (log_path, stats_path):
         path.unlink(missing_ok=True)
@@ -130,8 +148,7 @@ def train(run: Run, data: Path, output: Path, console: Console) -> None:
             if len(run.losses) != run.iterations or not run.validation:
                 raise RunError(f"steps or validation are missing in {log_path}")
         except RunError as error:
-            console.print(f"error: {run.title} failed: {error}", markup=False, highlight=False)
-            raise SystemExit(1) from None
+            raise RunError(f"{run.title} failed: {error}") from None
     run.statistics = [json.loads(line) for line in stats_path.read_text().splitlines()]
 
 
@@ -179,6 +196,11 @@ def table_of(runs: list[Run]) -> Table:
 
 def picture(runs: list[Run], path: Path) -> None:
     """Draw loss curves, and the expert loads of the first two runs over time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), width_ratios=(1.15, 1, 1))
     for run in runs:
         smooth = np.convolve(run.losses, np.ones(5) / 5, mode="valid")
@@ -203,22 +225,74 @@ def picture(runs: list[Run], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> int:
+def main(command: list[str] | None = None) -> int:
     """Prepare data, train, report."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=ROOT / "data", help="prepared data")
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "demo", help="results")
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_maxscore demo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--data", type=Path, default=Path("data"), help="prepared data")
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="results")
     parser.add_argument("--iterations", type=int, default=200, help="of the first two runs")
     parser.add_argument("--pipeline-iterations", type=int, default=60, help="of the third")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(command)
+    for name in ("iterations", "pipeline_iterations"):
+        if getattr(arguments, name) < 6:
+            flag = "--" + name.replace("_", "-")
+            parser.error(f"{flag} must be at least 6, got {getattr(arguments, name)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.error("matplotlib is not installed; pip install 'megatron-maxscore[demo]'")
+    # A terminated run ends its processes like an interrupted one.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        with alone_in(arguments.output):
+            return demonstrate(arguments)
+    except OSError as error:
+        print(f"error: --output {arguments.output} cannot be written: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; run the command again to begin anew", file=sys.stderr)
+        return 130
+
+
+@contextlib.contextmanager
+def alone_in(output: Path) -> Iterator[None]:
+    """Hold a directory; the system lets go of it when the process ends, however it does.
+
+    Raises:
+        RunError: another demo holds it.
+    """
+    with (output / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"another demo is writing to {output}; wait for it, or name another --output"
+            ) from None
+        yield
+
+
+def demonstrate(arguments: argparse.Namespace) -> int:
+    """Prepare data, train, report; return the exit status."""
     console = Console(width=118 if not sys.stdout.isatty() else None)
     started = time.monotonic()
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    prepare = [sys.executable, str(ROOT / "tools/prepare_data.py"), "--output", str(arguments.data)]
-    if subprocess.run(prepare, check=False).returncode:
-        return 1
+    if status := prepare.main(["--output", str(arguments.data)]):
+        return status
+    shutil.rmtree(arguments.output / CHECKPOINT, ignore_errors=True)
     runs = [
-        Run("maxscore", "MaxScore TP2xEP2", TENSOR_EXPERT, MAXSCORE_ROUTER, arguments.iterations),
+        Run(
+            "maxscore",
+            "MaxScore TP2xEP2",
+            TENSOR_EXPERT,
+            MAXSCORE_ROUTER,
+            arguments.iterations,
+            is_kept=True,
+        ),
         Run("topk", "top-k TP2xEP2", TENSOR_EXPERT, STOCK_ROUTER, arguments.iterations),
         Run(
             "pipeline",
@@ -229,7 +303,7 @@ def main() -> int:
         ),
     ]
     for run in runs:
-        train(run, arguments.data, arguments.output, console)
+        train(run, arguments.data, arguments.output.absolute(), console)
     shutil.rmtree(arguments.output / "cache", ignore_errors=True)
     table = table_of(runs)
     console.print(table)
@@ -237,15 +311,23 @@ def main() -> int:
         Console(file=file, width=118).print(table)
     picture(runs, arguments.output / "demo.png")
     minutes = (time.monotonic() - started) / 60
-    console.print(f"{minutes:.1f} minutes; table, picture and logs are in {arguments.output}")
+    console.print(
+        f"{minutes:.1f} minutes; table, picture, logs and a checkpoint are in {arguments.output}"
+    )
+    checkpoint, data = arguments.output / CHECKPOINT, arguments.data / "valid_text_document"
+    console.print(
+        f"next: python -m megatron_maxscore evaluate --checkpoint {checkpoint} --data {data}",
+        soft_wrap=True,
+        highlight=False,
+    )
     unbalanced = [r.title for r in (runs[0], runs[2]) if r.moe_layers("dropped").any()]
-    rising = [r.title for r in runs if np.mean(r.losses[-5:]) > 0.8 * r.losses[0]]
+    rising = [
+        r.title
+        for r in runs
+        if r.iterations >= SETTLED and np.mean(r.losses[-5:]) > 0.8 * r.losses[0]
+    ]
     for title in unbalanced:
         console.print(f"error: {title} dropped assignments")
     for title in rising:
         console.print(f"error: the training loss of {title} did not fall by a fifth")
     return 1 if unbalanced or rising else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

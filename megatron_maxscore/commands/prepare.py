@@ -1,18 +1,20 @@
 """Turn text files into a tokenizer and Megatron data sets.
 
-    python tools/prepare_data.py --output data                      # this Python's own library
-    python tools/prepare_data.py --output data --input notes/ a.txt # your files
+    python -m megatron_maxscore prepare --output data --input notes/ a.txt # your files
+    python -m megatron_maxscore prepare --output data # the sources of this Python's library
 
 Writes ``tokenizer.model`` (SentencePiece, BPE with byte fallback) and the data sets
 ``train_text_document`` and ``valid_text_document`` (.bin and .idx). One file is one document; the
 split is by document. Everything is written to a directory of its own and moved into place at
-the end, so an interrupted run leaves nothing behind.
+the end, so an interrupted run leaves nothing behind. ``prepared.json`` keeps what the data were
+made of, and the size and digest of every file: data that are complete are not made again.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import random
@@ -20,8 +22,10 @@ import shutil
 import signal
 import sys
 import sysconfig
+import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 import torch
@@ -60,15 +64,31 @@ def find_files(inputs: list[str]) -> list[Path]:
 
 
 def read_documents(files: list[Path]) -> list[str]:
-    """Return the files' texts; files that are not UTF-8 text or are empty are left out."""
+    """Return the files' texts; say which files are left out, as no UTF-8 text, empty or unreadable.
+
+    Raises:
+        ValueError: none is left.
+    """
     documents = []
+    left_out: dict[str, list[str]] = {}
     for path in tqdm(files, desc="reading", unit="file", disable=None):
         try:
             text = path.read_text(encoding="utf-8")
-        except (UnicodeDecodeError, OSError):
+        except UnicodeDecodeError:
+            left_out.setdefault("not UTF-8 text", []).append(path.name)
             continue
-        if text.strip() and "\x00" not in text:
+        except OSError:
+            left_out.setdefault("unreadable", []).append(path.name)
+            continue
+        if "\x00" in text:
+            left_out.setdefault("not UTF-8 text", []).append(path.name)
+        elif not text.strip():
+            left_out.setdefault("empty", []).append(path.name)
+        else:
             documents.append(text)
+    for reason, names in sorted(left_out.items()):
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        print(f"left out {len(names)} of {len(files)} files, {reason}: {shown}", flush=True)
     if not documents:
         raise ValueError("none of the files is UTF-8 text; name text files with --input")
     return documents
@@ -90,8 +110,8 @@ def split(documents: list[str], share: float, seed: int) -> tuple[list[str], lis
     return train, [documents[i] for i in sorted(held_out)]
 
 
-def train_tokenizer(documents: list[str], vocab_size: int, prefix: Path, seed: int) -> None:
-    """Train a SentencePiece model on the training documents; writes ``prefix.model``."""
+def train_tokenizer(documents: list[str], vocab_size: int, path: Path, seed: int) -> None:
+    """Train a SentencePiece model on the training documents and write it."""
     order = list(range(len(documents)))
     random.Random(seed).shuffle(order)
     sentences, total = [], 0
@@ -103,10 +123,12 @@ def train_tokenizer(documents: list[str], vocab_size: int, prefix: Path, seed: i
         if total > TOKENIZER_BYTES:
             break
     print(f"training a tokenizer of {vocab_size} pieces on {total / 1e6:.1f} MB", flush=True)
+    model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(sentences),
-            model_prefix=str(prefix),
+            # Not by its path, which would be kept in the model.
+            model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",
             byte_fallback=True,
@@ -126,6 +148,7 @@ def train_tokenizer(documents: list[str], vocab_size: int, prefix: Path, seed: i
             f"the text is too small for --vocab-size {vocab_size} ({error}); lower it or name "
             "more files with --input"
         ) from error
+    path.write_bytes(model.getvalue())
 
 
 def write_dataset(
@@ -165,23 +188,50 @@ def fingerprint(files: list[Path], arguments: argparse.Namespace) -> str:
     return digest.hexdigest()
 
 
+def identity(path: Path) -> list[Any]:
+    """Return the size and digest of a file."""
+    with path.open("rb") as file:
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def is_complete(record: Path, mark: str) -> bool:
+    """Return whether data are those of a fingerprint and as they were written; say why not."""
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+        made_of, written = found["fingerprint"], dict(found["files"])
+    except FileNotFoundError:
+        return False
+    except (ValueError, KeyError, TypeError):
+        print(f"{record} cannot be read; the data are made anew", flush=True)
+        return False
+    if made_of != mark:
+        return False
+    for name, wanted in written.items():
+        path = record.parent / name
+        if not path.is_file():
+            print(f"{path} is missing; the data are made anew", flush=True)
+            return False
+        if identity(path) != wanted:
+            print(f"{path} is not as it was written; the data are made anew", flush=True)
+            return False
+    return True
+
+
 def prepare(arguments: argparse.Namespace) -> None:
     """Make the data, or say that it is there already."""
     output = Path(arguments.output)
     files = find_files(arguments.input)
     mark = fingerprint(files, arguments)
     record = output / "prepared.json"
-    if record.exists() and json.loads(record.read_text())["fingerprint"] == mark:
+    if is_complete(record, mark):
         print(f"{output} is up to date")
         return
     output.parent.mkdir(parents=True, exist_ok=True)
-    scratch = output.parent / f".{output.name}.partial"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
+    # Of this run alone: another may prepare the same data at the same time.
+    scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
         train, valid = split(read_documents(files), arguments.valid_share, arguments.seed)
-        train_tokenizer(train, arguments.vocab_size, scratch / "tokenizer", arguments.seed)
-        (scratch / "tokenizer.vocab").unlink()
+        train_tokenizer(train, arguments.vocab_size, scratch / "tokenizer.model", arguments.seed)
         tokenizer = sentencepiece.SentencePieceProcessor(
             model_file=str(scratch / "tokenizer.model")
         )
@@ -190,7 +240,12 @@ def prepare(arguments: argparse.Namespace) -> None:
             tokens = write_dataset(documents, tokenizer, scratch / f"{name}_text_document")
             characters = sum(map(len, documents))
             rows.append((name, len(documents), characters, tokens))
-        summary = {"fingerprint": mark, "sets": rows, "vocab_size": arguments.vocab_size}
+        summary = {
+            "fingerprint": mark,
+            "sets": rows,
+            "vocab_size": arguments.vocab_size,
+            "files": {path.name: identity(path) for path in sorted(scratch.iterdir())},
+        }
         (scratch / record.name).write_text(json.dumps(summary))
         # Only files of ours are replaced; the directory may hold others.
         output.mkdir(exist_ok=True)
@@ -209,10 +264,12 @@ def prepare(arguments: argparse.Namespace) -> None:
     Console().print(table)
 
 
-def main() -> int:
+def main(command: list[str] | None = None) -> int:
     """Parse the command line and prepare the data."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m megatron_maxscore prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--input",
@@ -227,7 +284,7 @@ def main() -> int:
         "--valid-share", type=float, default=0.05, help="share of documents held out"
     )
     parser.add_argument("--seed", type=int, default=1, help="of the split and the samples")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(command)
     if not 0 < arguments.valid_share < 1:
         parser.error(f"--valid-share must lie between 0 and 1, got {arguments.valid_share}")
     if arguments.vocab_size < 300:
@@ -241,11 +298,13 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(
+            f"error: --output {arguments.output} cannot be written ({error}); name another one",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

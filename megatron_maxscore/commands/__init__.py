@@ -1,0 +1,1 @@
+"""The product's commands: ``python -m megatron_maxscore COMMAND``."""

@@ -1,0 +1,97 @@
+"""The wheel alone, beside its dependencies: what a person has who installed it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from tests.dist.training_runs import MAXSCORE, MODEL, ROOT
+from tests.releases import copy_of_wheel
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """Install the wheel into an environment that sees this one's packages but not the project."""
+    directory = tmp_path_factory.mktemp("wheel")
+    run = lambda *command: subprocess.run(  # noqa: E731
+        [*map(str, command)], check=True, capture_output=True, text=True, cwd=directory
+    )
+    # A copy: the build leaves folders behind.
+    tree = directory / "tree"
+    tree.mkdir()
+    for name in ("megatron_maxscore", "patches", "examples"):
+        subprocess.run(["cp", "-r", str(ROOT / name), str(tree)], check=True)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in"):
+        subprocess.run(["cp", str(ROOT / name), str(tree)], check=True)
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", directory, tree)
+    (wheel,) = directory.glob("*.whl")
+    environment = directory / "environment"
+    run(sys.executable, "-m", "venv", "--without-pip", environment)
+    packages = next(environment.glob("lib/python*/site-packages"))
+    # A path in a .pth file adds a directory without reading the .pth files in it, and so without
+    # the editable installation of this checkout.
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", packages, wheel)
+    return environment / "bin" / "python", directory, wheel
+
+
+def python(installed, *arguments, timeout=240, **environment):
+    interpreter, directory, _ = installed
+    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    return subprocess.run(
+        [str(interpreter), *map(str, arguments)],
+        capture_output=True, text=True, timeout=timeout, cwd=directory,
+        env={**clean, "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+
+
+def test_what_the_wheel_holds(installed):
+    import zipfile
+
+    names = zipfile.ZipFile(installed[2]).namelist()
+    assert "megatron_maxscore/py.typed" in names
+    assert "megatron_maxscore/_shipped/examples/pretrain_gpt.py" in names
+    assert sum(name.startswith("megatron_maxscore/_shipped/patches/core_v") for name in names) == 3
+    assert not [name for name in names if name.startswith(("tests/", "tools/"))]
+    where = python(installed, "-c", "import megatron_maxscore; print(megatron_maxscore.__file__)")
+    assert "environment" in where.stdout, where.stderr
+
+
+def test_solve(installed):
+    script = "from megatron_maxscore.flow import solve; print(solve([[1.0, 0.9], [0.8, 0.1]], 1).experts)"
+    result = python(installed, "-c", script)
+    assert "[[1],\n        [0]]" in result.stdout, result.stderr
+
+
+def test_commands(installed):
+    result = python(installed, "-m", "megatron_maxscore.launch", "--help")
+    assert result.returncode == 0 and "torchrun" in result.stdout
+    tree = copy_of_wheel("0.19.2", installed[1] / "fork")
+    result = python(installed, "-m", "megatron_maxscore", "patch", "check", tree)
+    assert result.returncode == 0 and "can be patched" in result.stdout, result.stderr
+    assert python(installed, "-m", "megatron_maxscore", "patch", "apply", tree).returncode == 0
+    assert "is patched" in python(installed, "-m", "megatron_maxscore.patch", "check", tree).stdout
+
+
+def test_ten_steps_on_the_cpu(installed):
+    model = re.sub(r"--transformer-impl local.*?--num-workers 0", "--num-workers 0", MODEL, flags=re.S)
+    assert "fusion" not in model
+    result = python(
+        installed, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "-m", "megatron_maxscore", "launch", "--cpu", "pretrain_gpt", *model.split(),
+        *MAXSCORE.split(), "--expert-model-parallel-size", "2", "--train-iters", "10",
+        "--data-cache-path", installed[1] / "cache", CUDA_VISIBLE_DEVICES="",
+    )  # fmt: skip
+    output = result.stdout + result.stderr
+    assert result.returncode == 0, output[-4000:]
+    losses = [float(x) for x in re.findall(r"lm loss: ([\d.E+-]+)", output)]
+    assert len(losses) == 10 and losses[-1] < losses[0] - 0.1
+    assert "MaxScore routing, scope local, mode exact, solved on the CPU by numba" in output
+    added = re.findall(r"CPU mode adds (.*)", output)
+    assert len(added) == 1 and added[0].startswith("--transformer-impl local --no-persist")
