@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import io
 import json
+import logging
 import os
 import random
 import shutil
@@ -160,8 +161,9 @@ def write_dataset(
         The number of tokens.
     """
     with warnings.catch_warnings():
-        # Megatron tells of optional packages that writing files does not need.
+        # Megatron and torch tell of packages and devices that writing files does not need.
         warnings.simplefilter("ignore")
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(

@@ -98,7 +98,24 @@ def specs(rank, size):
 
 
 REFUSED = {
-    "--maxscore-capacity-factor 0.9": ["--maxscore-capacity-factor", "0.9", "at least 1"],
+    "--maxscore-capacity-factor 0.9": ["--maxscore-capacity-factor", "0.9", "from 1 to 4096"],
+    "--maxscore-capacity-factor inf": ["--maxscore-capacity-factor", "inf", "from 1 to 4096"],
+    "--maxscore-capacity-factor 1e300": ["--maxscore-capacity-factor", "1e+300", "from 1 to 4096"],
+    "--maxscore-temperature inf": ["--maxscore-temperature", "inf", "finite"],
+    "--maxscore-tolerance nan": ["--maxscore-tolerance", "nan"],
+    "--moe-router-topk -1": ["--moe-router-topk -1", "between 1 and"],
+    "--expert-model-parallel-size 0": ["--expert-model-parallel-size", "at least 1, got 0"],
+    "--maxscore-record-dir s --maxscore-record-layers 99": ["layer 99", "2 layers"],
+    "--maxscore-record-dir s --maxscore-record-layers 0": ["begin at 1", "'0'"],
+    "--maxscore-record-layers 1": ["--maxscore-record-layers 1", "--maxscore-record-dir"],
+    "--maxscore-gate score --maxscore-temperature 2": ["--maxscore-temperature", "soft_topk"],
+    "--maxscore-gate score --maxscore-variant softmax": ["--maxscore-variant", "soft_topk"],
+    "--moe-router-type topk --maxscore-scope group": [
+        "--maxscore-scope", "--moe-router-type maxscore", "is topk",
+    ],
+    "--moe-router-type topk --maxscore-normalize-gates": [
+        "--maxscore-normalize-gates", "--moe-router-type maxscore",
+    ],
     "--maxscore-scope world": ["--maxscore-scope", "world", "sequence"],
     "--maxscore-scope sequence --sft --tokenizer-type SFTTokenizer": [
         "--maxscore-scope sequence", "--sft", "group or local",
