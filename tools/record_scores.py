@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from megatron_maxscore.commands import prepare
+from megatron_maxscore.moe.recording import parse_numbers
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = """
@@ -41,6 +42,10 @@ def main() -> int:
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--steps", default="100,150,198-200", help="iterations to keep")
     arguments = parser.parse_args()
+    try:
+        parse_numbers(arguments.steps)
+    except ValueError as error:
+        parser.error(f"--steps: {error}")
     if status := prepare.main(["--output", str(arguments.data)]):
         return status
     unfinished = arguments.output.with_name(arguments.output.name + ".unfinished")

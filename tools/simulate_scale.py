@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from megatron_maxscore.flow import FlowSolution, solve  # noqa: E402
+from megatron_maxscore.flow import MAX_EXPERTS, FlowSolution, solve  # noqa: E402
 from megatron_maxscore.flow.exchange import Exchange, pack  # noqa: E402
 
 TOKENS = 4096
@@ -276,6 +276,10 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "scale")
     arguments = parser.parse_args()
+    for name, most in (("ranks", 1 << 16), ("experts", MAX_EXPERTS), ("groups", 1 << 16)):
+        for value in getattr(arguments, name):
+            if not 1 <= value <= most:
+                parser.error(f"--{name} must lie between 1 and {most}, got {value}")
     torch.set_num_threads(1)
     cases = [(ranks, experts, 1) for experts in arguments.experts for ranks in arguments.ranks]
     cases += [(64, experts, groups) for experts in arguments.experts for groups in arguments.groups]

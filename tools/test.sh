@@ -2,6 +2,7 @@
 # Set up .venv and run the checks and tests. --full adds the tests that take minutes each.
 # Other options are passed on to pytest.
 set -euo pipefail
+case " $* " in *" --help "* | *" -h "*) sed -n '2,3s/^# //p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 # shellcheck source=tools/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 maxscore_setup test

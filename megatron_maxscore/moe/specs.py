@@ -20,19 +20,24 @@ import os
 from typing import Any
 
 from megatron_maxscore._run import exit_with_error
-from megatron_maxscore.moe.config import PREFIX, MaxScoreConfig
+from megatron_maxscore.moe.config import PREFIX, MaxScoreConfig, flag
 from megatron_maxscore.moe.layer import install_layer_hook
 from megatron_maxscore.releases import has_callable_specs
 
 VARIABLE = "MEGATRON_MAXSCORE"
 
 
-def options_from_environment() -> MaxScoreConfig:
-    """Return the options that the environment variable names; defaults without it.
+def options_from_environment(given: MaxScoreConfig | None = None) -> MaxScoreConfig:
+    """Return the options that the environment variable names; the others are as given.
+
+    Args:
+        given: from flags or a checkpoint; None stands for the defaults.
 
     Raises:
-        ValueError: it is no JSON object, or has unknown fields or wrong values.
+        ValueError: it is no JSON object, has unknown fields or wrong values, or says something else
+            than a flag.
     """
+    given = given or MaxScoreConfig()
     text = os.environ.get(VARIABLE, "{}")
     try:
         values = json.loads(text)
@@ -44,8 +49,14 @@ def options_from_environment() -> MaxScoreConfig:
     unknown = sorted(values.keys() - set(names))
     if unknown:
         raise ValueError(f"{VARIABLE} has unknown options {unknown}; there are {', '.join(names)}")
+    for name, value in values.items():
+        own = getattr(given, name)
+        if own not in (value, getattr(MaxScoreConfig(), name)):
+            raise ValueError(
+                f"{VARIABLE} says {name} {value!r}, and {flag(name)} {own!r}; leave one of them out"
+            )
     try:
-        return MaxScoreConfig(**values)
+        return dataclasses.replace(given, **values)
     except ValueError as error:
         raise ValueError(f"{VARIABLE}: {error}") from None
 
@@ -98,10 +109,7 @@ def _begin() -> Any:
     from megatron_maxscore.training import begin
 
     try:
-        named = VARIABLE in os.environ or getattr(args, "moe_router_type", "topk") != "maxscore"
-        options = (
-            options_from_environment() if named else MaxScoreConfig.from_transformer_config(args)
-        )
+        options = options_from_environment(MaxScoreConfig.from_transformer_config(args))
         # So the rest of the plugin, and checkpoints, see what they see with the launcher.
         args.moe_router_type = "maxscore"
         for item in dataclasses.fields(options):

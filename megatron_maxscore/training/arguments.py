@@ -69,6 +69,7 @@ def _type_of_formatter(base: Any) -> Any:
 
 def _with_our_checks(original: Any) -> Any:
     def validate_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
+        _check_environment(args)
         check_arguments(args)
         if args.moe_router_type == "maxscore":
             say_once(args)
@@ -122,8 +123,23 @@ def check_arguments(args: Any) -> None:
     _check_data_paths(args)
     _check_written_paths(options)
     _check_asynchronous_saving(args)
-    if args.moe_router_type == "maxscore" and args.maxscore_fixed_shape is None:
-        args.maxscore_fixed_shape = _fixed_shape(args)
+    if args.moe_router_type == "maxscore":
+        if args.maxscore_fixed_shape is None:
+            args.maxscore_fixed_shape = _fixed_shape(args)
+        if options.gate == "soft_topk" and args.moe_router_topk == 1:
+            # Megatron asks for it with a softmax over one expert, which SoftTopk is not.
+            args.moe_router_pre_softmax = True
+
+
+def _check_environment(args: Any) -> None:
+    """Refuse options in the environment that nothing reads."""
+    spec = next(iter(getattr(args, "spec", None) or []), "")
+    is_read = spec == "megatron_maxscore.moe.specs"
+    if args.moe_router_type == "maxscore" and "MEGATRON_MAXSCORE" in os.environ and not is_read:
+        raise ValueError(
+            "MEGATRON_MAXSCORE is read by --spec megatron_maxscore.moe.specs alone; give its "
+            "options as --maxscore- flags, and unset it"
+        )
 
 
 def _check_no_options(args: Any) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
-from pathlib import Path
 
 import pytest
 
@@ -39,6 +39,28 @@ def installed(tmp_path_factory):
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", packages, wheel)
     return environment / "bin" / "python", directory, wheel
+
+
+def test_the_source_distribution_is_whole(tmp_path):
+    import tarfile
+
+    tree = tmp_path / "tree"
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if names.returncode:
+        pytest.skip("not a git checkout")
+    for name in names.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tree / name)
+    subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", str(tmp_path)],
+        cwd=tree, check=True, capture_output=True,
+    )  # fmt: skip
+    (archive,) = tmp_path.glob("*.tar.gz")
+    held = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
+    for name in ("docs/routing.md", "examples/pretrain_gpt.py", "tools/test.sh", "LICENSE",
+                 "tests/unit/test_flow.py", "patches/core_v0.19.0.patch", "CHANGELOG.md"):  # fmt: skip
+        assert name in held, name
 
 
 def python(installed, *arguments, timeout=240, **environment):

@@ -119,6 +119,25 @@ def test_a_directory_that_others_can_write_keeps_no_kernels(tmp_path, monkeypatc
     assert compiler._temporary_directory() is None
 
 
+def test_where_no_cache_can_be_written_kernels_go_to_the_temporary_directory(tmp_path, monkeypatch):
+    places = []
+
+    def njit(cache=False, **options):
+        if cache and not compiler.numba.config.CACHE_DIR:
+            raise RuntimeError("no locator available")
+        places.append(compiler.numba.config.CACHE_DIR if cache else "nowhere")
+        return lambda function: function
+
+    monkeypatch.setattr(compiler, "njit", njit)
+    monkeypatch.setattr(compiler.numba.config, "CACHE_DIR", "")
+    monkeypatch.setattr(compiler.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert compiler.jit(len) is len
+    assert places == [str(compiler._temporary_directory())]
+    assert compiler.numba.config.CACHE_DIR == ""
+    monkeypatch.setattr(compiler.tempfile, "gettempdir", lambda: "/proc/nowhere")
+    assert compiler.jit(len) is len and places[1:] == ["nowhere"]
+
+
 @pytest.mark.parametrize(
     ("solver", "words"),
     [

@@ -39,6 +39,15 @@ for text in json.loads(sys.stdin.read()):
         found[text] = "accepted"
     except ValueError as error:
         found[text] = str(error)
+os.environ["MEGATRON_MAXSCORE"] = '{"mode": "bounded"}'
+from megatron_maxscore.moe import MaxScoreConfig
+kept = specs.options_from_environment(MaxScoreConfig(scope="group"))
+found["beside flags"] = [kept.scope, kept.mode]
+os.environ["MEGATRON_MAXSCORE"] = '{"scope": "sequence"}'
+try:
+    specs.options_from_environment(MaxScoreConfig(scope="group"))
+except ValueError as error:
+    found["against flags"] = str(error)
 print("FOUND " + json.dumps(found))
 """
 
@@ -63,3 +72,11 @@ def test_right_values(answers):
     assert [text for text, answer in answers.items() if answer == "accepted"] == [
         '{"scope": "group", "capacity_factor": 2, "fixed_shape": [64, 2]}', "{}",
     ]  # fmt: skip
+
+
+def test_flags_beside_the_environment(answers):
+    assert answers["beside flags"] == ["group", "bounded"]
+    assert answers["against flags"] == (
+        "MEGATRON_MAXSCORE says scope 'sequence', and --maxscore-scope 'group'; "
+        "leave one of them out"
+    )
