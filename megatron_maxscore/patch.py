@@ -186,11 +186,16 @@ def changes(tree: Path, action: str) -> dict[Path, str]:
             if action == "revert":
                 continue
             raise PatchError(f"{tree} lacks {name}")
-        old = path.read_bytes().decode("utf-8")
-        lines = without_ours(old.splitlines(keepends=True), name)
+        try:
+            old = path.read_bytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise PatchError(f"{name} is not UTF-8 text: {error}") from error
+        # Our lines end as the file's do.
+        end = "\r\n" if "\r\n" in old else "\n"
+        lines = without_ours(old.replace("\r\n", "\n").splitlines(keepends=True), name)
         if action == "apply":
             lines = with_ours(lines, [hunk for hunk in hunks if hunk.path == name])
-        new = "".join(lines)
+        new = "".join(lines).replace("\n", end)
         try:
             ast.parse(new)
         except SyntaxError as error:
@@ -205,7 +210,8 @@ def write_all(texts: dict[Path, str]) -> None:
     temporary: dict[Path, Path] = {}
     replaced: dict[Path, bytes] = {}
     try:
-        for path, text in texts.items():
+        # Where a file is a link, what it points to is replaced.
+        for path, text in ((path.resolve(), text) for path, text in texts.items()):
             handle, name = tempfile.mkstemp(dir=path.parent, prefix=".maxscore")
             temporary[path] = Path(name)
             with os.fdopen(handle, "wb") as file:

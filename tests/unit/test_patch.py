@@ -96,6 +96,35 @@ def test_a_tree_that_is_patched_in_part_is_told_apart(tree):
     act("revert", tree)
 
 
+def test_keeps_links_and_line_ends(tree, tmp_path):
+    before = contents(tree)
+    config = tree / CONFIG
+    elsewhere = tmp_path / "config.py"
+    elsewhere.write_bytes(config.read_bytes().replace(b"\n", b"\r\n"))
+    config.unlink()
+    config.symlink_to(elsewhere)
+    linked = elsewhere.read_bytes()
+    act("apply", tree)
+    assert config.is_symlink()
+    patched = elsewhere.read_bytes()
+    assert b"moe_router_type: Literal" in patched
+    assert patched.count(b"\n") == patched.count(b"\r\n") > linked.count(b"\r\n")
+    act("revert", tree)
+    assert config.is_symlink() and elsewhere.read_bytes() == linked
+    config.unlink()
+    config.write_bytes(linked.replace(b"\r\n", b"\n"))
+    assert contents(tree) == before
+
+
+def test_names_a_file_that_is_no_text(tree):
+    config = tree / CONFIG
+    original = config.read_bytes()
+    config.write_bytes(original + b"# \xff\n")
+    with pytest.raises(patch.PatchError, match=f"{CONFIG} is not UTF-8 text"):
+        act("apply", tree)
+    config.write_bytes(original)
+
+
 def test_reverts_a_tree_that_has_moved_on(tree):
     before = contents(tree)
     act("apply", tree)
