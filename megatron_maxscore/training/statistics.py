@@ -72,6 +72,8 @@ class _Watch:
 
     def __init__(self) -> None:
         self.layers: list[Any] = []
+        # The most experts of a layer on any rank; stages may have layers of different sizes.
+        self.most_experts: int | None = None
         self.counts: _Counts | None = None
         self.ended: _Counts | None = None
 
@@ -144,6 +146,16 @@ class _Watch:
             first = dispatcher.local_expert_indices[0]
             counts.loads_LE[index, first : first + noted.count_E.numel()] += noted.count_E
 
+    def _widened(self, loads_LE: torch.Tensor) -> torch.Tensor:
+        """Return loads with as many columns as on every other rank; asks them the first time."""
+        if self.most_experts is None:
+            most = torch.tensor([loads_LE.shape[1]])
+            if dist.get_backend() == "nccl":
+                most = most.to(torch.device("cuda", torch.cuda.current_device()))
+            dist.all_reduce(most, op=dist.ReduceOp.MAX)
+            self.most_experts = int(most)
+        return torch.nn.functional.pad(loads_LE, (0, self.most_experts - loads_LE.shape[1]))
+
     def _write(self, path: str, step_seconds: float) -> None:
         from megatron.training import get_args
 
@@ -161,8 +173,9 @@ class _Watch:
         seconds = sum(s.seconds for s in statistics)
         solves = sum(s.solves for s in statistics)
         gap = max((float(s.largest_gap) for s in statistics), default=0.0)
-        size = counts.loads_LE.numel()
-        integers = torch.cat([counts.loads_LE.flatten(), counts.expected_L, torch.tensor([solves])])
+        loads_LE = self._widened(counts.loads_LE)
+        size = loads_LE.numel()
+        integers = torch.cat([loads_LE.flatten(), counts.expected_L, torch.tensor([solves])])
         sums = torch.tensor([seconds, step_seconds], dtype=torch.float64)
         maxima = torch.cat([counts.maxvio_L, torch.tensor([gap], dtype=torch.float64)])
         if dist.get_backend() == "nccl":
@@ -172,7 +185,7 @@ class _Watch:
         dist.all_reduce(sums)
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
         if dist.get_rank() == 0:
-            loads_LE = integers[:size].reshape(counts.loads_LE.shape).cpu()
+            loads_LE = integers[:size].reshape(loads_LE.shape).cpu()
             expected_L = integers[size:-1].cpu()
             line = {
                 "iteration": getattr(args, "curr_iteration", 0) + 1,

@@ -180,3 +180,14 @@ def layers_built_in_threads(rank, size):
             for thread in threads:
                 thread.join()
     return sorted(found)
+
+
+def loads_of_different_widths(rank, size):
+    """Ranks whose layers have different numbers of experts write lines of one width."""
+    from megatron_maxscore.training.statistics import _Watch
+
+    watch = _Watch()
+    own = torch.ones(2, 4 + 2 * rank, dtype=torch.int64)
+    first, second = watch._widened(own), watch._widened(own)
+    assert torch.equal(first, second)
+    return list(first.shape), int(first.sum())

@@ -67,6 +67,10 @@ def test_layers_with_different_numbers_of_experts(ranks):
     assert ranks(2, cases.different_numbers_of_experts) == [[True, True]] * 2
 
 
+def test_statistics_of_stages_with_different_numbers_of_experts(ranks):
+    assert ranks(2, cases.loads_of_different_widths) == [([2, 6], 8), ([2, 6], 12)]
+
+
 @pytest.mark.parametrize("gate", ["soft_topk", "score"])
 @pytest.mark.parametrize("scope", ["local", "group"])
 @pytest.mark.parametrize("training", [False, True])
