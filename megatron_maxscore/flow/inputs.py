@@ -103,13 +103,22 @@ def count(name: str, value: Any) -> int:
         raise ValueError(f"{name} must be a whole number, got {value!r}") from None
 
 
-def capacity(value: Any) -> int | Tensor | None:
-    """Return capacities as a whole number or a tensor; None where a factor gives them."""
+def capacity(value: Any, num_experts: int) -> int | Tensor | None:
+    """Return capacities as a whole number or a tensor; None where a factor gives them.
+
+    Raises:
+        ValueError: they are something else.
+    """
     if value is None:
         return None
     is_single = not isinstance(value, Tensor) and np.ndim(value) == 0
-    # Beyond 62 bits a capacity bounds nothing.
-    return min(count("capacity", value), 1 << 62) if is_single else tensor("capacity", value)
+    try:
+        # Beyond 62 bits a capacity bounds nothing.
+        return min(count("capacity", value), 1 << 62) if is_single else tensor("capacity", value)
+    except ValueError:
+        raise ValueError(
+            f"capacity must be an int or ({num_experts},) int64, got {value}"
+        ) from None
 
 
 def _number(name: str, value: Any) -> float:

@@ -102,11 +102,11 @@ def solve(
     with torch.no_grad():
         try:
             detached = inputs.tensor("scores", scores).detach()
-            capacity = inputs.capacity(capacity)
             prices = None if prices is None else inputs.tensor("prices", prices)
             valid = None if valid is None else inputs.tensor("valid", valid)
             topk = inputs.count("topk", topk)
             inputs.check(detached, topk, capacity_factor, tolerance, mode, max_rounds)
+            capacity = inputs.capacity(capacity, detached.shape[-1])
             obstacle = "mode is exact, which runs on the host (bounded runs on the GPU)"
             if mode == "bounded":
                 obstacle = device.obstacle(

@@ -130,7 +130,11 @@ class MaxScoreConfig:
         for item in dataclasses.fields(self):
             self._check_type(item.name, typing.get_type_hints(type(self))[item.name])
         for name, ok, range_text in (
-            ("capacity_factor", 1.0 <= self.capacity_factor <= _LARGEST_FACTOR, "from 1 to 4096"),
+            (
+                "capacity_factor",
+                1.0 <= self.capacity_factor <= _LARGEST_FACTOR,
+                "at least 1, at most 4096",
+            ),
             ("tolerance", 0.0 <= self.tolerance < math.inf, "at least 0, and finite"),
             (
                 "temperature",

@@ -98,9 +98,9 @@ def specs(rank, size):
 
 
 REFUSED = {
-    "--maxscore-capacity-factor 0.9": ["--maxscore-capacity-factor", "0.9", "from 1 to 4096"],
-    "--maxscore-capacity-factor inf": ["--maxscore-capacity-factor", "inf", "from 1 to 4096"],
-    "--maxscore-capacity-factor 1e300": ["--maxscore-capacity-factor", "1e+300", "from 1 to 4096"],
+    "--maxscore-capacity-factor 0.9": ["--maxscore-capacity-factor", "0.9", "at least 1"],
+    "--maxscore-capacity-factor inf": ["--maxscore-capacity-factor", "inf", "at least 1"],
+    "--maxscore-capacity-factor 1e300": ["--maxscore-capacity-factor", "1e+300", "at least 1"],
     "--maxscore-temperature inf": ["--maxscore-temperature", "inf", "finite"],
     "--maxscore-tolerance nan": ["--maxscore-tolerance", "nan"],
     "--moe-router-topk -1": ["--moe-router-topk -1", "between 1 and"],

@@ -85,7 +85,7 @@ def test_the_study_evaluates_by_its_own_flags(trained, tmp_path):
 
     checkpoint, data, _ = trained
     model = re.sub(r"--mock-data.*--vocab-size 127|--split \S+", "", MODEL)
-    flags = f"{model} --norm-epsilon 1e-4 --maxscore-temperature 0.7"
+    flags = f"{model} --norm-epsilon 1e-4"
     size = Size("tiny", " ".join(flags.split()), 20, 512, 0.1, valid_sequences=16)
     (tmp_path / "custom").symlink_to(data)
     (tmp_path / "checkpoint").symlink_to(checkpoint)

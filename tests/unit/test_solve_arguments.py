@@ -45,7 +45,7 @@ def test_capacities_beyond_all_integers_bound_nothing(slack):
         (dict(topk=0), "topk must lie between 1 and"),
         (dict(capacity_factor="1"), "capacity_factor must be a number, got '1'"),
         (dict(capacity_factor=float("inf")), "capacity_factor must be a positive number, got inf"),
-        (dict(capacity=1.5), "capacity must be a whole number, got 1.5"),
+        (dict(capacity=1.5), r"capacity must be an int or \(4,\) int64, got 1.5"),
         (dict(valid=np.ones(3, bool)), r"valid must be \(16,\) bool, got \(3,\)"),
         (dict(valid=[1.0] * 16), r"valid must be \(16,\) bool, got \(16,\) torch.float32"),
         (dict(prices="dear"), "prices must be a tensor, an array or nested lists"),
