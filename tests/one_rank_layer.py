@@ -1,4 +1,4 @@
-"""A Megatron MoE layer of one rank with our router and dispatcher, in scope local, bounded mode."""
+"""A Megatron MoE layer of one rank with our router and dispatcher, in scope local."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ def make_layer(
     topk: int = TOPK,
     is_ours: bool = True,
     tokens: int = 0,
+    mode: str = "auto",
 ) -> Any:
     """Build the layer, bfloat16 on the CPU; with Megatron's top-k router if it is not ours.
 
@@ -51,7 +52,7 @@ def make_layer(
     )  # fmt: skip
     spec = get_moe_module_spec(use_te=False, num_experts=experts, moe_grouped_gemm=False)
     if is_ours:
-        options = MaxScoreConfig(scope="local", mode="bounded", fixed_shape=[tokens, 1])
+        options = MaxScoreConfig(scope="local", mode=mode, fixed_shape=[tokens, 1])
         spec = with_maxscore(spec, options)
     collection = ProcessGroupCollection.use_mpu_process_groups()
     arguments = {"config": config, "layer_number": 1, "pg_collection": collection}
@@ -61,10 +62,10 @@ def make_layer(
     return built
 
 
-def build(backend: str, tokens: int = 0) -> Any:
+def build(backend: str, tokens: int = 0, mode: str = "auto") -> Any:
     """Set up one rank and build the layer, on the CPU."""
     set_up(backend)
-    return make_layer(tokens=tokens)
+    return make_layer(tokens=tokens, mode=mode)
 
 
 def tear_down() -> None:

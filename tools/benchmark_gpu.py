@@ -1,4 +1,4 @@
-"""Time a bounded solve on a CUDA device against other routers' choice of experts.
+"""Time a solve on a CUDA device against other routers' choice of experts.
 
     python tools/benchmark_gpu.py [--output runs/gpu] [--sizes 8192x64x8 131072x256x8]
 
@@ -96,11 +96,11 @@ def kernel_times(run: Callable[[], Any], repeats: int = 4) -> dict[str, float]:
 def rivals(scores: Tensor, topk: int, capacity: Tensor, prices: Tensor) -> dict[str, Any]:
     """Return what to time, by name; None where it is not installed."""
     beta = torch.zeros(scores.shape[1], device=scores.device)
-    ours = lambda: solve(scores, topk, capacity=capacity, prices=prices, mode="bounded")  # noqa: E731
+    ours = lambda: solve(scores, topk, capacity=capacity, prices=prices)  # noqa: E731
     return {
         "solve, graph": graphed(ours),
         "solve": ours,
-        "solve, cold": lambda: solve(scores, topk, capacity=capacity, mode="bounded"),
+        "solve, cold": lambda: solve(scores, topk, capacity=capacity),
         "torch.topk": lambda: scores.topk(topk, dim=1),
         "fused top-k": fused_topk(scores, topk),
         "sinkhorn": lambda: sinkhorn(scores, topk),
@@ -157,7 +157,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "gpu")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        print("error: torch sees no CUDA device; tools/performance_model.py needs none")
+        print("error: torch sees no CUDA device")
         return 1
     console = Console(width=None if sys.stdout.isatty() else 140)
     name = torch.cuda.get_device_name()
@@ -173,17 +173,15 @@ def main() -> int:
             work = workload(family, tokens, experts, topk)
             other = workload(family, tokens, experts, topk, batch=1)
             scores, capacity = work.scores.cuda(), work.capacity
-            prices = solve(other.scores.cuda(), topk, capacity=capacity, mode="bounded").prices
-            solution = solve(scores, topk, capacity=capacity, prices=prices, mode="bounded")
+            prices = solve(other.scores.cuda(), topk, capacity=capacity).prices
+            solution = solve(scores, topk, capacity=capacity, prices=prices)
             times = {
                 rival: None if run is None else microseconds(run, arguments.repeats)
                 for rival, run in rivals(scores, topk, capacity, prices).items()
             }
             gap = solution.gap.item()
             kernels = kernel_times(
-                functools.partial(
-                    solve, scores, topk, capacity=capacity, prices=prices, mode="bounded"
-                )
+                functools.partial(solve, scores, topk, capacity=capacity, prices=prices)
             )
             rows.append({"size": size, "family": family, "gap": gap, **times, "kernels": kernels})
             # As they come: a solve that falls back to rounds over all rows can take seconds.

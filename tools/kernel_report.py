@@ -24,11 +24,14 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_maxscore.flow.device import variants as flow
+from megatron_maxscore.flow.device.kernel import solve_kernel
+from megatron_maxscore.flow.engine import WARPS, Shape
 from megatron_maxscore.ops.kernels import soft_topk
 from megatron_maxscore.ops.kernels.variants import Variant
 
 TARGETS = (80, 90, 100)
+# Experts and k of the engine's kernel.
+SIZES = ((16, 2), (64, 8), (128, 8), (160, 6), (256, 8), (384, 6), (512, 16))
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -51,7 +54,29 @@ class Usage:
 
 def all_variants() -> list[Variant]:
     """Return every kernel in every form in which it is launched."""
-    return [*soft_topk.variants(), *flow.variants()]
+    return [*soft_topk.variants(), *engine_variants()]
+
+
+def engine_variants() -> list[Variant]:
+    """Return the engine's kernel for common sizes."""
+    pointers = {
+        "warm_ptr": "*fp32", "capacity_ptr": "*i64", "quota_ptr": "*i64", "experts_ptr": "*i64",
+        "results_ptr": "*fp64", "rows_ptr": "*fp32", "bits_ptr": "*i32", "partial_ptr": "*fp64",
+        "work_ptr": "*i32", "keys_ptr": "*i64", "tolerance_bits": "i64",
+    }  # fmt: skip
+    found = []
+    for experts, topk in SIZES:
+        constants = Shape(1, 8192, experts, topk).constants
+        for dtype in ("fp32", "bf16") if experts == 64 else ("fp32",):
+            types = {**pointers, "scores_ptr": f"*{dtype}"}
+            signature = {
+                name: types.get(name, "i32")
+                for name in solve_kernel.arg_names
+                if name not in constants
+            }
+            name = f"solve, {dtype}, {experts} experts, top-{topk}"
+            found.append(Variant(name, solve_kernel, signature, constants, WARPS))
+    return found
 
 
 def usage(variant: Variant, target: int) -> Usage:

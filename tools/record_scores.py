@@ -25,7 +25,7 @@ MODEL = """
     --disable-bias-linear --attention-dropout 0 --hidden-dropout 0
     --num-experts 64 --moe-router-topk 8 --moe-ffn-hidden-size 32
     --moe-token-dispatcher-type alltoall --moe-router-load-balancing-type none
-    --moe-router-type maxscore --maxscore-scope local --maxscore-mode exact
+    --moe-router-type maxscore --maxscore-scope local
     --micro-batch-size 16 --global-batch-size 16 --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine
     --lr-warmup-fraction 0.1 --weight-decay 0.1 --clip-grad 1.0 --seed 1234 --log-interval 10
     --eval-interval 100000 --eval-iters 1

@@ -124,6 +124,18 @@ class Simulated(Exchange):
         )
         return result
 
+    def sum_tensor(self, counts: torch.Tensor, *, phase: str) -> torch.Tensor:
+        """See the base class."""
+        self._note("sum", counts.nbytes)
+        total = self._meet(counts.clone(), lambda given: sum(part for part in given))
+        return counts.copy_(total)
+
+    def gather_tensor(self, own: torch.Tensor, *, phase: str) -> torch.Tensor:
+        """See the base class."""
+        self._note("gather", own.nbytes)
+        everyone: torch.Tensor = self._meet(own, torch.cat)
+        return everyone
+
     def same(self, compute: Callable[[], Any]) -> Any:
         """See the base class; rank 0 computes, and its time is part of every rank's."""
 

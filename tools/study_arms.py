@@ -14,8 +14,7 @@ from megatron_maxscore.commands.demo import MODEL
 AUX = "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff"
 NO_AUX = "--moe-router-load-balancing-type none"
 MAXSCORE = (
-    "--moe-router-type maxscore --maxscore-mode exact --maxscore-eval-routing price "
-    "--moe-token-dispatcher-type alltoall"
+    "--moe-router-type maxscore --maxscore-eval-routing price --moe-token-dispatcher-type alltoall"
 )
 LOCAL = f"{MAXSCORE} --maxscore-scope local"
 # E / k^2 with 16 experts, top-2: SoftTopk's gates then sum to 1 where all scores are equal, to 4 at
@@ -154,7 +153,6 @@ EXPLORATORY = (
         "group2", "scope group, 2 ranks of 1,024 tokens",
         f"{MAXSCORE} --maxscore-scope group {_TWO_RANKS}", ranks=2, against="local2",
     ),
-    _variant("bounded", "bounded mode", f"{LOCAL} --maxscore-mode bounded"),
     _variant("softmax", "softmax variant", f"{LOCAL} --maxscore-variant softmax"),
     _variant("scores", "flow maximises SoftTopk", f"{LOCAL} --maxscore-objective scores"),
     _variant(

@@ -25,7 +25,7 @@ paper_model() {
 
 # paper_router ROUTER: maxscore, authors, gshard, dropless or deepseek.
 paper_router() {
-  local maxscore="--moe-router-type maxscore --maxscore-mode bounded"
+  local maxscore="--moe-router-type maxscore"
   case "$1" in
     # Our defaults.
     maxscore) echo "$maxscore --maxscore-scope local --moe-router-load-balancing-type none" ;;

@@ -78,6 +78,17 @@ class Exchange:
         """
         return own
 
+    def sum_tensor(self, counts: Tensor, *, phase: str) -> Tensor:
+        """Sum a tensor over the ranks in its place, and return it.
+
+        One collective on the tensor's device, which the host does not wait for.
+
+        Args:
+            counts: integers, contiguous and of the same shape on every rank.
+            phase: what is exchanged, for error messages.
+        """
+        return counts
+
     def same(self, compute: Callable[[], _Result]) -> _Result:
         """Return what is computed from data that all ranks have alike."""
         return compute()
@@ -111,6 +122,12 @@ class GroupExchange(Exchange):
         with self._round(phase, own.numel() * own.element_size()):
             _all_gather(everyone, own, self.group)
         return everyone
+
+    def sum_tensor(self, counts: Tensor, *, phase: str) -> Tensor:
+        """See the base class."""
+        with self._round(phase, counts.numel() * counts.element_size()):
+            dist.all_reduce(counts, group=self.group)
+        return counts
 
     def sum(self, counts: list[np.ndarray], below: int, *, phase: str) -> list[np.ndarray]:
         """See the base class."""

@@ -18,11 +18,9 @@ from megatron_maxscore.flow.buckets import EDGE_L, NUM_LEVELS, base_of
 from megatron_maxscore.flow.contested import Contested
 from megatron_maxscore.flow.exchange import Exchange
 from megatron_maxscore.flow.kernels import fill as kernels
-from megatron_maxscore.flow.kernels import rounds, rows
+from megatron_maxscore.flow.kernels import rows
 from megatron_maxscore.flow.kernels.augment import augment_problems
 from megatron_maxscore.flow.problem import BoolArray, FloatArray, IntArray, Problem
-from megatron_maxscore.flow.rounds import Near
-from megatron_maxscore.flow.rounds_plain import NEAR
 from megatron_maxscore.flow.threads import run, spans
 
 NAME = "numba"
@@ -43,7 +41,7 @@ def scan(scores_NE: Any) -> tuple[FloatArray, FloatArray, bool, bool]:
 
 def price_pass(
     problem: Problem,
-    prices_BCE: IntArray,
+    prices_BE: IntArray,
     window_BE: IntArray,
     num_buckets: int,
     active_B: BoolArray,
@@ -65,7 +63,7 @@ def price_pass(
         slot = index if own > 1 else 0
         stop_B = np.where(active_B, last_row_B, first_row_B)
         return lambda: rows.price_pass(
-            problem.scores_NE, problem.low_N, problem.factor_B, prices_BCE, problem.topk, window_BE,
+            problem.scores_NE, problem.low_N, problem.factor_B, prices_BE, problem.topk, window_BE,
             base_BE, knows_threshold, first, last, first_row_B, stop_B, problem.origin_B,
             threshold_N, gap_N, x_NE, loads[slot], gaps[slot], bids[slot],
         )  # fmt: skip
@@ -167,69 +165,6 @@ def augment(
         ]
     )
     return potential_BN, status_B
-
-
-def nearest(
-    problem: Problem,
-    prices_BCE: IntArray,
-    x_NE: BoolArray,
-    gap_N: IntArray,
-    reach_B: IntArray,
-    stride_B: IntArray,
-    shift_B: IntArray,
-) -> Near:
-    """See :func:`megatron_maxscore.flow.plain.nearest`."""
-    count = x_NE.shape[0]
-    is_near_N = np.zeros(count, np.bool_)
-    expert_N4, value_N4 = np.empty((count, NEAR), np.int32), np.empty((count, NEAR), np.int32)
-    run(
-        [
-            lambda piece=piece: rounds.nearest(  # type: ignore[misc]
-                problem.scores_NE,
-                problem.low_N,
-                problem.factor_B,
-                prices_BCE,
-                x_NE,
-                gap_N,
-                reach_B,
-                stride_B,
-                shift_B,
-                problem.origin_B,
-                *piece,
-                is_near_N,
-                expert_N4,
-                value_N4,
-            )
-            for piece in problem.pieces
-        ]
-    )
-    return Near.of_rows(problem, is_near_N, expert_N4, value_N4)
-
-
-move_near = rounds.move_near
-
-
-def cheapest(
-    problem: Problem,
-    b: int,
-    prices_BCE: IntArray,
-    x_NE: BoolArray,
-    shift: int,
-    bits: int,
-    key_CEE: IntArray,
-) -> None:
-    """See :func:`megatron_maxscore.flow.plain.cheapest`."""
-    rounds.cheapest(
-        problem.scores_NE, problem.low_N, problem.factor_B[b], prices_BCE[b], x_NE,
-        problem.start_B[b], problem.start_B[b + 1], problem.origin_B[b], shift, bits, key_CEE,
-    )  # fmt: skip
-
-
-def step(key_CEE: IntArray, price_E: IntArray, potential_N: IntArray, *rest: Any) -> IntArray:
-    """See :func:`megatron_maxscore.flow.rounds_plain.step`."""
-    moves_P3 = np.empty((key_CEE.shape[0] * potential_N.size, 3), np.int64)
-    _, moved = rounds.step(key_CEE, price_E, potential_N, *rest, moves_P3)
-    return moves_P3[:moved]
 
 
 def fill(

@@ -20,7 +20,7 @@ from megatron_maxscore.flow import outliers
 from megatron_maxscore.flow.agreement import ANY_UNIT
 from megatron_maxscore.flow.problem import BoolArray, FloatArray, IntArray, maxima
 
-MODES = ("exact", "bounded")
+MODES = ("auto", "exact", "bounded")
 # Prices reach E - 1 score ranges, and 63 bits have to hold them, path lengths and counts of arcs.
 MAX_EXPERTS = 1024
 
@@ -36,7 +36,6 @@ class Options:
         warm_BE: (B, E) float64 prices to start from, None for zeros.
         fill_padding: whether padding rows get experts.
         tolerance: relative gap at which to stop.
-        mode: "exact" or "bounded".
         max_rounds: most collectives.
     """
 
@@ -46,7 +45,6 @@ class Options:
     warm_BE: FloatArray | None
     fill_padding: bool
     tolerance: float
-    mode: str
     max_rounds: int | None
 
     def capacities(self, rows_B: IntArray, num_experts: int) -> IntArray:
@@ -68,7 +66,7 @@ class Options:
         return (
             self.topk, rows.num_experts, rows.counts_B.size, str(dtype).removeprefix("torch."),
             capacity, self.capacity_factor, self.warm_BE, self.fill_padding, self.tolerance,
-            self.mode, self.max_rounds,
+            "exact", self.max_rounds,
         )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_maxscore.flow import fill_plain, rounds_plain
+from megatron_maxscore.flow import fill_plain
 from megatron_maxscore.flow.buckets import (
     ALL_BUCKETS,
     NUM_LEVELS,
@@ -36,22 +36,17 @@ from megatron_maxscore.flow.problem import (
     IntArray,
     Problem,
 )
-from megatron_maxscore.flow.rounds import Near
 from megatron_maxscore.flow.threads import run, spans
 
 __all__ = [
     "NAME",
     "augment",
-    "cheapest",
     "conclude",
     "contested",
     "fill",
-    "move_near",
-    "nearest",
     "price_pass",
     "price_step",
     "scan",
-    "step",
 ]
 
 NAME = "torch"
@@ -91,10 +86,7 @@ def scan(scores_NE: Any) -> tuple[FloatArray, FloatArray, bool, bool]:
 
 
 def _reduced(problem: Problem, prices: IntArray, rows: Any, owner: Any) -> IntArray:
-    """Return (n, E) int64 reduced scores of rows, given by a slice or indices, of some problems.
-
-    Prices are (B, E), or (B, C, E) for classes of rows.
-    """
+    """Return (n, E) int64 reduced scores of rows, given by a slice or indices, of some problems."""
     low_N1 = problem.low_N[rows, None]
     factor = np.ldexp(1.0, problem.shift_B[owner])
     above = problem.scores_NE[rows].astype(np.float64)
@@ -104,18 +96,8 @@ def _reduced(problem: Problem, prices: IntArray, rows: Any, owner: Any) -> IntAr
         np.maximum(above, _NEVER, out=above)
     above += ROUNDER
     q_NE: IntArray = above.view(np.int64)
-    if prices.ndim == 3:
-        class_N = _positions(rows, owner, problem) % prices.shape[1]
-        price = prices[owner, class_N if prices.shape[1] > 1 else 0]
-    else:
-        price = prices[owner]
-    q_NE -= ROUNDER_BITS + price
+    q_NE -= ROUNDER_BITS + prices[owner]
     return q_NE
-
-
-def _owner(problem: Problem, b: int, rows: IntArray) -> Any:
-    """Return the problem of each row of problem b, or 0 where there is but one."""
-    return 0 if problem.num_problems == 1 else np.full(rows.size, b)
 
 
 def _active_blocks(problem: Problem, active_B: BoolArray) -> list[tuple[Any, Any]]:
@@ -142,7 +124,7 @@ def _for_each(function: Callable[..., Any], blocks: list[Any], rows: int) -> lis
 
 def price_pass(
     problem: Problem,
-    prices_BCE: IntArray,
+    prices_BE: IntArray,
     window_BE: IntArray,
     num_buckets: int,
     active_B: BoolArray,
@@ -158,8 +140,7 @@ def price_pass(
 
     Args:
         problem: the problems.
-        prices_BCE: (B, C, E) int64, those of each class of rows; C is a power of two, a row's
-            class is its index in the problem modulo C.
+        prices_BE: (B, E) int64.
         window_BE: (B, E) int64; bids at or below minus this are not counted, those above it count
             as equal to it.
         num_buckets: H, see :mod:`buckets`.
@@ -181,7 +162,7 @@ def price_pass(
     lock = threading.Lock()
 
     def choose(index: Any, owner: Any) -> IntArray | None:
-        r_NE = _reduced(problem, prices_BCE, index, owner)
+        r_NE = _reduced(problem, prices_BE, index, owner)
         # numpy's selection is vectorised; torch.topk takes more than twice as long.
         split_NE = np.partition(r_NE, num_experts - topk - 1, axis=1)
         next_N, kth_N = split_NE[:, -topk - 1], split_NE[:, -topk:].min(1)
@@ -209,7 +190,7 @@ def price_pass(
 
         def count(index: Any, owner: Any, r_NE: IntArray | None) -> None:
             if r_NE is None:
-                r_NE = _reduced(problem, prices_BCE, index, owner)
+                r_NE = _reduced(problem, prices_BE, index, owner)
             r_NE -= threshold_N[index, None]
             place = np.flatnonzero(r_NE > -window_BE[owner])
             slot = bucket_of(r_NE.ravel()[place])
@@ -301,75 +282,6 @@ def contested(
     ):
         np.concatenate(column, out=target, casting="same_kind")
     return found
-
-
-def nearest(
-    problem: Problem,
-    prices_BCE: IntArray,
-    x_NE: BoolArray,
-    gap_N: IntArray,
-    reach_B: IntArray,
-    stride_B: IntArray,
-    shift_B: IntArray,
-) -> Near:
-    """Find contested rows, and of each the two lowest experts it has and two highest it has not.
-
-    Args:
-        problem: the problems.
-        prices_BCE: (B, C, E) int64, see :func:`price_pass`.
-        x_NE: (N, E) bool, top-k at the prices.
-        gap_N: (N,) int64 cost of each row's cheapest swap.
-        reach_B: (B,) int64 what that may cost; problems with a negative reach are left out.
-        stride_B: (B,) int64; only rows whose index in the problem divides by it are looked at.
-        shift_B: (B,) int64; values are in units of ``2**shift``.
-    """
-    problem_N = problem.problem_N
-    index_N = np.arange(gap_N.size) - problem.origin_B[problem_N]
-    is_near_N = (gap_N <= reach_B[problem_N]) & (index_N % stride_B[problem_N] == 0)
-    expert_N4 = np.empty((gap_N.size, rounds_plain.NEAR), np.int32)
-    value_N4 = np.empty((gap_N.size, rounds_plain.NEAR), np.int32)
-    for b in np.flatnonzero(reach_B >= 0).tolist():
-        rows = problem.start_B[b] + np.flatnonzero(
-            is_near_N[problem.start_B[b] : problem.start_B[b + 1]]
-        )
-        for part in np.split(rows, range(block_of(x_NE), rows.size, block_of(x_NE))):
-            r_ME = _reduced(problem, prices_BCE, part, _owner(problem, b, part))
-            expert_N4[part], value_N4[part] = rounds_plain.nearest(
-                r_ME, x_NE[part], index_N[part], int(reach_B[b]), int(shift_B[b])
-            )
-    return Near.of_rows(problem, is_near_N, expert_N4, value_N4)
-
-
-move_near, step = rounds_plain.move_near, rounds_plain.step
-
-
-def cheapest(
-    problem: Problem,
-    b: int,
-    prices_BCE: IntArray,
-    x_NE: BoolArray,
-    shift: int,
-    bits: int,
-    key_CEE: IntArray,
-) -> None:
-    """Find the cheapest row of problem b, and of each class, that has a and not b.
-
-    Args:
-        problem: the problems.
-        b: which one.
-        prices_BCE: (B, C, E) int64, see :func:`price_pass`.
-        x_NE: (N, E) bool.
-        shift: costs are in units of ``2**shift``.
-        bits: costs of more are taken as the highest.
-        key_CEE: (C, E, E) int64, lowered in place; see :func:`rounds_plain.step`.
-    """
-    first, last = int(problem.start_B[b]), int(problem.start_B[b + 1])
-    for part in np.split(
-        np.arange(first, last), range(block_of(x_NE), last - first, block_of(x_NE))
-    ):
-        r_NE = _reduced(problem, prices_BCE, part, _owner(problem, b, part))
-        index_N = part - problem.origin_B[b]
-        rounds_plain.cheapest(r_NE, x_NE[part], index_N, shift, bits, key_CEE)
 
 
 def fill(

@@ -27,11 +27,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_maxscore.flow.buckets import ALL_BUCKETS, NUM_LEVELS, WINDOW_BUCKETS, gap_within
+from megatron_maxscore.flow.buckets import ALL_BUCKETS, NUM_LEVELS, WINDOW_BUCKETS
 from megatron_maxscore.flow.exchange import Exchange
 from megatron_maxscore.flow.problem import SCORE_BITS, BoolArray, FloatArray, IntArray, Problem
 from megatron_maxscore.flow.sample import sample_size, take_sample
-from megatron_maxscore.flow.spread import TABLE_BITS, spread_table
 from megatron_maxscore.flow.sweeps import EVERYTHING, Descent, Reading, is_tight, overflow, sweep
 
 MAX_PASSES = 8
@@ -39,8 +38,6 @@ SAMPLE_PASSES = 10
 # Overflow at which the finish is cheaper than another sweep: units per expert, or a share of all
 # units, which is smaller beyond some units, since the cost of the finish is in units.
 _UNITS_PER_EXPERT = 0.75
-# In bounded mode rounds of moves cost the same for few units.
-_UNITS_PER_EXPERT_BOUNDED, _LEAST_SHARE_BOUNDED = 0.25, 1 / 64
 _SHARE_OF_UNITS = 1 / 800
 _SHARE_BEYOND = 1 / 1600
 _UNITS_BEYOND = 64
@@ -67,8 +64,6 @@ class PriceState:
         gap_N: (N,) int64 k-th less (k+1)-th reduced score.
         x_NE: (N, E) bool.
         threshold_N: (N,) int64 mean of the k-th and (k+1)-th reduced score.
-        spread_BCE: (B, C, E) int64 what each class of rows adds to the prices, C = 1 for nothing;
-            see :mod:`spread`.
         filled_B: (B,) bool, whether x is already feasible and within the tolerance.
         passes: how often the scores were read.
     """
@@ -79,7 +74,6 @@ class PriceState:
     gap_N: IntArray
     x_NE: BoolArray
     threshold_N: IntArray
-    spread_BCE: IntArray
     filled_B: BoolArray
     passes: int
 
@@ -92,7 +86,6 @@ def improve(
     max_passes: int = MAX_PASSES,
     tolerance: float = 0.0,
     sum_ranges_B: FloatArray | None = None,
-    may_spread: bool = False,
 ) -> PriceState:
     """Return prices with little overflow.
 
@@ -104,21 +97,16 @@ def improve(
         max_passes: most passes over the scores.
         tolerance: relative gap at which a filled assignment will do; all arcs must be allowed.
         sum_ranges_B: (B,) float64 sum of all rows' ranges as integers; needed with a tolerance.
-        may_spread: whether prices may be spread over classes of rows where sweeps over all rows
-            stall; those over a sample do now and then, for it is small.
     """
     size_B = sample_size(problem)
     units_B = problem.rows_B * problem.topk
-    aim_B = np.array(
-        [aim_of(units, problem.num_experts, is_bounded=may_spread) for units in units_B.tolist()]
-    )
+    aim_B = np.array([aim_of(units, problem.num_experts) for units in units_B.tolist()])
     if (size_B == problem.rows_B).any():
         # Some problem is too small for a sample, so nothing is known of how far prices are off.
         num_buckets, window_BE = ALL_BUCKETS, np.full_like(prices_BE, EVERYTHING)
     else:
         num_buckets, window_BE = WINDOW_BUCKETS, np.full_like(prices_BE, FIRST_WINDOW)
     rows = _Rows(backend, exchange, problem, num_buckets, tolerance, sum_ranges_B)
-    rows.may_spread = may_spread
     can_sample_B = size_B < problem.rows_B
     wants_B = can_sample_B & (prices_BE == prices_BE[:, :1]).all(1)
     first = None
@@ -143,17 +131,14 @@ def improve(
     prices_BE = found.prices_BE - level_B[:, None]
     return PriceState(
         prices_BE, found.load_BE, rows.gaps_BL, rows.gap_N, rows.x_NE, rows.threshold_N,
-        rows.spread_BCE, rows.filled_B, found.passes,
+        rows.filled_B, found.passes,
     )  # fmt: skip
 
 
-def aim_of(units: int, num_experts: int, is_bounded: bool) -> float:
+def aim_of(units: int, num_experts: int) -> float:
     """Return the overflow of so many units at which sweeps end."""
     aim = min(_SHARE_OF_UNITS * units, _UNITS_BEYOND + _SHARE_BEYOND * units)
-    least = _UNITS_PER_EXPERT * num_experts
-    if is_bounded:
-        least = min(_UNITS_PER_EXPERT_BOUNDED * num_experts, _LEAST_SHARE_BOUNDED * units)
-    return max(min(aim, _MOST_UNITS / num_experts), least)
+    return max(min(aim, _MOST_UNITS / num_experts), _UNITS_PER_EXPERT * num_experts)
 
 
 class _Rows:
@@ -176,8 +161,6 @@ class _Rows:
         self.x_NE = np.empty(problem.scores_NE.shape, np.bool_)
         self.filled_B = np.zeros(problem.num_problems, np.bool_)
         self.tolerance, self.sum_ranges_B = tolerance, sum_ranges_B
-        self.may_spread = False
-        self.spread_BCE = np.zeros((problem.num_problems, 1, problem.num_experts), np.int64)
         self._knows_threshold = False
 
     def sweep(
@@ -199,12 +182,11 @@ class _Rows:
             aim_B,
             first,
             accept=None if self.sum_ranges_B is None else self.accept,
-            spread=self.spread if self.may_spread else None,
         )
 
     def read(self, prices_BE: IntArray, window_BE: IntArray, active_B: BoolArray) -> Reading:
         loads_BE, gaps_BL, count_bids = self.backend.price_pass(
-            self.problem, prices_BE[:, None] + self.spread_BCE, window_BE, self.num_buckets,
+            self.problem, prices_BE, window_BE, self.num_buckets,
             active_B, self.threshold_N, self._knows_threshold, self.gap_N, self.x_NE,
         )  # fmt: skip
         self._knows_threshold = True
@@ -216,16 +198,6 @@ class _Rows:
             count_bids = lambda: bids_BEH  # noqa: E731
         self.gaps_BL = np.where(active_B[:, None], gaps_BL, self.gaps_BL)
         return loads_BE, count_bids
-
-    def spread(self, stuck_B: BoolArray) -> BoolArray:
-        """Spread the prices of problems that are stuck; returns (B,) bool, which it was new to."""
-        width_B = np.zeros(stuck_B.size, np.int64)
-        for b in np.flatnonzero(stuck_B & ~self.spread_BCE.any((1, 2))).tolist():
-            width_B[b] = gap_within(self.gaps_BL[b], int(self.problem.rows_B[b]) // 2)
-        if width_B.any():
-            table_CE = spread_table(self.problem.num_experts)
-            self.spread_BCE = self.spread_BCE + (table_CE * width_B[:, None, None] >> TABLE_BITS)
-        return width_B > 0
 
     def accept(
         self, prices_BE: IntArray, load_BE: IntArray, overflow_B: IntArray, active_B: BoolArray

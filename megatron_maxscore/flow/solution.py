@@ -30,10 +30,11 @@ class FlowSolution:
         converged: 0-dim bool, whether the tolerance was met; feasible either way.
         loads: (R, E) int64, every rank's count per expert exactly as dispatched.
         rounds: collectives used.
-        bad: 0-dim int64, rows whose scores were not finite and counted as 0; only bounded mode on
-            a device goes on with such, elsewhere they raise.
-        scaled: rows of this rank that were scaled down as outliers. Objective, bound and gap are
-            those of the scaled scores, so that the others' certificate is not lost beside them.
+        bad: 0-dim int64, rows with scores that were not finite and counted as 0; only bounded mode
+            goes on with such, exact mode raises.
+        scaled: 0-dim int64, rows of this rank that were scaled down as outliers. Objective, bound
+            and gap are those of the scaled scores, so that the others' certificate is not lost
+            beside them.
     """
 
     experts: Tensor
@@ -45,4 +46,4 @@ class FlowSolution:
     loads: Tensor
     rounds: int
     bad: Tensor
-    scaled: int = 0
+    scaled: Tensor

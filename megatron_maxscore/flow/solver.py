@@ -16,7 +16,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from megatron_maxscore.flow import device, inputs, outliers, rounds
+from megatron_maxscore.flow import certified, inputs, outliers
 from megatron_maxscore.flow import prices as price_sweeps
 from megatron_maxscore.flow.agreement import ANY_UNIT, Own, agree
 from megatron_maxscore.flow.backend import backend
@@ -49,9 +49,8 @@ def solve(
     valid: Tensor | ArrayLike | None = None,
     fill_padding: bool = False,
     tolerance: float = 0.0,
-    mode: str = "exact",
+    mode: str = "auto",
     max_rounds: int | None = None,
-    equal_rows: bool = False,
 ) -> FlowSolution:
     """Assign every token exactly k distinct experts, no expert above capacity, best total score.
 
@@ -65,10 +64,7 @@ def solve(
             Arrays and nested lists are taken as tensors on the CPU, here and below.
             bfloat16 and float16 are exact in float32. Rows whose range exceeds that of ordinary
             rows by a factor of 16,384 or more are scaled down (:mod:`outliers`), and the result is
-            the optimum for these scores. Any device; the solver runs on the CPU but
-            for bounded mode with CUDA scores (:mod:`device`), of one rank or with ``equal_rows``,
-            which copies nothing to the host, and counts scores that are not finite as 0 instead of
-            raising.
+            the optimum for these scores. Any device.
         topk: k distinct experts per token, 1 <= k <= E.
         capacity: int, or (E,) int64; per problem.
         capacity_factor: used without ``capacity``: C = ceil(T * k * factor / E) for all experts.
@@ -80,14 +76,16 @@ def solve(
         fill_padding: True: padding rows get k experts too, as rows of equal scores in the same
             flow. False: they get no expert and take no capacity.
         tolerance: relative gap at which the solver may stop; 0 = exact optimum.
-        mode: "exact", or "bounded": at most so many passes, then rounds of moves until it is
-            feasible, with a certified gap. Bounded mode needs every arc allowed.
+        mode: "exact", on the CPU, to which scores on a GPU are copied; "bounded", on the GPU
+            (:mod:`device`), with a certified gap and without a host sync; or "auto", exact for
+            scores on the CPU and bounded for those on a GPU. In bounded mode scores that are not
+            finite count as 0 instead of raising, a forbidden arc counts as one row range less than
+            the row's lowest score, and ranks compare arguments in the first call with a group; from
+            then on the device does, and values of prices are taken to be equal unseen. Bounded mode
+            needs ``fill_padding`` where there may be padding, and float32 or narrower scores;
+            other problems are solved exactly, and that is said once.
         max_rounds: aim at no more collectives, by fewer price passes; an exact solve may still need
             more for its finish. One rank needs none.
-        equal_rows: a promise that in every call with this group all ranks have equally many rows.
-            On a device bounded mode needs it, with ``fill_padding``, to know sizes without asking.
-            Ranks then compare arguments only when they are new and all come with new ones; values
-            of prices, and of capacities on the device, are taken to be equal unseen.
 
     Returns:
         The assignment and its certificate, on the device of ``scores``.
@@ -107,20 +105,17 @@ def solve(
             topk = inputs.count("topk", topk)
             inputs.check(detached, topk, capacity_factor, tolerance, mode, max_rounds)
             capacity = inputs.capacity(capacity, detached.shape[-1])
-            obstacle = "mode is exact, which runs on the host (bounded runs on the GPU)"
-            if mode == "bounded":
-                obstacle = device.obstacle(
-                    detached, topk, exchange.size, equal_rows, valid is not None, fill_padding
-                )
+            obstacle = certified.obstacle(
+                detached, mode, exchange.size, valid is not None, fill_padding
+            )
         except (ValueError, TypeError) as error:
             agree(exchange, Own.wrong(str(error)))
             raise  # not reached: agree() raises the same on all ranks
         if not obstacle:
-            return device.solve_bounded(
+            return certified.solve(
                 detached, topk, capacity, capacity_factor, prices, tolerance, valid, exchange
             )
-        if device.is_device(detached) or detached.is_cuda:
-            device.tell_once(obstacle)
+        certified.tell_once(detached, obstacle)
         try:
             rows = Rows.of(detached, valid, fill_padding)
             options = Options(
@@ -130,7 +125,6 @@ def solve(
                 inputs.warm_prices(prices, rows.counts_B.size, rows.num_experts, rows.is_batch),
                 fill_padding,
                 float(tolerance),
-                mode,
                 max_rounds,
             )
             kernels = backend()
@@ -179,11 +173,6 @@ class _Solve:
             shift_B=shifts(agreed.largest_B),
             has_forbidden=agreed.has_forbidden,
         )
-        if problem.has_forbidden and options.mode == "bounded":
-            raise ValueError(
-                "scores forbid arcs (-inf), which mode='bounded' cannot promise to respect; use "
-                "mode='exact'"
-            )
         check_supply(problem)
         start_BE = np.zeros(problem.capacity_BE.shape, np.int64)
         if options.warm_BE is not None:
@@ -230,7 +219,7 @@ class _Solve:
             loads=give(result.load_RBE.swapaxes(0, 1)),
             rounds=self.exchange.rounds,
             bad=torch.zeros((), dtype=torch.int64, device=device),
-            scaled=num_scaled,
+            scaled=torch.tensor(num_scaled, device=device),
         )
 
     def _split(
@@ -347,29 +336,16 @@ def _assign(
         return start_BE, np.zeros((0, num_experts), np.bool_)
     if problem.topk == num_experts:
         return np.zeros_like(start_BE), np.ones((rows, num_experts), np.bool_)
-    is_exact, tolerance = options.mode == "exact", options.tolerance
-    max_passes = price_sweeps.MAX_PASSES
-    if not is_exact and (sample_size(problem) < problem.rows_B).all():
-        max_passes = rounds.SAMPLED_PASSES
+    tolerance, max_passes = options.tolerance, price_sweeps.MAX_PASSES
     if options.max_rounds is not None and exchange.size > 1:
         max_passes = max(2, min(max_passes, options.max_rounds - exchange.rounds - _OTHER_ROUNDS))
     sum_ranges_B = None
-    if is_exact and tolerance > 0.0 and not problem.has_forbidden:
+    if tolerance > 0.0 and not problem.has_forbidden:
         sum_ranges_B = _sum_ranges(exchange, problem, range_N)
     state = price_sweeps.improve(
-        kernels,
-        exchange,
-        problem,
-        start_BE,
-        max_passes,
-        tolerance,
-        sum_ranges_B,
-        may_spread=not is_exact,
+        kernels, exchange, problem, start_BE, max_passes, tolerance, sum_ranges_B
     )
-    if is_exact:
-        prices_BE, _ = finish(kernels, exchange, problem, state)
-    else:
-        prices_BE, _ = rounds.finish(kernels, exchange, problem, state)
+    prices_BE, _ = finish(kernels, exchange, problem, state)
     return prices_BE, state.x_NE
 
 

@@ -1,7 +1,6 @@
 """A descent on the dual: price steps from counts of bids, until the overflow is small.
 
-See :mod:`prices`, which reads rows and says where a descent begins; :mod:`device.kernels.control`
-takes the same decisions on a device.
+See :mod:`prices`, which reads rows and says where a descent begins.
 
 Shape letters: B problems, E experts, H buckets.
 """
@@ -29,10 +28,6 @@ WINDOW_OWN = 4
 WINDOW_MEAN = 4
 # One over the share of the units up to which slack is too little for sweeps to see.
 LITTLE_SLACK = 100
-# Bounded mode: prices are spread where two sweeps have left more than this share of the overflow
-# before them, and of all units.
-STUCK = (3, 4)
-TOO_MUCH = 0.03
 
 # (B, E) int64 loads, and a function that returns the (B, E, H) counts of bids.
 Reading = tuple[IntArray, Callable[[], np.ndarray]]
@@ -105,7 +100,6 @@ def sweep(
     aim_B: np.ndarray,
     first: Reading | None = None,
     accept: Callable[[IntArray, IntArray, IntArray, BoolArray], BoolArray] | None = None,
-    spread: Callable[[BoolArray], BoolArray] | None = None,
 ) -> Descent:
     """Sweep until the overflow is at most ``aim_B``, no longer falls, or passes are up.
 
@@ -122,8 +116,6 @@ def sweep(
         max_passes: calls of ``read`` at most.
         aim_B: (B,) units of overflow at which to stop.
         first: what ``read`` has returned for these prices, if it was called already.
-        spread: where given, told which problems are stuck; returns which it has helped with other
-            prices for each class of rows.
         accept: where given, told of prices, loads, overflow and active problems after each pass;
             returns (B,) bool, which problems are done.
     """
@@ -137,7 +129,7 @@ def sweep(
     step_BE = np.zeros_like(prices_BE)
     is_plain_B, was_long_B = np.zeros(num_problems, np.bool_), np.zeros(num_problems, np.bool_)
     was_short_B = np.zeros(num_problems, np.bool_)
-    stalls_B, stuck_B = np.zeros(num_problems, np.int64), np.zeros(num_problems, np.int64)
+    stalls_B = np.zeros(num_problems, np.int64)
     active_B = active_B.copy()
     relaxation_B, passes = np.ones(num_problems), 0
 
@@ -162,14 +154,8 @@ def sweep(
         stalls_B += says_B & (_exceeds(now_B, STALLED, best_B) | ~is_best_B)
         # Exactly as before: a plateau, which no price can part.
         stalls_B += active_B & (now_B == best_B)
-        stuck_B += active_B & (now_B > TOO_MUCH * units_B) & _exceeds(now_B, STUCK, best_B)
         best_BE = np.where((active_B & is_best_B)[:, None], prices_BE, best_BE)
         best_B = np.where(active_B & is_best_B, now_B, best_B)
-        # Not after the last sweep: what rows have chosen belongs to prices that are not spread.
-        if spread is not None and passes < max_passes - 1:
-            is_new_B = spread(active_B & (stuck_B >= 2))
-            stalls_B = np.where(is_new_B, 0, stalls_B)
-            best_B = np.where(is_new_B, np.inf, best_B)
         # The last pass is kept for the best prices, should the last ones not be these.
         enough_B = (best_B <= aim_B) | (stalls_B >= 2) | (passes >= max_passes - 1)
         ends_B = active_B & enough_B & (is_best_B | (prices_BE == best_BE).all(1))

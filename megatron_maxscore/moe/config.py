@@ -46,10 +46,11 @@ class MaxScoreConfig:
         "the experts without any communication. group: those of all ranks that share the experts. "
         "sequence: every sequence alone, over the ranks among which it is split.",
     )
-    mode: Literal["exact", "bounded"] = option(
-        "exact",
-        "exact: the optimum, with a certificate. bounded: a fixed number of passes, then rounds of "
-        "moves; feasible, with a certified gap.",
+    mode: Literal["auto", "exact", "bounded"] = option(
+        "auto",
+        "auto: bounded on GPUs, exact on the CPU. bounded: solved on the GPU, always feasible, "
+        "with a certified gap. exact: the optimum, solved on the CPU, to which scores on a GPU are "
+        "copied.",
     )
     capacity_factor: float = option(
         1.0,

@@ -173,14 +173,10 @@ class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
             is 0 if this rank's tokens do not fit.
         """
         hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        if plan.static is not None:
-            expected_E = self._quotas(plan.static)[self._rank].to(routing_map.device)
-            assignments = plan.static.num_tokens * self.config.moe_router_topk
-            most = math.ceil(assignments / self.num_experts)
-        else:
-            assert plan.loads_RE is not None
-            expected_E = plan.loads_RE[self._rank]
-            most = int(expected_E.max())
+        assert plan.static is not None
+        expected_E = self._quotas(plan.static)[self._rank].to(routing_map.device)
+        assignments = plan.static.num_tokens * self.config.moe_router_topk
+        most = math.ceil(assignments / self.num_experts)
         rows = hidden_TH.shape[0] if plan.fits else 0
         # Slices, even empty ones, keep the backward pass's collectives in the graph.
         missing_E = expected_E - routing_map[:rows].sum(0)
@@ -188,7 +184,7 @@ class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
         filled_map = torch.cat([routing_map[:rows], added_NE])
         attach(
             filled_map,
-            RoutingPlan(static=plan.static, loads_RE=plan.loads_RE, num_tokens=plan.num_tokens),
+            RoutingPlan(static=plan.static, num_tokens=plan.num_tokens),
         )
         self._filled = _Filled(hidden_states.shape, rows, plan.is_reported)
         zeros_NH = hidden_TH.new_zeros(most, hidden_TH.shape[1])

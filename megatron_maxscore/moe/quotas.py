@@ -14,6 +14,7 @@ Shape letters: E experts, R ranks.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -43,7 +44,7 @@ def quotas(
     step = ranks * rest
     cycle = num_experts // math.gcd(step, num_experts)
     first = turn * step + turn // cycle + rank * rest
-    return _quotas(num_tokens * topk, num_experts, first)
+    return _known_quotas(num_tokens * topk, num_experts, first % num_experts)
 
 
 def own_quotas(topk: int, scores_TE: Tensor) -> Tensor:
@@ -61,6 +62,11 @@ def own_quotas(topk: int, scores_TE: Tensor) -> Tensor:
     # The product's upper bits depend on all bits of the sum (Knuth's multiplicative hashing).
     first = ((bits * 0x9E3779B97F4A7C1) >> 20) % num_experts
     return _quotas(num_tokens * topk, num_experts, first)
+
+
+@functools.lru_cache(maxsize=4096)  # the same ones come again every few microbatches
+def _known_quotas(assignments: int, num_experts: int, first: int) -> Tensor:
+    return _quotas(assignments, num_experts, first)
 
 
 def _quotas(assignments: int, num_experts: int, first: int | Tensor) -> Tensor:

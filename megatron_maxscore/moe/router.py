@@ -369,8 +369,8 @@ class MaxScoreRouter(TopKRouter):
         if not self.training:
             return _Decision(routed.experts_TK, known)
         pass_ = Pass(
-            prices_E=solution.prices.reshape(-1, self.price_sum.numel()).mean(0),
-            gap=solution.gap.max(),
+            prices_E=solution.prices if solution.prices.dim() == 1 else solution.prices.mean(0),
+            gap=solution.gap if solution.gap.dim() == 0 else solution.gap.max(),
             seconds=seconds,
             bad_tokens=None if call.bad_T is None else call.bad_T.sum(),
             lost_tokens=0 if routed.fits else scores_TE.shape[0],

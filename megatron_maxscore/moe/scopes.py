@@ -25,7 +25,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_maxscore.flow import FlowSolution, solve
-from megatron_maxscore.flow.device import is_device
 from megatron_maxscore.flow.exchange import Exchange, exchange_of
 from megatron_maxscore.moe.config import MaxScoreConfig
 from megatron_maxscore.moe.plan import StaticLoads
@@ -132,15 +131,7 @@ class Scope:
             solution = solve(scores_TE, topk, capacity=capacity_E, valid=valid_T, **common)
             fits = static is None or num_tokens <= static.num_tokens
             return self._routed(solution.experts, static, None, fits), solution
-        if self._needs_equal_rows(scores_TE, turn) and num_tokens != self._fixed_tokens:
-            # The ranks exchange tensors of one size; this rank takes part with rows of zeros.
-            zeros = scores_TE.new_zeros(self._fixed_tokens, num_experts)
-            solution = self._solve_together(zeros, 1, topk, None, True, common)
-            experts_TK = scores_TE.topk(topk, dim=1).indices
-            loads_RE = self._loads(solution)
-            return Routed(experts_TK, None, loads_RE, False, self._fixed_tokens), solution
-        equal_rows = self._needs_equal_rows(scores_TE, turn)
-        solution = self._solve_together(scores_TE, batch_size, topk, valid_T, equal_rows, common)
+        solution = self._solve_together(scores_TE, batch_size, topk, valid_T, common)
         experts_TK = solution.experts
         if self.options.scope == "sequence":
             experts_TK = experts_TK.transpose(0, 1).reshape(-1, topk)
@@ -195,19 +186,12 @@ class Scope:
             is_static = is_whole and self.options.fixed_shape[0] * topk % num_experts == 0
         return StaticLoads(self._fixed_tokens, turn) if is_static else None
 
-    def _needs_equal_rows(self, scores_TE: Tensor, turn: int | None) -> bool:
-        """Return whether the solve runs on the device, which exchanges tensors of one size."""
-        is_fixed = self._fixed_tokens > 0 and turn is not None and not self._has_copies
-        is_together = self.options.scope == "group" and self.options.mode == "bounded"
-        return is_fixed and is_together and is_device(scores_TE)
-
     def _solve_together(
         self,
         scores_TE: Tensor,
         batch_size: int,
         topk: int,
         valid_T: Tensor | None,
-        equal_rows: bool,
         common: dict[str, Any],
     ) -> FlowSolution:
         """Solve over the ranks of the scope's group."""
@@ -224,7 +208,6 @@ class Scope:
             topk,
             capacity_factor=self.options.capacity_factor,
             group=self.group,
-            equal_rows=equal_rows,
             valid=None if valid is None else valid.contiguous(),
             **common,
         )

@@ -9,9 +9,11 @@ import os
 import sys
 from typing import Any
 
+from megatron_maxscore import cpu
 from megatron_maxscore._patches import PatchSet
 from megatron_maxscore._run import is_rank_zero
 from megatron_maxscore.flow.backend import describe
+from megatron_maxscore.flow.device import is_interpreted
 from megatron_maxscore.moe.config import (
     VARIABLE_LENGTHS,
     MaxScoreConfig,
@@ -87,8 +89,8 @@ def _say(text: str) -> None:
 def say_once(args: Any) -> None:
     """Say on rank 0 what routes and which solver runs."""
     where = f"on the CPU by {describe()}"
-    if args.maxscore_mode == "bounded":
-        where = f"on a GPU by Triton kernels, {where}"
+    if args.maxscore_mode != "exact" and not cpu.is_enabled():
+        where = "on the GPU"
     _say(
         f"MaxScore routing, scope {args.maxscore_scope}, mode {args.maxscore_mode}, solved {where}"
     )
@@ -104,6 +106,10 @@ def check_arguments(args: Any) -> None:
     if args.moe_router_type == "maxscore":
         check_transformer_config(args, options)
         describe()  # an implementation that cannot be loaded is a ValueError
+        if options.mode == "bounded" and cpu.is_enabled() and not is_interpreted():
+            raise ValueError(
+                "--maxscore-mode bounded runs on GPUs, and this is CPU mode; leave it out"
+            )
     else:
         _check_no_options(args)
     if args.num_experts is not None:

@@ -109,11 +109,8 @@ def random_instance(seed: int):
         valid = torch.from_numpy(rng.random((problems, tokens)) < 0.8)
         arguments["fill_padding"] = bool(rng.random() < 0.5)
     if bool(torch.isfinite(scores).all()):
-        choice = rng.random()
-        if choice < 0.3:
+        if rng.random() < 0.3:
             arguments["tolerance"] = float(rng.choice([1e-3, 0.05, 0.3]))
-        elif choice < 0.6:
-            arguments["mode"] = "bounded"
     if problems == 1 and rng.random() < 0.5:
         scores = scores[0]
         valid = None if valid is None else valid[0]

@@ -1,30 +1,36 @@
-"""Ranks of a group, simulated on one device: the whole problem's bits, and no wait."""
+"""Scope group on a device, which simulated ranks share."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 
-from megatron_maxscore.flow import solve
-from tests.simulated_rank import Simulated
-from tools.workloads import workload
+from tools.simulate_scale import solve_together
+
+TOKENS, EXPERTS, TOPK, RANKS = (2048, 1024, 3000, 100), 64, 8, 4
 
 
-@pytest.mark.parametrize("family", ["iid", "skewed, sigma 4", "40 repeated tokens"])
-def test_ranks_of_a_group(family, no_waits):
-    torch.cuda.set_sync_debug_mode("default")
-    work = workload(family, 4096, 64, 8)
-    whole = solve(work.scores, 8, mode="bounded")
-    parts = list(work.scores.cuda().split(1024))
-    for rank in range(4):
-        arguments = dict(
-            mode="bounded", group=Simulated(parts, rank), equal_rows=True, fill_padding=True
+def parts(batch):
+    generator = torch.Generator("cuda").manual_seed(batch)
+    lead = torch.Generator("cuda").manual_seed(7)
+    return [
+        torch.randn(count, EXPERTS, generator=generator, device="cuda")
+        + torch.randn(EXPERTS, generator=lead, device="cuda")
+        for count in TOKENS
+    ]
+
+
+def test_ranks_of_a_group():
+    prices = None
+    for batch in range(3):
+        scores = parts(batch)
+        solutions, cluster, _ = solve_together(
+            RANKS, lambda rank: scores[rank], TOPK, prices=prices, fill_padding=True
         )
-        solve(parts[rank], 8, **arguments)  # arguments are compared, kernels compiled
-        torch.cuda.set_sync_debug_mode("error")
-        found = solve(parts[rank], 8, **arguments)
-        torch.cuda.set_sync_debug_mode("default")
-        own = slice(1024 * rank, 1024 * rank + 1024)
-        assert torch.equal(found.experts.cpu(), whole.experts[own])
-        assert torch.equal(found.prices.cpu(), whole.prices)
-        assert found.loads.shape == (4, 64) and (found.loads.sum(1) == 8192).all()
+        prices = solutions[0].prices
+    loads = solutions[0].loads
+    assert int(loads.sum(0).max()) <= -(-sum(TOKENS) * TOPK // EXPERTS)
+    for rank, found in enumerate(solutions):
+        assert torch.equal(found.experts.flatten().bincount(minlength=EXPERTS), loads[rank])
+        assert torch.equal(found.loads, loads) and torch.equal(found.prices, prices)
+        assert found.gap == solutions[0].gap <= 2e-4
+    assert sum(sent for _, sent in cluster.rounds) < 3 * 64 * 1024

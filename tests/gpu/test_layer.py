@@ -1,4 +1,4 @@
-"""Router and dispatcher of one rank on a device, in scope local and bounded mode."""
+"""Router and dispatcher of one rank on a device, in scope local."""
 
 from __future__ import annotations
 

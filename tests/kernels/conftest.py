@@ -12,3 +12,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore_glob = ["*"]
+else:
+    from tests.kernels import interpreted
+
+    interpreted.install()

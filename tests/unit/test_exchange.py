@@ -83,7 +83,7 @@ def test_problems_of_a_batch_do_not_wait_for_each_other():
     scores = centres.gather(1, kind) + 0.01 * torch.randn(40, 60, 17, generator=generator)
     prices = torch.randn(40, 17, generator=generator)
     cuts = (0, 41, 58, 60)
-    arguments = {"prices": prices, "mode": "bounded"}
+    arguments = {"prices": prices, "tolerance": 0.05}
     with small_samples():
         alone = solve(scores, 5, **arguments)
         solutions, _, _ = solve_together(

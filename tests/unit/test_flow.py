@@ -242,7 +242,7 @@ def test_gap_is_not_flattered_by_offsets():
         (dict(topk=1, prices=torch.tensor([0.0, 1.0, math.inf, 0.0])), "prices must be finite"),
         (dict(topk=1, prices=torch.zeros(3)), r"prices must be \(4,\)"),
         (dict(topk=1, tolerance=-1.0), "tolerance must be at least 0"),
-        (dict(topk=1, mode="greedy"), "mode must be one of exact, bounded, got 'greedy'"),
+        (dict(topk=1, mode="greedy"), "mode must be one of auto, exact, bounded, got 'greedy'"),
         (dict(topk=1, valid=torch.ones(6)), r"valid must be \(6,\) bool"),
     ],
 )

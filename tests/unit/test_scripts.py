@@ -96,7 +96,6 @@ def test_a_machine_without_a_gpu_is_found_before_anything_is_installed(checkout)
     ("arguments", "words"),
     [
         ("benchmark_solver.py --sizes foo", "like 8192x64x8, got foo"),
-        ("bounded_gaps.py --sizes 512x16", "like 8192x64x8, got 512x16"),
         ("benchmark_solver.py --sizes 512x16x17", "1 <= k <= experts"),
         ("simulate_scale.py --ranks 0", "--ranks must lie between 1 and"),
         ("simulate_scale.py --experts 2000", "--experts must lie between 1 and 1024, got 2000"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_maxscore.flow import device, solve
+from megatron_maxscore.flow import certified, solve
 from megatron_maxscore.flow.kernels import compiler
 
 SCORES = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
@@ -75,15 +75,16 @@ def test_stands_in_a_compiled_function():
     ("arguments", "reason"),
     [
         (dict(mode="exact"), "mode is exact"),
-        (dict(mode="bounded", scores=SCORES.double()), "scores are torch.float64"),
-        (dict(mode="bounded", scores=SCORES[None]), "scores are several problems"),
-        (dict(mode="bounded", topk=4, capacity=16), "every token takes all experts"),
+        (dict(scores=SCORES.double()), "scores are torch.float64"),
+        (dict(scores=SCORES.double(), mode="bounded"), "scores are torch.float64"),
+        (dict(scores=SCORES[:0]), "there are no tokens"),
+        (dict(valid=torch.ones(len(SCORES), dtype=torch.bool)), "padding gets no experts"),
     ],
 )
 def test_scores_that_leave_a_device_are_told_once(capfd, arguments, reason):
     given = {"scores": SCORES, "topk": 2, **arguments}
-    device._told.clear()
-    with mock.patch.object(device, "is_device", lambda scores: True):
+    certified._told.clear()
+    with mock.patch.object(certified, "_on_gpu", lambda scores: True):
         for _ in range(2):
             scores, topk = given["scores"], given["topk"]
             rest = {k: v for k, v in given.items() if k not in ("scores", "topk")}

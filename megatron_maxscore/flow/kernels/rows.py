@@ -139,7 +139,7 @@ def scan(scores_NE, first_row, last_row, low_N, high_N):
 
 @jit
 def price_pass(
-    scores_NE, low_N, factor_B, prices_BCE, topk, window_BE, base_BE, knows_threshold,
+    scores_NE, low_N, factor_B, prices_BE, topk, window_BE, base_BE, knows_threshold,
     first_problem, last_problem, first_row_B, last_row_B, origin_B,
     threshold_N, gap_N, x_NE, load_BE, gaps_BL, bids_BEH,
 ):  # fmt: skip
@@ -151,17 +151,12 @@ def price_pass(
     r_P, window_P = aligned(width), aligned(width)
     r_P[:], window_P[:] = 2 * FORBIDDEN, 0
     r_E, load_E = r_P[:num_experts], aligned(num_experts)
-    # The number of classes is a power of two.
-    class_mask = prices_BCE.shape[1] - 1
-    price_CE = aligned((class_mask + 1) * num_experts).reshape(class_mask + 1, num_experts)
+    price_E = aligned(num_experts)
     for problem in range(first_problem, last_problem):
         window_P[:num_experts] = window_BE[problem]
-        price_CE[:], load_E[:] = prices_BCE[problem], 0
-        price_E = price_CE[0]
+        price_E[:], load_E[:] = prices_BE[problem], 0
         mean, above_mean, spacing = np.int64(0), np.int64(0), np.int64(0)
         for row in range(first_row_B[problem], last_row_B[problem]):
-            if class_mask:
-                price_E = price_CE[(row - origin_B[problem]) & class_mask]
             reduced_row(scores_NE, low_N[row], factor_B[problem], price_E, row, r_E)
             if knows_threshold:
                 guess = threshold_N[row]

@@ -1,1 +1,0 @@
-"""Triton kernels of bounded mode; :mod:`megatron_maxscore.flow.device.solver` launches them."""

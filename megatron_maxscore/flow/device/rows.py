@@ -1,0 +1,270 @@
+"""Row work of the phases: every row for itself; between rows there are only integers.
+
+Shape letters: T rows, R rows of a tile, E experts (padded to BLOCK_E), K experts per token.
+``rows_ptr`` holds each row's largest score (T) and its range (T).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from megatron_maxscore.flow.device import layout as at
+
+_INF = tl.constexpr(float("inf"))
+_LOWEST = tl.constexpr(-0x80000000)
+_INF_BITS = tl.constexpr(0x7F800000)
+# A row counts as at least so wide, in the scale: narrow rows need a perturbation, too.
+_LEAST_WIDTH = tl.constexpr(0.375)
+# Keys of offers, from the highest bit on: cost, inverted (22), row, inverted (21), giver (10) and
+# taker (10). The largest key of a slot wins there.
+ROW_MASK, _COST_MASK = tl.constexpr((1 << 21) - 1), tl.constexpr((1 << 22) - 1)
+
+
+@triton.jit
+def mix(x):
+    """Return well mixed bits of an integer (the finaliser of MurmurHash3)."""
+    x = x.to(tl.uint32)
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = (x ^ (x >> 13)) * 0xC2B2AE35
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _noise(row_R, expert_E):
+    """Return (R, E) float32 in [-0.5, 0.5) that depend on row and expert alone."""
+    h = (mix(row_R + 1)[:, None] ^ (expert_E.to(tl.uint32) * 0x9E3779B1)[None, :]) * 0x2C1B3C6D
+    h = (h ^ (h >> 15)) * 0x297A2D39
+    return (0x3F800000 | (h >> 9).to(tl.int32)).to(tl.float32, bitcast=True) - 1.5
+
+
+@triton.jit
+def _load(ptr, row_R, T, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Return (R, E) float32 scores, 0 for those that are not finite, and which rows had such."""
+    e = tl.arange(0, BLOCK_E)
+    mask = (row_R < T)[:, None] & (e < E)[None, :]
+    s = tl.load(ptr + row_R.to(tl.int64)[:, None] * E + e[None, :], mask=mask, other=0.0)
+    s = s.to(tl.float32)
+    is_bad = (s != s) | (s == _INF)
+    return tl.where(is_bad, 0.0, s), tl.max(is_bad.to(tl.int32), 1)
+
+
+@triton.jit
+def scan(
+    scores_ptr, rows_ptr, header, T, first, stride, tiles,
+    E: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Keep each row's largest allowed score and range; count bad rows, and ranges by exponent."""
+    bins = tl.arange(0, 256)
+    count = tl.zeros([256], tl.int32)
+    bad = tl.zeros((), tl.int32)
+    forbidden = tl.zeros((), tl.int32)
+    for tile in range(first, tiles, stride):
+        row_R = tile * ROWS + tl.arange(0, ROWS)
+        s, bad_R = _load(scores_ptr, row_R, T, E, BLOCK_E)
+        is_allowed = (tl.arange(0, BLOCK_E) < E)[None, :] & (s > -_INF)
+        high_R = tl.max(tl.where(is_allowed, s, -_INF), 1)
+        low_R = tl.min(tl.where(is_allowed, s, _INF), 1)
+        base_R = tl.where(high_R > -_INF, high_R, 0.0)
+        # Twice, should it be infinite otherwise.
+        span_R = tl.minimum(tl.where(high_R > -_INF, high_R - low_R, 0.0), 3.0e38)
+        tl.store(rows_ptr + row_R, base_R, mask=row_R < T)
+        tl.store(rows_ptr + T + row_R, span_R, mask=row_R < T)
+        exponent_R = tl.where(
+            (row_R < T) & (span_R > 0), span_R.to(tl.int32, bitcast=True) >> 23, -1
+        )
+        count += tl.sum((exponent_R[:, None] == bins[None, :]).to(tl.int32), 0)
+        bad += tl.sum(bad_R, 0)
+        forbidden += tl.sum(tl.max((s == -_INF).to(tl.int32), 1), 0)
+    tl.atomic_add(header + at.EXPONENTS + bins, count, mask=count > 0, sem="relaxed")
+    tl.atomic_add(header + at.BAD, bad, sem="relaxed")
+    tl.atomic_add(header + at.FORBIDDEN, forbidden, sem="relaxed")
+
+
+@triton.jit
+def _relative(scores_ptr, rows_ptr, row_R, scale, limit, T, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Return (R, E) scores less the row's largest, and each row's width, range and factor.
+
+    Rows whose range is above the limit are scaled down to it. A forbidden arc is worth one width
+    less than the worst allowed one.
+    """
+    s, _ = _load(scores_ptr, row_R, T, E, BLOCK_E)
+    base_R = tl.load(rows_ptr + row_R, mask=row_R < T, other=0.0, cache_modifier=".cg")
+    span_R = tl.load(rows_ptr + T + row_R, mask=row_R < T, other=0.0, cache_modifier=".cg")
+    factor_R = tl.where(span_R > limit, limit / tl.maximum(span_R, limit), 1.0)
+    span_R = tl.minimum(span_R, limit)
+    width_R = tl.maximum(span_R, scale * _LEAST_WIDTH)
+    v = tl.maximum(s - base_R[:, None], -3.0e38) * factor_R[:, None]
+    return tl.where(s == -_INF, -(span_R + width_R)[:, None], v), width_R, span_R, factor_R
+
+
+@triton.jit
+def _best(r, E: tl.constexpr, K: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Return which K are each row's best, and the K-th and next value, cut to distinct keys."""
+    e = tl.arange(0, BLOCK_E)[None, :]
+    i = r.to(tl.int32, bitcast=True)
+    i = i ^ ((i >> 31) & 0x7FFFFFFF)
+    # The lowest bits say which expert: no two keys of a row are equal.
+    key = tl.where(e < E, (i & (-BLOCK_E)) | (BLOCK_E - 1 - e), _LOWEST)
+    left = key
+    kth_R = tl.max(left, 1)
+    for _ in tl.static_range(K - 1):
+        left = tl.where(left == kth_R[:, None], _LOWEST, left)
+        kth_R = tl.max(left, 1)
+    has = key >= kth_R[:, None]
+    next_R = tl.max(tl.where(has, _LOWEST, key), 1)
+    a, c = kth_R & (-BLOCK_E), next_R & (-BLOCK_E)
+    a = (a ^ ((a >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    c = (c ^ ((c >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return has, a, tl.where(next_R == _LOWEST, -_INF, c)  # with K = E there is no next
+
+
+@triton.jit
+def sweep(
+    scores_ptr, rows_ptr, bits_ptr, counts, b_E, w_E, eps, scale, limit, T, seed, first, stride,
+    tiles, E: tl.constexpr, K: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
+):  # fmt: skip
+    """Give every row its K best; count loads, and bids within the windows."""
+    e = tl.arange(0, BLOCK_E)
+    load = tl.zeros([BLOCK_E], tl.int32)
+    up0, up1, up2, up3 = load, load, load, load
+    down0, down1, down2, down3 = load, load, load, load
+    w1_E, w2_E, w3_E = w_E / 8.0, w_E / 64.0, w_E / 512.0
+    for tile in range(first, tiles, stride):
+        row_R = tile * ROWS + tl.arange(0, ROWS)
+        v, width_R, _, _ = _relative(scores_ptr, rows_ptr, row_R, scale, limit, T, E, BLOCK_E)
+        r = (v - b_E[None, :]) + (eps * width_R)[:, None] * _noise(row_R + seed, e)
+        has, kth_R, next_R = _best(r, E, K, BLOCK_E)
+        inside = (row_R < T)[:, None] & (e < E)[None, :]
+        a = tl.abs(r - (0.5 * (kth_R + next_R))[:, None])
+        # Five counts of a tile at once, 6 bits each.
+        code = 1 + tl.where(a <= w_E[None, :], 1 << 6, 0) + tl.where(a <= w1_E[None, :], 1 << 12, 0)
+        code += tl.where(a <= w2_E[None, :], 1 << 18, 0) + tl.where(a <= w3_E[None, :], 1 << 24, 0)
+        up = tl.sum(tl.where(inside & has, code, 0), 0)
+        down = tl.sum(tl.where(inside & (has == 0), code, 0), 0)
+        load += up & 63
+        up0, up1 = up0 + ((up >> 6) & 63), up1 + ((up >> 12) & 63)
+        up2, up3 = up2 + ((up >> 18) & 63), up3 + ((up >> 24) & 63)
+        down0, down1 = down0 + ((down >> 6) & 63), down1 + ((down >> 12) & 63)
+        down2, down3 = down2 + ((down >> 18) & 63), down3 + ((down >> 24) & 63)
+        bit = tl.where(inside & has, 1 << (e & 31)[None, :], 0)
+        word = tl.sum(tl.reshape(bit, (ROWS, WORDS, BLOCK_E // WORDS)), 2)
+        word_at = row_R.to(tl.int64)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+        tl.store(bits_ptr + word_at, word, mask=(row_R < T)[:, None])
+    tl.atomic_add(counts + e, load, sem="relaxed")
+    tl.atomic_add(counts + at.OWN_LOAD * BLOCK_E + e, load, sem="relaxed")
+    up_at, down_at = counts + at.UP * BLOCK_E + e, counts + at.DOWN * BLOCK_E + e
+    tl.atomic_add(up_at, up0, sem="relaxed")
+    tl.atomic_add(up_at + BLOCK_E, up1, sem="relaxed")
+    tl.atomic_add(up_at + 2 * BLOCK_E, up2, sem="relaxed")
+    tl.atomic_add(up_at + 3 * BLOCK_E, up3, sem="relaxed")
+    tl.atomic_add(down_at, down0, sem="relaxed")
+    tl.atomic_add(down_at + BLOCK_E, down1, sem="relaxed")
+    tl.atomic_add(down_at + 2 * BLOCK_E, down2, sem="relaxed")
+    tl.atomic_add(down_at + 3 * BLOCK_E, down3, sem="relaxed")
+
+
+@triton.jit
+def _held(bits_ptr, row_R, T, BLOCK_E: tl.constexpr, WORDS: tl.constexpr):
+    """Return (R, E) bool, each row's experts."""
+    e = tl.arange(0, BLOCK_E)
+    word_at = row_R.to(tl.int64)[:, None] * WORDS + (e >> 5)[None, :]
+    word = tl.load(bits_ptr + word_at, mask=(row_R < T)[:, None], other=0, cache_modifier=".cg")
+    return ((word >> (e & 31)[None, :]) & 1) != 0
+
+
+@triton.jit
+def slot_of(row, count, S: tl.constexpr, SHIFT: tl.constexpr):
+    """Return the slot in which a row competes at an expert that moves so many units."""
+    return ((mix(row) >> SHIFT) % tl.minimum(tl.maximum(count, 1), S).to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def offer(
+    scores_ptr, rows_ptr, bits_ptr, counts, keys, b_E, give_E, take_E, cost_E, jitter, eps, scale,
+    limit, T, seed, turn, measures, first, stride, tiles, E: tl.constexpr, BLOCK_E: tl.constexpr,
+    ROWS: tl.constexpr, S: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """Let every row offer its cheapest swap, and learn what passing a unit on costs.
+
+    The cheapest swap of any row that has an expert is kept by its inverted bits, 0 for none.
+    """
+    e = tl.arange(0, BLOCK_E)
+    least = tl.zeros([BLOCK_E], tl.int32)
+    for tile in range(first, tiles, stride):
+        row_R = tile * ROWS + tl.arange(0, ROWS)
+        v, width_R, _, _ = _relative(scores_ptr, rows_ptr, row_R, scale, limit, T, E, BLOCK_E)
+        r = (v - b_E[None, :]) + (eps * width_R)[:, None] * _noise(row_R + seed, e)
+        has = _held(bits_ptr, row_R, T, BLOCK_E, WORDS)
+        room = r - cost_E[None, :]
+        if jitter > 0:
+            room += (jitter * width_R)[:, None] * _noise(row_R + turn, e)
+        room = tl.where((has == 0) & (take_E > 0)[None, :], room, -_INF)
+        m_R, t_R = tl.max(room, 1, return_indices=True)
+        some_R = (m_R > -_INF) & (row_R < T)
+        mine = tl.where(has & (give_E > 0)[None, :], r, _INF)
+        low_R, a_R = tl.min(mine, 1, return_indices=True)
+        swap = tl.where(has & some_R[:, None], tl.maximum(r - m_R[:, None], 0.0), _INF)
+        least = tl.maximum(least, -tl.min(swap, 0).to(tl.int32, bitcast=True) + _INF_BITS)
+        offers_R = some_R & (low_R < _INF) & (measures == 0)
+        cost_R = tl.where(offers_R, tl.maximum(low_R - m_R, 0.0), 0.0).to(tl.int32, bitcast=True)
+        key_R = (((cost_R >> 9) ^ _COST_MASK).to(tl.int64) << 41) | (a_R.to(tl.int64) << 10)
+        key_R = key_R | ((row_R ^ ROW_MASK).to(tl.int64) << 20) | t_R.to(tl.int64)
+        given_R = tl.sum(tl.where(e[None, :] == a_R[:, None], give_E[None, :], 0), 1)
+        taken_R = tl.sum(tl.where(e[None, :] == t_R[:, None], take_E[None, :], 0), 1)
+        at_a = keys + a_R * S + slot_of(row_R, given_R, S, 4)
+        at_t = keys + (BLOCK_E + t_R) * S + slot_of(row_R, taken_R, S, 16)
+        tl.atomic_max(at_a, key_R, mask=offers_R, sem="relaxed")
+        tl.atomic_max(at_t, key_R, mask=offers_R, sem="relaxed")
+    tl.atomic_max(counts + at.LEAST * BLOCK_E + e, least, sem="relaxed")
+
+
+@triton.jit
+def conclude(
+    scores_ptr, rows_ptr, bits_ptr, experts_ptr, partial_ptr, header, b_E, scale, limit, T, first,
+    stride, tiles, E: tl.constexpr, K: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr,
+    FINE: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """Write each row's experts, best first, and sums of score, slack and range.
+
+    Of parts of tiles, since float64 takes more room. Every program concludes the rows whose swaps
+    it has just made.
+    """
+    e = tl.arange(0, BLOCK_E)[None, :]
+    none = float("-inf")
+    scaled = tl.zeros((), tl.int32)
+    own = (tiles - first + stride - 1) // stride * FINE  # parts of tiles
+    for number in range(0, own):
+        tile = (first + number // FINE * stride) * FINE + number % FINE
+        row_R = tile * ROWS + tl.arange(0, ROWS)
+        inside_R = row_R < T
+        v, _, span_R, factor_R = _relative(scores_ptr, rows_ptr, row_R, scale, limit, T, E, BLOCK_E)
+        s, _ = _load(scores_ptr, row_R, T, E, BLOCK_E)
+        has = _held(bits_ptr, row_R, T, BLOCK_E, WORDS)
+        # In float64, and of the scores as they are: what was taken off them is not.
+        wide_R = factor_R.to(tl.float64)
+        base_R = tl.load(rows_ptr + row_R, mask=inside_R, other=0.0, cache_modifier=".cg")
+        exact = s.to(tl.float64) * wide_R[:, None]
+        penalised = base_R.to(tl.float64)[:, None] * wide_R[:, None] + v.to(tl.float64)
+        exact = tl.where(s == -_INF, penalised, exact)
+        r = exact - b_E.to(tl.float64)[None, :]
+        left = tl.where(e < E, r, none)
+        order = tl.where(has, tl.maximum(s, -3.0e38), -_INF)
+        top_R = tl.zeros([ROWS], tl.float64)
+        for k in tl.static_range(K):
+            best_R, i_R = tl.max(left, 1, return_indices=True)
+            left = tl.where(e == i_R[:, None], none, left)
+            top_R += best_R
+            _, j_R = tl.max(order, 1, return_indices=True)
+            order = tl.where(e == j_R[:, None], -_INF, order)
+            place = experts_ptr + row_R.to(tl.int64) * K + k
+            tl.store(place, j_R.to(tl.int64), mask=inside_R)
+        slack_R = tl.maximum(top_R - tl.sum(tl.where(has, r, 0.0), 1), 0.0)
+        got_R = tl.sum(tl.where(has, exact, 0.0), 1)
+        tl.store(partial_ptr + tile, tl.sum(tl.where(inside_R, got_R, 0.0), 0))
+        tl.store(partial_ptr + FINE * tiles + tile, tl.sum(tl.where(inside_R, slack_R, 0.0), 0))
+        spans_R = tl.where(inside_R, span_R, 0.0).to(tl.float64)
+        tl.store(partial_ptr + 2 * FINE * tiles + tile, tl.sum(spans_R, 0))
+        scaled += tl.sum((inside_R & (factor_R < 1.0)).to(tl.int32), 0)
+    tl.atomic_add(header + at.SCALED, scaled, sem="relaxed")

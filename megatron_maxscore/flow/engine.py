@@ -1,0 +1,212 @@
+"""The launches of a solve, and the buffers between them.
+
+Every launch and every size follows from the shape of the scores, so nothing is copied to the host
+and a CUDA graph can hold a solve.
+
+Shape letters: B problems, T rows of each, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import triton  # type: ignore[import-untyped]
+from torch import Tensor
+
+from megatron_maxscore.flow.device import layout
+from megatron_maxscore.flow.device.decisions import END, GO_ON, HOLD
+from megatron_maxscore.flow.device.kernel import solve_kernel
+
+__all__ = ["END", "GO_ON", "HOLD", "WARPS", "Shape", "Solve", "is_cooperative"]
+# Entries of a tile; its rows are fewer than 64, which is what counts of a tile have bits for.
+_TILE, _MOST_ROWS = 2048, 32
+WARPS = 8
+# Launches where a device has no cooperative ones; the last one makes the rest of the phases.
+_LAUNCHES = 40
+_ENDLESS = 1 << 30
+
+
+@functools.cache
+def is_cooperative(device: torch.device) -> bool:
+    """Return whether programs of a launch can wait for each other."""
+    if device.type != "cuda":
+        return False
+    backend = __import__("triton.backends.nvidia.compiler", fromlist=["CUDAOptions"])
+    return "launch_cooperative_grid" in backend.CUDAOptions.__dataclass_fields__
+
+
+@functools.cache
+def _most_programs(device: torch.device) -> int:
+    """Return how many programs run at the same time."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a solve, and constants of its kernel."""
+
+    problems: int
+    tokens: int
+    experts: int
+    topk: int
+
+    @functools.cached_property
+    def constants(self) -> dict[str, int]:
+        """The kernel's compile-time constants."""
+        block = max(16, triton.next_power_of_2(self.experts))
+        return {
+            "E": self.experts, "K": self.topk, "BLOCK_E": block,
+            "ROWS": min(_MOST_ROWS, _TILE // block),
+            "S": max(4, min(16, 512 // block)), "WORDS": max(1, block // 32),
+            "RESULTS": 8 + self.experts + (self.experts + 1) // 2,
+        }  # fmt: skip
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of rows of a problem."""
+        return -(-self.tokens // self.constants["ROWS"])
+
+
+class Solve:
+    """Buffers of one solve; :meth:`run` makes it, and :attr:`experts` and others have the results.
+
+    Args:
+        scores: (B, T, E) float32, bfloat16 or float16, contiguous.
+        topk: K.
+        prices: (E,) or (B, E) float32, on the same device.
+        tolerance: relative gap that counts as converged, > 0.
+        rank: of the ranks that solve one problem; their perturbations differ.
+        programs: for each problem; None for as many as the device runs.
+    """
+
+    def __init__(
+        self,
+        scores: Tensor,
+        topk: int,
+        prices: Tensor,
+        tolerance: float,
+        rank: int = 0,
+        programs: int | None = None,
+    ) -> None:
+        problems, tokens, experts = scores.shape
+        self.shape = shape = Shape(problems, tokens, experts, topk)
+        constants, device = shape.constants, scores.device
+        block, most = constants["BLOCK_E"], _most_programs(device)
+        self.members = max(1, min(programs or most // problems, shape.tiles))
+        self.grid = (self.members * max(1, min(problems, most // self.members)),)
+        words, keys = layout.problem_words(block), 3 * 2 * block * constants["S"]
+        # Counters begin as zero; all else is written before it is read.
+        self.work = torch.zeros(problems * (words + 2 * keys), dtype=torch.int32, device=device)
+        sizes = [24 * shape.tiles, 2 * tokens, tokens * constants["WORDS"]]
+        scratch = torch.empty(problems * sum(sizes), dtype=torch.int32, device=device)
+        first, second = problems * sizes[0], problems * (sizes[0] + sizes[1])
+        partial, rows, bits = scratch[:first], scratch[first:second], scratch[second:]
+        self.experts = torch.empty((problems, tokens, topk), dtype=torch.int64, device=device)
+        size = (problems, constants["RESULTS"])
+        self.results = torch.empty(size, dtype=torch.int64, device=device)
+        self.scores, self.prices = scores, prices
+        self.arguments = (
+            self.experts, self.results.view(torch.float64), rows.view(torch.float32), bits,
+            partial.view(torch.float64), self.work, self.work[problems * words :].view(torch.int64),
+            int(np.float64(tolerance).view(np.int64)), problems, tokens, shape.tiles,
+            rank * 0x9E3779B1 & 0x3FFFFFFF,
+        )  # fmt: skip
+
+    def launch(
+        self,
+        first: int,
+        last: int,
+        capacity: Tensor | None = None,
+        quota: Tensor | None = None,
+        end: Any = GO_ON,
+        mark: int = 0,
+        members: int = 0,
+        **options: Any,
+    ) -> None:
+        """Make phases ``first`` to ``last``.
+
+        Args:
+            first: number of the first phase, 0 for the scan of rows.
+            last: number of the one after the last.
+            capacity: (E,) or (B, E) int64 of all ranks' rows; None for the scan alone.
+            quota: (E,) int64 of this rank's rows, None for the capacities.
+            end: what to do when sweeps are over.
+            mark: what ranks that solve one problem compare.
+            members: programs for each problem if other than usual.
+            options: of the launch.
+        """
+        capacity = self.results if capacity is None else capacity  # which a scan does not read
+        solve_kernel[self.grid if members == 0 else (self.shape.problems * members,)](
+            self.scores, self.prices, capacity, capacity if quota is None else quota,
+            *self.arguments, first, last, members or self.members, end.value, mark,
+            *(x.stride(0) if x.dim() == 2 else 0 for x in (self.prices, capacity)),
+            **self.shape.constants, num_warps=WARPS, **options,
+        )  # fmt: skip
+
+    def run(
+        self, capacity: Tensor, quota: Tensor | None = None, first: int = 0, end: Any = GO_ON
+    ) -> None:
+        """Make all phases from ``first`` on; see :meth:`launch`."""
+        if self.members == 1:
+            self.launch(first, _ENDLESS, capacity, quota, end)
+        elif is_cooperative(self.scores.device):
+            self.launch(first, _ENDLESS, capacity, quota, end, launch_cooperative_grid=True)
+        else:
+            for phase in range(first, first + _LAUNCHES):
+                self.launch(phase, phase + 1, capacity, quota, end if phase == first else GO_ON)
+            self.launch(first + _LAUNCHES, _ENDLESS, capacity, quota, members=1)
+
+    def result(self, name: str) -> Tensor:
+        """Return (B,) ``objective``, ``bound``, ``gap``, ... or (B, E) ``loads``, ``prices``."""
+        experts = self.shape.experts
+        if name == "loads":
+            return self.results[:, 8 : 8 + experts]
+        if name == "prices":
+            return self.results[:, 8 + experts :].view(torch.float32)[:, :experts]
+        if name == "converged":
+            return self.results.view(torch.bool)[:, 7 * 8]
+        place = ("objective", "bound", "gap", "difference", "ranges", "bad", "scaled").index(name)
+        values = self.results if name in ("bad", "scaled") else self.results.view(torch.float64)
+        return values[:, place]
+
+    # What ranks that solve one problem exchange.
+
+    def word(self, name: str) -> Tensor:
+        """Return a word of the header, 0-dim int32."""
+        return self.work[getattr(layout, name).value]
+
+    @property
+    def values(self) -> Tensor:
+        """(5,) float64: objective, bound, gap, difference and ranges of this rank's rows."""
+        return self.results.view(torch.float64)[0, :5]
+
+    @property
+    def header(self) -> Tensor:
+        """Sums over rows, int32."""
+        return self.work[layout.BAD.value : layout.HEADER.value]
+
+    def counts(self, phase: int) -> Tensor:
+        """Loads and bids that a sweep has counted, int32."""
+        block = self.shape.constants["BLOCK_E"]
+        first = layout.problem_words(block) - (3 - phase % 3) * layout.COUNTS.value * block
+        return self.work[first : first + layout.LEAST.value * block]
+
+    def sweep_prices(self, phase: int) -> Tensor:
+        """(E,) float32 prices at which a sweep has chosen."""
+        block = self.shape.constants["BLOCK_E"]
+        state = layout.SCALARS.value + layout.VECTORS.value * block
+        first = layout.HEADER.value + (phase + 1) % 2 * state + layout.SCALARS.value
+        return self.work[first : first + self.shape.experts].view(torch.float32)
+
+    def own_loads(self, phase: int) -> Tensor:
+        """(E,) loads of this rank in a sweep."""
+        block = self.shape.constants["BLOCK_E"]
+        after = layout.OWN_LOAD.value - layout.LEAST.value
+        first = self.counts(phase).storage_offset() + (layout.LEAST.value + after) * block
+        return self.work[first : first + self.shape.experts].long()

@@ -1,0 +1,309 @@
+"""The engine with its row work in numba: all decisions are the kernel's own.
+
+A launch without tiles decides and touches no row; the row work between two launches is done here,
+on the kernel's buffers. ``test_engine.py`` shows that it leaves the kernel's bits there, so this
+form can stand for the kernel at sizes for which the interpreter is too slow.
+
+Shape letters: T rows, E experts, K experts per token, S slots.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numba as nb
+import numpy as np
+import torch
+
+from megatron_maxscore.flow.device import decisions, layout
+from megatron_maxscore.flow.engine import Solve
+
+_F = np.float32
+_U = np.uint32
+_INF_BITS = 0x7F800000
+
+
+@nb.njit(cache=True, inline="always")
+def _mix(x):
+    x = _U(x)
+    x = _U((x ^ (x >> _U(16))) * _U(0x85EBCA6B))
+    x = _U((x ^ (x >> _U(13))) * _U(0xC2B2AE35))
+    return _U(x ^ (x >> _U(16)))
+
+
+@nb.njit(cache=True, inline="always")
+def _noise(spread, expert):
+    h = _U((spread ^ _U(_U(expert) * _U(0x9E3779B1))) * _U(0x2C1B3C6D))
+    h = _U((h ^ (h >> _U(15))) * _U(0x297A2D39))
+    # Of the bits of 1.0 and above, less 1.5.
+    return _F(np.int64(h >> _U(9))) * _F(2.0**-23) - _F(0.5)
+
+
+@nb.njit(cache=True)
+def _scan(s, base, span, header, exponents):
+    for i in range(s.shape[0]):
+        high, low, bad, forbidden = -np.inf, np.inf, False, False
+        for j in range(s.shape[1]):
+            v = s[i, j]
+            if np.isnan(v) or v == np.inf:
+                bad, v = True, _F(0.0)
+                s[i, j] = v
+            if v == -np.inf:
+                forbidden = True
+            else:
+                high, low = max(high, v), min(low, v)
+        base[i] = high if high > -np.inf else _F(0.0)
+        span[i] = min(_F(high) - _F(low), _F(3.0e38)) if high > -np.inf else _F(0.0)
+        if span[i] > 0:
+            exponents[span[i : i + 1].view(np.int32)[0] >> 23] += 1
+        header[_BAD] += bad
+        header[_FORBIDDEN] += forbidden
+
+
+_BAD, _FORBIDDEN = layout.BAD.value, layout.FORBIDDEN.value
+
+
+@nb.njit(cache=True, inline="always")
+def _row(s, i, base, span, scale, limit, b, eps, seed, r):
+    """Write a row's reduced scores; return its width."""
+    wide = span[i]
+    factor = _F(1.0)
+    if wide > limit:
+        factor, wide = _F(limit / wide), limit
+    width = max(wide, _F(scale * _F(0.375)))
+    part = _F(eps * width)
+    spread = _mix(i + seed + 1)
+    for j in range(s.shape[1]):
+        v = max(_F(s[i, j] - base[i]), _F(-3.0e38)) * factor
+        if s[i, j] == -np.inf:
+            v = -_F(wide + width)
+        r[j] = _F(_F(v - b[j]) + _F(part * _noise(spread, j)))
+    return width
+
+
+@nb.njit(cache=True)
+def _sweep(s, base, span, scale, limit, b, w, eps, seed, k, block, held, counts, own):
+    tokens, experts = s.shape
+    r, key = np.empty(experts, _F), np.empty(experts, np.int32)
+    bits = r.view(np.int32)
+    for i in range(tokens):
+        _row(s, i, base, span, scale, limit, b, eps, seed, r)
+        for j in range(experts):
+            x = bits[j]
+            x ^= (x >> 31) & 0x7FFFFFFF
+            key[j] = (x & -block) | (block - 1 - j)
+        order = np.sort(key)
+        kth = order[experts - k]
+        edges = np.empty(2, np.int32)
+        edges[0] = kth & -block
+        edges[1] = order[experts - k - 1] & -block if k < experts else 0
+        edges ^= (edges >> 31) & 0x7FFFFFFF
+        values = edges.view(_F)
+        following = values[1] if k < experts else _F(-np.inf)
+        middle = _F(_F(0.5) * _F(values[0] + following))
+        for j in range(experts):
+            has = key[j] >= kth
+            held[i, j] = has
+            a = abs(_F(r[j] - middle))
+            first = 1 if has else 5
+            if has:
+                counts[0, j] += 1
+                own[j] += 1
+            counts[first, j] += a <= w[j]
+            counts[first + 1, j] += a <= _F(w[j] / _F(8.0))
+            counts[first + 2, j] += a <= _F(w[j] / _F(64.0))
+            counts[first + 3, j] += a <= _F(w[j] / _F(512.0))
+
+
+@nb.njit(cache=True)
+def _offer(
+    s, base, span, scale, limit, b, eps, seed, held, give, take, cost, jitter, turn, moves, slots,
+    block, counts_least, keys,
+):  # fmt: skip
+    tokens, experts = s.shape
+    r = np.empty(experts, _F)
+    bits = np.empty(1, _F)
+    integer = bits.view(np.int32)
+    for i in range(tokens):
+        width = _row(s, i, base, span, scale, limit, b, eps, seed, r)
+        part, spread = _F(jitter * width), _mix(i + turn + 1)
+        m, t, low, a = _F(-np.inf), -1, _F(np.inf), -1
+        for j in range(experts):
+            if held[i, j]:
+                if give[j] > 0 and r[j] < low:
+                    low, a = r[j], j
+            elif take[j] > 0:
+                room = _F(r[j] - cost[j])
+                if jitter > 0:
+                    room = _F(room + _F(part * _noise(spread, j)))
+                if room > m:
+                    m, t = room, j
+        if t < 0:
+            continue
+        for j in range(experts):
+            if held[i, j]:
+                bits[0] = max(_F(r[j] - m), _F(0.0))
+                counts_least[j] = max(counts_least[j], _INF_BITS - integer[0])
+        if a < 0 or not moves:
+            continue
+        bits[0] = max(_F(low - m), _F(0.0))
+        key = np.int64((integer[0] >> 9) ^ 0x3FFFFF) << 41 | np.int64(i ^ 0x1FFFFF) << 20
+        key |= np.int64(a) << 10 | np.int64(t)
+        h = _mix(i)
+        at_a = (h >> _U(4)) % _U(min(max(give[a], 1), slots))
+        at_t = (h >> _U(16)) % _U(min(max(take[t], 1), slots))
+        keys[0, a, at_a] = max(keys[0, a, at_a], key)
+        keys[1, t, at_t] = max(keys[1, t, at_t], key)
+
+
+@dataclasses.dataclass
+class Solved:
+    """A solution by the model: (T, K) experts by index, prices, gap, numbers of phases."""
+
+    held: np.ndarray
+    prices: np.ndarray
+    gap: float
+    sweeps: int
+    rounds: int
+
+
+class Model:
+    """One problem, solved phase by phase."""
+
+    def __init__(self, scores, topk, capacity, prices=None):
+        scores = torch.as_tensor(scores)
+        prices = torch.zeros(scores.shape[1]) if prices is None else torch.as_tensor(prices)
+        self.solve = Solve(scores[None].contiguous(), topk, prices.float(), 1e-9, programs=1)
+        self.capacity_E = torch.as_tensor(capacity)
+        self.tokens, self.experts = scores.shape
+        self.seed, self.topk = 0, topk
+        self.scores = scores.float().numpy().copy()
+        c = self.solve.shape.constants
+        self.block, self.slots, self.words = c["BLOCK_E"], c["S"], c["WORDS"]
+        self.base, self.span = np.zeros((2, self.tokens), _F)
+        self.kinds: list[int] = []
+        work = self.solve.work.numpy()
+        state = layout.SCALARS.value + layout.VECTORS.value * self.block
+        first = layout.HEADER.value
+        self.header = work[:first]
+        self.states = work[first : first + 2 * state].reshape(2, state)
+        first += 2 * state
+        self.counts = work[first : first + 3 * layout.COUNTS.value * self.block]
+        self.counts = self.counts.reshape(3, layout.COUNTS.value, self.block)
+        keys = work[layout.problem_words(self.block) :].view(np.int64)
+        self.keys = keys.reshape(3, 2, self.block, self.slots)
+        arguments = list(self.solve.arguments)
+        self.bits = arguments[3].numpy().reshape(self.tokens, self.words)
+        # The kernel sees no tiles, and rows are those of one program.
+        arguments[10] = 0
+        self.solve.arguments = tuple(arguments)
+
+    def vector(self, number, state):
+        first = layout.SCALARS.value + number.value * self.block
+        return state[first : first + self.experts]
+
+    def number(self, number, state):
+        return state[number.value : number.value + 1]
+
+    @property
+    def held(self):
+        columns = np.arange(self.experts)
+        return (self.bits[:, columns >> 5] >> (columns & 31)) & 1 != 0
+
+    def keep(self, held):
+        bit = np.zeros((self.tokens, self.words * 32), np.uint32)
+        bit[:, : self.experts] = held
+        bit = bit.reshape(self.tokens, self.words, 32) << np.arange(32, dtype=np.uint32)
+        self.bits[:] = bit.sum(2, dtype=np.uint32).view(np.int32)
+
+    def phase(self, n):
+        """Make a phase; return its kind."""
+        self.solve.launch(n, n + 1, self.capacity_E)
+        state = self.states[(n + 1) & 1]
+        kind = int(state[layout.KIND.value])
+        self.kinds.append(kind)
+        counts, keys = self.counts[n % 3], self.keys[n % 3]
+        price = self.vector(layout.PRICE, state).view(_F)
+        eps, scale, limit = (
+            self.number(name, state).view(_F)[0]
+            for name in (layout.EPS, layout.SCALE, layout.LIMIT)
+        )
+        rows = (self.scores, self.base, self.span)
+        if kind == layout.SCAN.value:
+            first = layout.EXPONENTS.value
+            _scan(*rows, self.header, self.header[first : first + 256])
+        elif kind == layout.SWEEP.value:
+            held = np.zeros((self.tokens, self.experts), np.bool_)
+            window = self.vector(layout.WINDOW, state).view(_F)
+            _sweep(
+                *rows, scale, limit, price, window, eps, self.seed, self.topk, self.block, held,
+                counts, counts[layout.OWN_LOAD.value],
+            )  # fmt: skip
+            self.keep(held)
+        elif kind == layout.ROUND.value:
+            self._round(state, counts, keys, price, eps, scale, limit)
+        return kind
+
+    def _round(self, state, counts, keys, price, eps, scale, limit):
+        excess = self.vector(layout.EXCESS, state)
+        distance = self.vector(layout.DISTANCE, state).view(_F)
+        quota = np.minimum(self.capacity, self.tokens)
+        numbers = {name: int(state[getattr(layout, name).value]) for name in ("AGE", "CYCLES")}
+        give, take, cost, moves = planned(
+            excess, price, distance, numbers["AGE"], numbers["CYCLES"], quota,
+            self.tokens * self.topk, self.slots,
+        )  # fmt: skip
+        rounds, calm = int(state[layout.ROUNDS.value]), decisions.CALM.value
+        jitter = _F(0.0)
+        if rounds >= calm:
+            power = np.exp2(min(_F(rounds - calm) / _F(2), _F(30.0)))
+            jitter = min(_F(_F(power) * eps), _F(1.0))
+        _offer(
+            self.scores, self.base, self.span, scale, limit, price, eps, self.seed, self.held,
+            give, take, cost, jitter, 7919 * rounds, moves, self.slots, self.block,
+            counts[layout.LEAST.value], keys,
+        )  # fmt: skip
+
+    def run(self, most=4000):
+        n = 0
+        while self.phase(n) < layout.CONCLUDE.value:
+            n += 1
+            assert n < most, "endless"
+        prices = self.solve.result("prices")[0].numpy()
+        held = self.held
+        return Solved(
+            held, prices.copy(), gap_of(self.scores, prices, held, self.capacity),
+            self.kinds.count(layout.SWEEP.value), self.kinds.count(layout.ROUND.value),
+        )  # fmt: skip
+
+    @property
+    def capacity(self):
+        return self.capacity_E.numpy()
+
+
+def planned(excess, b, distance, age, cycles, quota, units, slots):
+    """Return units given and taken, costs, and whether units move, as ``decisions.plan`` does."""
+    free = (b <= 0) & (quota.sum() != units)
+    over = np.maximum(excess, 0).sum()
+    relax, few, most = (getattr(decisions, n).value for n in ("_RELAX", "_FEW", "_CYCLES"))
+    measures = over > 0 and age < relax and units <= few and cycles < most
+    known = np.isfinite(distance)
+    if over == 0:
+        give = np.where(free & (excess <= 0), np.minimum(excess + quota, slots), 0)
+        take = np.where(free, 0, np.maximum(-excess, 0))
+        return give.astype(np.int64), take.astype(np.int64), np.zeros_like(b), True
+    take = np.where(excess < 0, -excess, np.where(known & (measures | (excess == 0)), 1, 0))
+    cost = np.where((excess >= 0) & known, distance, _F(0.0)).astype(_F)
+    return np.maximum(excess, 0).astype(np.int64), take.astype(np.int64), cost, not measures
+
+
+def gap_of(scores, prices, held, capacity):
+    """Return the relative gap in float64; every arc is allowed and no row is scaled."""
+    s = scores.astype(np.float64)
+    r = s - prices
+    k = int(held[0].sum())
+    top = np.partition(r, r.shape[1] - k, 1)[:, -k:].sum()
+    idle = np.minimum(capacity, len(s)) - held.sum(0)
+    gap = top - (r * held).sum() + (prices.astype(np.float64) * idle).sum()
+    spans = (s.max(1) - s.min(1)).sum()
+    return gap / spans if spans > 0 else (0.0 if abs(gap) < 1e-9 else np.inf)
