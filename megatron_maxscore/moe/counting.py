@@ -30,7 +30,7 @@ class Pass:
         prices_E: (E,) float32, the mean over its problems.
         gap: 0-dim float64, the largest of its problems.
         seconds: of the host in it.
-        bad_tokens: 0-dim int64, tokens whose logits were not finite; None if there are none.
+        bad_T: (T,) bool, tokens whose logits were not finite; None if it is known that none is.
         lost_tokens: tokens that did not fit into what other ranks expect of this one.
         values: what metrics measured; empty where they are not due.
         has_counted: whether a backward pass has run.
@@ -39,7 +39,7 @@ class Pass:
     prices_E: Tensor
     gap: Tensor
     seconds: float
-    bad_tokens: Tensor | None = None
+    bad_T: Tensor | None = None
     lost_tokens: int = 0
     values: dict[str, Tensor] = field(default_factory=dict)
     has_counted: bool = False
@@ -73,8 +73,8 @@ class SolveStatistics:
         self.seconds += pass_.seconds
         self.lost_tokens += pass_.lost_tokens
         self._see_gap(pass_.gap)
-        if pass_.bad_tokens is not None:
-            self.see_bad(pass_.bad_tokens)
+        if pass_.bad_T is not None:
+            self.see_bad(pass_.bad_T.sum())
         if pass_.values:
             self.measured += 1
             for name, value in pass_.values.items():

@@ -271,7 +271,9 @@ class MaxScoreRouter(TopKRouter):
         call: _Call = _local.call
         logits_TE = call.logits_TE
         assert logits_TE is not None
-        wide_TE = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
+        # Kernels on a device read narrow logits as they are.
+        is_wide = logits_TE.dtype == torch.float64 or is_device(logits_TE)
+        wide_TE = logits_TE if is_wide else logits_TE.float()
         if self.options.gate == "soft_topk":
             gates_TE = soft_topk(wide_TE, self.topk, self.temperature, self.options.variant)
             if scores_TE.dtype in (torch.bfloat16, torch.float16):
@@ -372,7 +374,7 @@ class MaxScoreRouter(TopKRouter):
             prices_E=solution.prices if solution.prices.dim() == 1 else solution.prices.mean(0),
             gap=solution.gap if solution.gap.dim() == 0 else solution.gap.max(),
             seconds=seconds,
-            bad_tokens=None if call.bad_T is None else call.bad_T.sum(),
+            bad_T=call.bad_T,
             lost_tokens=0 if routed.fits else scores_TE.shape[0],
         )
         if metrics.are_due():

@@ -22,9 +22,8 @@ def parts(batch):
 def test_ranks_of_a_group():
     prices = None
     for batch in range(3):
-        scores = parts(batch)
         solutions, cluster, _ = solve_together(
-            RANKS, lambda rank: scores[rank], TOPK, prices=prices, fill_padding=True
+            RANKS, parts(batch).__getitem__, TOPK, prices=prices, fill_padding=True
         )
         prices = solutions[0].prices
     loads = solutions[0].loads
