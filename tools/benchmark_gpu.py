@@ -1,23 +1,25 @@
 """Time a solve on a CUDA device against other routers' choice of experts.
 
-    python tools/benchmark_gpu.py [--output runs/gpu] [--sizes 8192x64x8 131072x256x8]
+    python tools/benchmark_gpu.py [--output runs/gpu] [--sizes 8192x64x8 4096x256x8] [--seconds 240]
 
 Medians of CUDA-event times, in microseconds, with warm prices from another batch: our solve as a
 CUDA graph, launch by launch, and from cold prices; torch.topk, Megatron's fused top-k (with
-Transformer Engine), its sinkhorn and its quantile balancing. Each kernel's share by torch's
-profiler. Then a Megatron MoE layer of one rank, bfloat16, forward and backward, with its top-k
-router and with ours, in turn. Writes gpu.json.
+Transformer Engine), its sinkhorn and its quantile balancing. Sweeps and rounds are counted, and for
+iid scores each phase is timed. A Megatron MoE layer of one rank, bfloat16, forward and backward,
+comes after the first sizes: with forced balance, with top-k and with MaxScore, in turn. Most
+telling first; gpu.json is written as results come, and nothing new is begun after ``--seconds``.
+Scores recorded by tools/record_scores.py are timed with ``--recorded DIRECTORY``.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import json
 import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +28,22 @@ import triton
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from megatron_maxscore.flow import solve  # noqa: E402
+from megatron_maxscore.flow import engine, solve  # noqa: E402
 from tests.one_rank_layer import make_layer, set_up, tear_down  # noqa: E402
 from tools.rivals import quantile_balancing, sinkhorn  # noqa: E402
 from tools.workloads import size_of, workload  # noqa: E402
 
 SIZES = (
-    "512x16x2", "4096x16x2", "8192x64x8", "4096x256x8", "16384x128x6", "65536x64x8", "131072x256x8",
+    "8192x64x8", "4096x256x8", "16384x128x6", "65536x64x8", "131072x256x8", "4096x128x8",
+    "16384x128x8", "2048x256x8", "4096x256x6", "4096x384x6", "4096x128x4", "512x16x2",
 )  # fmt: skip
 FAMILIES = ("iid", "skewed, sigma 1", "peaked softmax")
+# Experts and k of the layers.
+LAYERS = ((64, 8), (256, 8))
 # Microseconds after which a call is not repeated any more.
 _LONG_ENOUGH = 5e5
 # Of the layer: tokens, width, width of an expert.
@@ -83,14 +87,31 @@ def fused_topk(scores: Tensor, topk: int) -> Callable[[], Any] | None:
     return lambda: moe_utils.topk_routing_with_score_function(scores, topk, fused=True)
 
 
-def kernel_times(run: Callable[[], Any], repeats: int = 4) -> dict[str, float]:
-    """Return microseconds of each kernel in a call, by torch's profiler."""
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        for _ in range(repeats):
-            run()
-        torch.cuda.synchronize()
-    times = {event.key: event.self_device_time_total / repeats for event in found.key_averages()}
-    return {name: time for name, time in times.items() if time > 0}
+def phases(scores: Tensor, topk: int, capacity: Tensor, prices: Tensor) -> dict[str, Any]:
+    """Return how many sweeps and rounds a solve makes, and the time of each kind of phase."""
+    made = engine.Solve(scores[None], topk, prices, 1e-9)
+    made.run(capacity)
+    sweeps, rounds = (int(made.state(name)) for name in ("SWEEPS", "ROUNDS"))
+    if not engine.is_cooperative(scores.device):
+        return {"sweeps": sweeps, "rounds": rounds}
+
+    def until(last: int) -> float:
+        def run() -> None:
+            part = engine.Solve(scores[None], topk, prices, 1e-9)
+            part.launch(0, last, capacity, launch_cooperative_grid=True)
+
+        return microseconds(run, 20)
+
+    ends = [1, 2, 1 + sweeps, 1 + sweeps + rounds, 2 + sweeps + rounds]
+    scan, first, swept, rounded, whole = (until(end) for end in ends)
+    return {
+        "sweeps": sweeps,
+        "rounds": rounds,
+        "scan_us": scan,
+        "sweep_us": (swept - first) / max(sweeps - 1, 1),
+        "round_us": (rounded - swept) / max(rounds, 1),
+        "conclusion_us": whole - rounded,
+    }
 
 
 def rivals(scores: Tensor, topk: int, capacity: Tensor, prices: Tensor) -> dict[str, Any]:
@@ -116,12 +137,16 @@ def layer_times(experts: int, topk: int, repeats: int) -> dict[str, float]:
     torch.cuda.set_device(0)
     set_up("nccl")
     layers = {
-        name: make_layer(hidden, expert_hidden, experts, topk, name == "MaxScore", tokens)
+        name: make_layer(
+            hidden, expert_hidden, experts, topk, name == "MaxScore", tokens,
+            is_forced=name == "forced balance",
+        )
         .cuda()
         .train()
-        for name in ("top-k", "MaxScore")
-    }
-    layers["MaxScore"].experts = layers["top-k"].experts
+        for name in ("forced balance", "top-k", "MaxScore")
+    }  # fmt: skip
+    for name in ("top-k", "MaxScore"):
+        layers[name].experts = layers["forced balance"].experts
     batches = [
         torch.randn(tokens, 1, hidden, device="cuda", dtype=torch.bfloat16).requires_grad_()
         for _ in range(8)
@@ -137,12 +162,36 @@ def layer_times(experts: int, topk: int, repeats: int) -> dict[str, float]:
         runs[f"router, {name}"] = lambda layer=layer: (
             layer.router(batches[next(turn) % 8])[0].square().sum().backward()
         )
-    for _ in range(5):
+    for _ in range(3):
         for name, run in runs.items():
             found.setdefault(name, []).append(microseconds(run, repeats))
         average_prices([layers["MaxScore"].router])
     tear_down()
     return {name: statistics.median(times) for name, times in found.items()}
+
+
+def problems(arguments: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yield names of problems, and functions that return scores, k, capacity and prices."""
+    for family in arguments.families:
+        for size in arguments.sizes:
+            tokens, experts, topk = map(int, size.split("x"))
+
+            def make(family=family, tokens=tokens, experts=experts, topk=topk) -> Any:  # type: ignore[no-untyped-def]
+                work = workload(family, tokens, experts, topk)
+                other = workload(family, tokens, experts, topk, batch=1).scores.cuda()
+                prices = solve(other, topk, capacity=work.capacity).prices
+                return work.scores.cuda(), topk, work.capacity.cuda(), prices
+
+            yield f"{size} {family}", make
+        for file in sorted(arguments.recorded.glob("*.pt")) if arguments.recorded else ():
+
+            def load(file=file) -> Any:  # type: ignore[no-untyped-def]
+                data = torch.load(file, weights_only=True)
+                scores, prices = data["scores"].float().cuda(), data["prices"].cuda()
+                return scores, data["topk"], data["capacity"].cuda(), prices
+
+            if family == arguments.families[0]:
+                yield file.stem, load
 
 
 def main() -> int:
@@ -152,65 +201,50 @@ def main() -> int:
         "--sizes", nargs="+", type=size_of, default=SIZES, help="tokens x experts x k"
     )
     parser.add_argument("--families", nargs="+", default=FAMILIES)
-    parser.add_argument("--layer", default="64x8", help="experts x k of the layer; '' for none")
+    parser.add_argument("--recorded", type=Path, help="directory of recorded scores")
+    parser.add_argument("--seconds", type=float, default=240.0, help="after which to stop")
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "gpu")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("error: torch sees no CUDA device")
         return 1
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    started = time.monotonic()
     name = torch.cuda.get_device_name()
-    versions = {"device": name, "torch": torch.__version__, "triton": triton.__version__}
+    found: dict[str, Any] = {
+        "device": name, "torch": torch.__version__, "triton": triton.__version__,
+        "date": time.strftime("%Y-%m-%d"), "rows": [], "layers": {},
+    }  # fmt: skip
     arguments.output.mkdir(parents=True, exist_ok=True)
     report = arguments.output / "gpu.json"
-    rows: list[dict[str, Any]] = []
-    found: dict[str, Any] = {**versions, "rows": rows}
     table = None
-    for size in arguments.sizes:
-        tokens, experts, topk = map(int, size.split("x"))
-        for family in arguments.families:
-            work = workload(family, tokens, experts, topk)
-            other = workload(family, tokens, experts, topk, batch=1)
-            scores, capacity = work.scores.cuda(), work.capacity
-            prices = solve(other.scores.cuda(), topk, capacity=capacity).prices
-            solution = solve(scores, topk, capacity=capacity, prices=prices)
-            times = {
-                rival: None if run is None else microseconds(run, arguments.repeats)
-                for rival, run in rivals(scores, topk, capacity, prices).items()
-            }
-            gap = solution.gap.item()
-            kernels = kernel_times(
-                functools.partial(solve, scores, topk, capacity=capacity, prices=prices)
-            )
-            rows.append({"size": size, "family": family, "gap": gap, **times, "kernels": kernels})
-            # As they come: a solve that falls back to rounds over all rows can take seconds.
-            report.write_text(json.dumps(found, indent=1))
-            parts = ", ".join(f"{kernel} {time:.1f}" for kernel, time in kernels.items())
-            print(
-                f"{size} {family}: {times['solve, graph']:.1f} us as a graph; {parts}", flush=True
-            )
-            if table is None:
-                table = Table(
-                    "size", "family", "gap", *times,
-                    title=f"{name}, torch {torch.__version__}, Triton {triton.__version__}, us",
-                )  # fmt: skip
-            cells = ["not installed" if t is None else f"{t:.1f}" for t in times.values()]
-            table.add_row(size, family, f"{gap:.1e}", *cells)
-    if table is not None:
-        console.print(table)
-    if arguments.layer:
-        experts, topk = map(int, arguments.layer.split("x"))
-        layer = layer_times(experts, topk, arguments.repeats)
-        found["layer"] = layer
+    for number, (label, make) in enumerate(problems(arguments)):
+        if time.monotonic() - started > arguments.seconds:
+            print(f"stopped after {arguments.seconds:.0f} s, before {label}")
+            break
+        if number == 4:
+            for experts, topk in LAYERS:
+                found["layers"][f"{experts}x{topk}"] = times = layer_times(experts, topk, 10)
+                report.write_text(json.dumps(found, indent=1))
+                parts = ", ".join(f"{run} {time:.0f}" for run, time in times.items())
+                print(f"layer, {experts} experts, top-{topk}, us: {parts}", flush=True)
+        scores, topk, capacity, prices = make()
+        gap = solve(scores, topk, capacity=capacity, prices=prices).gap.item()
+        counted = phases(scores, topk, capacity, prices)
+        times = {
+            rival: None if run is None else microseconds(run, arguments.repeats)
+            for rival, run in rivals(scores, topk, capacity, prices).items()
+        }
+        found["rows"].append({"problem": label, "gap": gap, **counted, **times})
         report.write_text(json.dumps(found, indent=1))
-        tokens, hidden, expert_hidden = _LAYER_SIZE
-        table = Table(
-            *layer, title=f"{tokens} tokens of {hidden}, {experts} experts of {expert_hidden}, "
-            f"top-{topk}, bfloat16, forward and backward, us",
-        )  # fmt: skip
-        table.add_row(*(f"{time:.0f}" for time in layer.values()))
-        console.print(table)
+        print(f"{label}: {times['solve, graph']:.1f} us as a graph; {counted}", flush=True)
+        if table is None:
+            title = f"{name}, torch {torch.__version__}, Triton {triton.__version__}, us"
+            table = Table("problem", "gap", "sweeps + rounds", *times, title=title)
+        cells = ["not installed" if t is None else f"{t:.1f}" for t in times.values()]
+        table.add_row(label, f"{gap:.1e}", f"{counted['sweeps']} + {counted['rounds']}", *cells)
+    if table is not None:
+        Console(width=None if sys.stdout.isatty() else 150).print(table)
     return 0
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Check the kernels on a machine with a CUDA device: tests, resources, times.
-# Writes runs/gpu/. With WHEELS=DIRECTORY nothing is downloaded; on a machine with a network, fill it:
+# Check the kernels on a machine with a CUDA device: what could go wrong first, then times, all tests,
+# and registers. Writes runs/gpu/; options go to tools/benchmark_gpu.py. With WHEELS=DIRECTORY nothing is downloaded; on a machine with a network, fill it:
 #   python3.12 -m pip download --dest DIRECTORY --constraint tools/constraints.txt '.[test]' setuptools wheel
 set -euo pipefail
 if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
-  sed -n '2,4s/^# //p' "${BASH_SOURCE[0]}"
+  sed -n '2,5s/^# //p' "${BASH_SOURCE[0]}"
   exit 0
 fi
 # Before 5.5 GB are installed.
@@ -25,9 +25,13 @@ python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
   exit 1
 }
 mkdir -p runs/gpu
-echo "== tests"
-python -m pytest -m gpu --timeout 1200 --junitxml runs/gpu/tests.xml tests/gpu
+echo "== one launch, phase by phase, graph, no waits"
+python -m pytest -q -m gpu --timeout 300 -x tests/gpu/test_kernels.py \
+  -k "same_bits or graph or waits or beside" | tee runs/gpu/first.txt || failed=1
 echo "== times"
-python tools/benchmark_gpu.py --output runs/gpu
+python tools/benchmark_gpu.py --output runs/gpu "$@" | tee runs/gpu/times.txt || failed=1
+echo "== tests"
+python -m pytest -q -m gpu --timeout 1200 --junitxml runs/gpu/tests.xml tests/gpu || failed=1
 echo "== resources"
-python tools/kernel_report.py --output runs/gpu/kernels.md
+python tools/kernel_report.py --output runs/gpu/kernels.md || failed=1
+exit "${failed:-0}"

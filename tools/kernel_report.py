@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_maxscore.flow.device.kernel import solve_kernel
-from megatron_maxscore.flow.engine import WARPS, Shape
+from megatron_maxscore.flow.engine import REGISTERS, WARPS, Shape
 from megatron_maxscore.ops.kernels import soft_topk
 from megatron_maxscore.ops.kernels.variants import Variant
 
@@ -75,7 +75,8 @@ def engine_variants() -> list[Variant]:
                 if name not in constants
             }
             name = f"solve, {dtype}, {experts} experts, top-{topk}"
-            found.append(Variant(name, solve_kernel, signature, constants, WARPS))
+            options = {"maxnreg": REGISTERS}
+            found.append(Variant(name, solve_kernel, signature, constants, WARPS, options))
     return found
 
 

@@ -21,10 +21,11 @@ from megatron_maxscore.flow.device import layout
 from megatron_maxscore.flow.device.decisions import END, GO_ON, HOLD
 from megatron_maxscore.flow.device.kernel import solve_kernel
 
-__all__ = ["END", "GO_ON", "HOLD", "WARPS", "Shape", "Solve", "is_cooperative"]
+__all__ = ["END", "GO_ON", "HOLD", "REGISTERS", "WARPS", "Shape", "Solve", "is_cooperative"]
 # Entries of a tile; its rows are fewer than 64, which is what counts of a tile have bits for.
 _TILE, _MOST_ROWS = 2048, 32
-WARPS = 8
+# Without a number of registers the assembler spills some for the sake of more programs.
+WARPS, REGISTERS = 8, 255
 # Launches where a device has no cooperative ones; the last one makes the rest of the phases.
 _LAUNCHES = 40
 _ENDLESS = 1 << 30
@@ -146,7 +147,7 @@ class Solve:
             self.scores, self.prices, capacity, capacity if quota is None else quota,
             *self.arguments, first, last, members or self.members, end.value, mark,
             *(x.stride(0) if x.dim() == 2 else 0 for x in (self.prices, capacity)),
-            **self.shape.constants, num_warps=WARPS, **options,
+            **self.shape.constants, num_warps=WARPS, maxnreg=REGISTERS, **options,
         )  # fmt: skip
 
     def run(
@@ -174,6 +175,13 @@ class Solve:
         place = ("objective", "bound", "gap", "difference", "ranges", "bad", "scaled").index(name)
         values = self.results if name in ("bad", "scaled") else self.results.view(torch.float64)
         return values[:, place]
+
+    def state(self, name: str) -> Tensor:
+        """Return a number of the state after the last phase, 0-dim int32, of the first problem."""
+        block = self.shape.constants["BLOCK_E"]
+        size = layout.SCALARS.value + layout.VECTORS.value * block
+        states = self.work[layout.HEADER.value : layout.HEADER.value + 2 * size].view(2, size)
+        return states[:, getattr(layout, name).value].amax()
 
     # What ranks that solve one problem exchange.
 

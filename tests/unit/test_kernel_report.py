@@ -13,7 +13,9 @@ def cases():
     """Yield variants and targets; the most used ones in every run of the suite."""
     for variant in all_variants():
         for target in TARGETS:
-            is_quick = target == 90 and ("soft_topk" in variant.name or "8192x64" in variant.name)
+            is_quick = target == 90 and (
+                "soft_topk" in variant.name or " 64 experts" in variant.name
+            )
             marks = () if is_quick else pytest.mark.full
             yield pytest.param(variant, target, marks=marks, id=f"{variant.name}, sm_{target}")
 

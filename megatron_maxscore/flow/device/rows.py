@@ -126,11 +126,9 @@ def sweep(
     WORDS: tl.constexpr,
 ):  # fmt: skip
     """Give every row its K best; count loads, and bids within the windows."""
-    e = tl.arange(0, BLOCK_E)
-    load = tl.zeros([BLOCK_E], tl.int32)
-    up0, up1, up2, up3 = load, load, load, load
-    down0, down1, down2, down3 = load, load, load, load
-    w1_E, w2_E, w3_E = w_E / 8.0, w_E / 64.0, w_E / 512.0
+    e, part = tl.arange(0, BLOCK_E), tl.arange(0, 8)[:, None]
+    up_counts = tl.zeros([8, BLOCK_E], tl.int32)
+    down_counts = up_counts
     for tile in range(first, tiles, stride):
         row_R = tile * ROWS + tl.arange(0, ROWS)
         v, width_R, _, _ = _relative(scores_ptr, rows_ptr, row_R, scale, limit, T, E, BLOCK_E)
@@ -138,31 +136,26 @@ def sweep(
         has, kth_R, next_R = _best(r, E, K, BLOCK_E)
         inside = (row_R < T)[:, None] & (e < E)[None, :]
         a = tl.abs(r - (0.5 * (kth_R + next_R))[:, None])
-        # Five counts of a tile at once, 6 bits each.
-        code = 1 + tl.where(a <= w_E[None, :], 1 << 6, 0) + tl.where(a <= w1_E[None, :], 1 << 12, 0)
-        code += tl.where(a <= w2_E[None, :], 1 << 18, 0) + tl.where(a <= w3_E[None, :], 1 << 24, 0)
+        # Five counts of a tile at once, 6 bits each: all, and those within the window's parts.
+        code = 1 + tl.where(a <= w_E[None, :], 1 << 6, 0)
+        code += tl.where(a <= w_E[None, :] / 8.0, 1 << 12, 0)
+        code += tl.where(a <= w_E[None, :] / 64.0, 1 << 18, 0)
+        code += tl.where(a <= w_E[None, :] / 512.0, 1 << 24, 0)
         up = tl.sum(tl.where(inside & has, code, 0), 0)
         down = tl.sum(tl.where(inside & (has == 0), code, 0), 0)
-        load += up & 63
-        up0, up1 = up0 + ((up >> 6) & 63), up1 + ((up >> 12) & 63)
-        up2, up3 = up2 + ((up >> 18) & 63), up3 + ((up >> 24) & 63)
-        down0, down1 = down0 + ((down >> 6) & 63), down1 + ((down >> 12) & 63)
-        down2, down3 = down2 + ((down >> 18) & 63), down3 + ((down >> 24) & 63)
+        up_counts += tl.where(part < 5, (up[None, :] >> (6 * part)) & 63, 0)
+        down_counts += tl.where(part < 5, (down[None, :] >> (6 * part)) & 63, 0)
         bit = tl.where(inside & has, 1 << (e & 31)[None, :], 0)
         word = tl.sum(tl.reshape(bit, (ROWS, WORDS, BLOCK_E // WORDS)), 2)
         word_at = row_R.to(tl.int64)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
         tl.store(bits_ptr + word_at, word, mask=(row_R < T)[:, None])
-    tl.atomic_add(counts + e, load, sem="relaxed")
-    tl.atomic_add(counts + at.OWN_LOAD * BLOCK_E + e, load, sem="relaxed")
-    up_at, down_at = counts + at.UP * BLOCK_E + e, counts + at.DOWN * BLOCK_E + e
-    tl.atomic_add(up_at, up0, sem="relaxed")
-    tl.atomic_add(up_at + BLOCK_E, up1, sem="relaxed")
-    tl.atomic_add(up_at + 2 * BLOCK_E, up2, sem="relaxed")
-    tl.atomic_add(up_at + 3 * BLOCK_E, up3, sem="relaxed")
-    tl.atomic_add(down_at, down0, sem="relaxed")
-    tl.atomic_add(down_at + BLOCK_E, down1, sem="relaxed")
-    tl.atomic_add(down_at + 2 * BLOCK_E, down2, sem="relaxed")
-    tl.atomic_add(down_at + 3 * BLOCK_E, down3, sem="relaxed")
+    place = counts + part * BLOCK_E + e[None, :]
+    inside = (e < E)[None, :]
+    tl.atomic_add(place, up_counts, mask=inside & (part < 5), sem="relaxed")
+    down_at = place + (at.DOWN - 1) * BLOCK_E
+    tl.atomic_add(down_at, down_counts, mask=inside & (part > 0) & (part < 5), sem="relaxed")
+    own_at = place + at.OWN_LOAD * BLOCK_E
+    tl.atomic_add(own_at, up_counts, mask=inside & (part == 0), sem="relaxed")
 
 
 @triton.jit
