@@ -30,7 +30,7 @@ from megatron_maxscore.moe.evaluation import check_no_cache, uses_flow
 from megatron_maxscore.moe.plan import RoutingPlan
 from megatron_maxscore.moe.recording import ScoreRecorder
 from megatron_maxscore.moe.scopes import Scope
-from megatron_maxscore.ops import soft_topk
+from megatron_maxscore.ops import finite, soft_topk
 
 # Name of the buffer of running average prices, also in checkpoints.
 PRICES_NAME = "expert_prices"
@@ -450,11 +450,9 @@ def _without_bad_scores(logits: Tensor, padding_T: Tensor | None) -> tuple[Tenso
     Returns:
         The logits, and (T,) bool, which tokens had others; None if it is known that none had.
     """
-    finite = torch.isfinite(logits.detach())
     # On a device the answer stays there: waiting for it would hold up every layer.
-    if not is_device(finite) and bool(finite.all()):
+    if not is_device(logits) and bool(torch.isfinite(logits.detach()).all()):
         return logits, None
-    bad_T = ~finite.all(-1).reshape(-1)
-    if padding_T is not None:
-        bad_T = bad_T & ~padding_T
-    return torch.where(finite, logits, 0.0), bad_T
+    clean, is_bad = finite(logits)
+    bad_T = is_bad.reshape(-1)
+    return clean, bad_T if padding_T is None else bad_T & ~padding_T

@@ -1,5 +1,6 @@
 """Tensor operators of MaxScore routing."""
 
+from megatron_maxscore.ops.finite import finite
 from megatron_maxscore.ops.soft_topk import VARIANTS, soft_topk
 
-__all__ = ["VARIANTS", "soft_topk"]
+__all__ = ["VARIANTS", "finite", "soft_topk"]

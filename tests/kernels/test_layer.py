@@ -10,7 +10,7 @@ import torch
 import megatron_maxscore.cpu
 from megatron_maxscore.moe import counting
 from megatron_maxscore.moe import router as router_module
-from megatron_maxscore.ops.kernels import soft_topk
+from megatron_maxscore.ops.kernels import finite, soft_topk
 from tests.kernels.watching import Watch
 from tests.one_rank_layer import EXPERTS, HIDDEN, TOPK, build, make_layer, routed, tear_down
 
@@ -32,8 +32,9 @@ def as_on_a_device(monkeypatch):
     monkeypatch.setattr(router_module, "is_device", lambda tensor: True)
     monkeypatch.setattr(counting, "is_device", lambda tensor: True)
     # The package's name for it is the function's.
-    module = sys.modules["megatron_maxscore.ops.soft_topk"]
-    monkeypatch.setattr(module, "_kernels", lambda matrix: soft_topk)
+    for name, kernels in (("soft_topk", soft_topk), ("finite", finite)):
+        module = sys.modules[f"megatron_maxscore.ops.{name}"]
+        monkeypatch.setattr(module, "_kernels", lambda matrix, kernels=kernels: kernels)
 
 
 def test_routing_and_dispatch_wait_for_nothing(layer, as_on_a_device, monkeypatch):
@@ -61,8 +62,11 @@ def counted(layer, monkeypatch):
 
 
 def test_what_a_forward_pass_launches(layer, as_on_a_device, monkeypatch):
+    layer.router.raises_bad_scores = True  # as in a training step
     ours = counted(layer, monkeypatch)
+    layer.router.raises_bad_scores = False
     stock = counted(make_layer(is_ours=False), monkeypatch)
     # Megatron's permutation is among stock's, and ours among ours. These may only fall.
-    assert ours.by_whom["ours"].total() <= 19 and ours.made["ours"] <= 26, ours.by_whom["ours"]
+    assert ours.by_whom["ours"].total() <= 11, ours.by_whom["ours"]
+    assert ours.made["ours"] <= 17
     assert stock.by_whom["ours"].total() == 0 < stock.by_whom["megatron"].total()

@@ -9,7 +9,7 @@ from collections import Counter
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from megatron_maxscore.flow import engine
-from megatron_maxscore.ops.kernels import soft_topk
+from megatron_maxscore.ops.kernels import finite, soft_topk
 
 # Operators that launch nothing, for they only look at a tensor in another way.
 VIEWS = (
@@ -97,7 +97,8 @@ class Watch(TorchDispatchMode):
 
         with monkeypatch.context() as patched:
             for module, name in (
-                (engine, "solve_kernel"), (soft_topk, "_forward"), (soft_topk, "_backward")
+                (engine, "solve_kernel"), (soft_topk, "_forward"), (soft_topk, "_backward"),
+                (finite, "_forward"), (finite, "_backward"),
             ):  # fmt: skip
                 patched.setattr(module, name, Counted(getattr(module, name), name))
             with self:

@@ -1,0 +1,66 @@
+"""``finite`` in Triton; :mod:`megatron_maxscore.ops.finite` defines it and is the reference."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Entries that a program of four warps works on.
+_TILE = 2048
+
+
+@triton.jit
+def _load(ptr, num_rows, E: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr):
+    row_R = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    e = tl.arange(0, BLOCK_E)[None, :]
+    inside = (row_R < num_rows)[:, None] & (e < E)
+    place = row_R[:, None] * E + e
+    x = tl.load(ptr + place, mask=inside, other=0.0)
+    return x, tl.abs(x.to(tl.float32)) < float("inf"), place, inside, row_R
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _forward(
+    x_ptr, clean_ptr, bad_ptr, num_rows, E: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr
+):
+    x, is_finite, place, inside, row_R = _load(x_ptr, num_rows, E, BLOCK_E, ROWS)
+    tl.store(clean_ptr + place, tl.where(is_finite, x, 0.0).to(x.dtype), mask=inside)
+    bad_R = tl.max((is_finite == 0).to(tl.int8), 1)
+    tl.store(bad_ptr + row_R, bad_R, mask=row_R < num_rows)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _backward(
+    x_ptr, grad_ptr, result_ptr, num_rows, E: tl.constexpr, BLOCK_E: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    _, is_finite, place, inside, _ = _load(x_ptr, num_rows, E, BLOCK_E, ROWS)
+    grad = tl.load(grad_ptr + place, mask=inside, other=0.0)
+    tl.store(result_ptr + place, tl.where(is_finite, grad, 0.0).to(grad.dtype), mask=inside)
+
+
+def forward(x_NE: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (..., E) with 0 for what is not finite, and (...) bool, which rows had such."""
+    clean_NE = torch.empty_like(x_NE)
+    bad_N = torch.empty(x_NE.shape[:-1], dtype=torch.bool, device=x_NE.device)
+    rows, grid, constants = _tiling(x_NE)
+    _forward[grid](x_NE, clean_NE, bad_N.view(torch.int8), rows, **constants)
+    return clean_NE, bad_N
+
+
+def backward(x_NE: Tensor, grad_NE: Tensor) -> Tensor:
+    """Return the gradient, 0 where ``x_NE`` is not finite."""
+    result_NE = torch.empty_like(grad_NE)
+    rows, grid, constants = _tiling(x_NE)
+    _backward[grid](x_NE, grad_NE, result_NE, rows, **constants)
+    return result_NE
+
+
+def _tiling(x_NE: Tensor) -> tuple[int, tuple[int], dict[str, int]]:
+    experts = x_NE.shape[-1]
+    rows, block = x_NE.numel() // experts, triton.next_power_of_2(experts)
+    rows_of_tile = max(1, _TILE // block)
+    constants = {"E": experts, "BLOCK_E": block, "ROWS": rows_of_tile}
+    return rows, (triton.cdiv(rows, rows_of_tile),), constants
