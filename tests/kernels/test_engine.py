@@ -303,6 +303,25 @@ def test_outliers_leave_the_others_their_certificate(size):
     assert got >= best.objective - 2e-4 * spans
 
 
+@pytest.mark.parametrize("size", [1e-40, 1e-30, 1e30])
+def test_scores_of_any_size(size):
+    work = workload("iid", 60, 8, 2)
+    scores = (work.scores.double() * size).float()
+    found = bounded(scores, 2, capacity=work.capacity)
+    check_assignment(found.experts.numpy(), scores.numpy(), 2, work.capacity.numpy())
+    assert found.gap <= 1e-3 and torch.isfinite(found.prices).all()
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 3e38])
+def test_warm_prices_of_any_size(wrong):
+    work = workload("iid", 60, 8, 2)
+    prices = torch.zeros(8)
+    prices[3] = wrong
+    found = bounded(work.scores, 2, capacity=work.capacity, prices=prices)
+    check_assignment(found.experts.numpy(), work.scores.numpy(), 2, work.capacity.numpy())
+    assert found.gap <= 1e-3 and torch.isfinite(found.prices).all()
+
+
 def test_arguments():
     scores = torch.randn(10, 4)
     with pytest.raises(ValueError, match="capacities hold 16 assignments but 10 tokens"):

@@ -56,9 +56,10 @@ def after_scan(header, new, warm_ptr, leads, E: tl.constexpr, BLOCK_E: tl.conste
     # One row in 16 may be an outlier, or one if there are fewer: the next one sets the scale.
     ordinary = tl.sum((above > tl.maximum(total // 16, 1)).to(tl.int32), 0) - 1
     largest = tl.where(total > 0, tl.max(tl.where(count > 0, bins, 0), 0), 126)
-    exponent = tl.minimum(tl.maximum(tl.where(ordinary >= 0, ordinary, largest) + 1, 1), 253)
-    scale = (exponent << 23).to(tl.float32, bitcast=True)
-    limit = (tl.minimum(exponent + 14, 253) << 23).to(tl.float32, bitcast=True)
+    exponent = tl.maximum(tl.where(ordinary >= 0, ordinary, largest) + 1, 1)
+    # Prices reach E scales: where scores are near the end of float32, rows are scaled down.
+    scale = (tl.minimum(exponent, 239) << 23).to(tl.float32, bitcast=True)
+    limit = (tl.where(exponent > 239, 239, exponent + 14) << 23).to(tl.float32, bitcast=True)
     warm = tl.load(warm_ptr + e, mask=e < E, other=_INF)
     b = warm - tl.min(tl.where(tl.abs(warm) < _INF, warm, _INF), 0)
     b = tl.where(tl.abs(warm) < _INF, tl.minimum(b, E * scale), 0.0)
@@ -116,7 +117,7 @@ def _level(
 
 
 @triton.jit
-def _accelerated(vec, b, f, depth, near, BLOCK_E: tl.constexpr):
+def _accelerated(vec, b, f, depth, near, scale, BLOCK_E: tl.constexpr):
     """Return b + f by Anderson's combination of the last two differences."""
     e = tl.arange(0, BLOCK_E)
     b1, b2 = getf(vec + at.PRICE_1 * BLOCK_E + e), getf(vec + at.PRICE_2 * BLOCK_E + e)
@@ -124,10 +125,11 @@ def _accelerated(vec, b, f, depth, near, BLOCK_E: tl.constexpr):
     df1, df2 = tl.where(depth >= 1, f - f1, 0.0), tl.where(depth >= 2, f1 - f2, 0.0)
     g1 = df1 + tl.where(depth >= 1, b - b1, 0.0)
     g2 = df2 + tl.where(depth >= 2, b1 - b2, 0.0)
-    a11, a22, a12 = tl.sum(df1 * df1, 0), tl.sum(df2 * df2, 0), tl.sum(df1 * df2, 0)
+    n1, n2, n = df1 / scale, df2 / scale, f / scale  # squares must be finite
+    a11, a22, a12 = tl.sum(n1 * n1, 0), tl.sum(n2 * n2, 0), tl.sum(n1 * n2, 0)
     per = 1.0 / tl.maximum(a11 + a22, 1e-36)
     a11, a22, a12 = a11 * per + 1e-3, a22 * per + 1e-3, a12 * per
-    c1, c2 = tl.sum(df1 * f, 0) * per, tl.sum(df2 * f, 0) * per
+    c1, c2 = tl.sum(n1 * n, 0) * per, tl.sum(n2 * n, 0) * per
     det = a11 * a22 - a12 * a12
     y1, y2 = (c1 * a22 - c2 * a12) / det, (c2 * a11 - c1 * a12) / det
     return b + f - tl.where(near, y1 * g1 + y2 * g2, 0.0)
@@ -219,7 +221,7 @@ def after_sweep(
         f = tl.where(ok, tl.maximum(b + f, floor) - floor - b, 0.0)
     near = share < tl.where(hot > 0, 0.5, 0.1)
     depth = tl.where(anew, 0, depth)
-    b_next = _accelerated(vec, b, f, depth, near, BLOCK_E)
+    b_next = _accelerated(vec, b, f, depth, near, scale, BLOCK_E)
     clipped = tl.minimum(tl.maximum(b_next, b - most_step), b + most_step)
     b_next = tl.where(ok, tl.where(tight, clipped, tl.maximum(b_next, 0.0)), 0.0)
     reach = tl.abs(f) / _OMEGA
