@@ -309,7 +309,7 @@ def _solve_together(
     for sweep in range(GROUP_SWEEPS):
         engine.launch(1 + sweep, 2 + sweep, capacity_E, end=launch.HOLD)
         exchange.sum_tensor(engine.counts(1 + sweep), phase="counts of bids")
-    own = torch.cat([engine.own_loads(GROUP_SWEEPS), rows.new_tensor([shape.tokens])])
+    own = torch.cat([engine.own_loads(GROUP_SWEEPS), rows.new_full((1,), shape.tokens)])
     everyone = exchange.gather_tensor(own, phase="loads").reshape(ranks, -1)
     prices_E = engine.sweep_prices(GROUP_SWEEPS)
     quota_RE = quotas_of(everyone[:, :-1], capacity_E, everyone[:, -1], topk, prices_E)

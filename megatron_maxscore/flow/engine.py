@@ -9,6 +9,7 @@ Shape letters: B problems, T rows of each, E experts, K experts per token.
 from __future__ import annotations
 
 import functools
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,7 @@ def is_cooperative(device: torch.device) -> bool:
     """Return whether programs of a launch can wait for each other."""
     if device.type != "cuda":
         return False
-    backend = __import__("triton.backends.nvidia.compiler", fromlist=["CUDAOptions"])
+    backend = importlib.import_module("triton.backends.nvidia.compiler")
     return "launch_cooperative_grid" in backend.CUDAOptions.__dataclass_fields__
 
 

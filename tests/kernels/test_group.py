@@ -14,7 +14,9 @@ from megatron_maxscore.flow.certified import quotas_of
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("ranks", [2, 4, pytest.param(8, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "ranks", [2, *(pytest.param(ranks, marks=pytest.mark.full) for ranks in (4, 8))]
+)
 def test_ranks_solve_one_problem(ranks):
     command = f"-m torch.distributed.run --standalone --nproc-per-node {ranks}"
     command += " -m tests.kernels.group_probe"
