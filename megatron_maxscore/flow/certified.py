@@ -268,6 +268,21 @@ def _agree_once(exchange: Exchange, arguments: tuple, tokens: int, error: str) -
     _agreed.add(group)
 
 
+def refuse(exchange: Exchange, error: str) -> None:
+    """Raise a ValueError for arguments that are wrong, so that no rank of the group waits in vain.
+
+    The others may be in their first exchange of arguments, or, where these were compared before, in
+    the sum that the device checks.
+    """
+    if exchange.size > 1 and getattr(exchange, "group", exchange) in _agreed:
+        on = getattr(exchange, "device", "cpu")
+        exchange.sum_tensor(
+            torch.ones(_launch().HEADER_WORDS, dtype=torch.int32, device=on), phase=""
+        )
+        raise ValueError(error)
+    agree(exchange, Own.wrong(error))
+
+
 def _fingerprint(arguments: tuple) -> int:
     digest = hashlib.blake2b(repr(arguments).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") >> 2

@@ -30,6 +30,8 @@ WARPS, REGISTERS = 8, 255
 # Launches where a device has no cooperative ones; the last one makes the rest of the phases.
 _LAUNCHES = 40
 _ENDLESS = 1 << 30
+# Of the sums that ranks exchange first.
+HEADER_WORDS = layout.HEADER.value - layout.BAD.value
 
 
 @functools.cache

@@ -101,7 +101,7 @@ class GroupExchange(Exchange):
         self.group = group
         self.size, self.rank = group.size(), group.rank()
         is_nccl = dist.get_backend(group) == "nccl"
-        self._device = torch.device("cuda", torch.cuda.current_device()) if is_nccl else "cpu"
+        self.device = torch.device("cuda", torch.cuda.current_device()) if is_nccl else "cpu"
 
     def gather(self, payload: bytes, sizes: list[int] | None = None, *, phase: str) -> list[bytes]:
         """See the base class; shorter payloads are filled up to the longest."""
@@ -110,9 +110,9 @@ class GroupExchange(Exchange):
         if longest == 0:
             return [b""] * self.size
         own = torch.frombuffer(bytearray(payload.ljust(longest, b"\0")), dtype=torch.uint8)
-        everyone = torch.empty(self.size * longest, dtype=torch.uint8, device=self._device)
+        everyone = torch.empty(self.size * longest, dtype=torch.uint8, device=self.device)
         with self._round(phase, longest):
-            _all_gather(everyone, own.to(self._device), self.group)
+            _all_gather(everyone, own.to(self.device), self.group)
             data = everyone.cpu().numpy().tobytes()
         return [data[r * longest : r * longest + size] for r, size in enumerate(sizes)]
 
@@ -133,7 +133,7 @@ class GroupExchange(Exchange):
         """See the base class."""
         flat = np.concatenate([part.ravel() for part in counts])
         sent = pack(flat, below)
-        tensor = torch.from_numpy(sent).to(self._device)
+        tensor = torch.from_numpy(sent).to(self.device)
         with self._round(phase, sent.nbytes):
             dist.all_reduce(tensor, group=self.group)
             received = tensor.cpu().numpy()

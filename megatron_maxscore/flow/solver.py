@@ -109,8 +109,8 @@ def solve(
                 detached, mode, exchange.size, valid is not None, fill_padding
             )
         except (ValueError, TypeError) as error:
-            agree(exchange, Own.wrong(str(error)))
-            raise  # not reached: agree() raises the same on all ranks
+            certified.refuse(exchange, str(error))
+            raise  # not reached
         if not obstacle:
             return certified.solve(
                 detached, topk, capacity, capacity_factor, prices, tolerance, valid, exchange

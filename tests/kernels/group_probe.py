@@ -105,6 +105,23 @@ def check_refusals(rank):
         raise AssertionError(f"{topk} {options} was accepted")
 
 
+def check_late_refusals(rank):
+    """What is wrong on one rank fails on every rank, also after arguments were compared."""
+    scores = torch.randn(32, EXPERTS)
+    for topk, options in ((99 if rank == 1 else TOPK, {}), (TOPK + (rank == 1), {})):
+        try:
+            solve(
+                scores, topk, mode="bounded", group=dist.group.WORLD, fill_padding=True, **options
+            )
+        except ValueError as error:
+            assert rank == 1 and "topk must lie" in str(error)
+        except RuntimeError as error:
+            assert "arguments of flow.solve differ" in str(error)
+        else:
+            raise AssertionError(f"{topk} {options} was accepted")
+    solve(scores, TOPK, mode="bounded", group=dist.group.WORLD, fill_padding=True)
+
+
 def check_layer(rank, size):
     """Route and dispatch in a layer with tokens that differ between the ranks, also in number."""
     from megatron.core.transformer.moe import token_dispatcher
@@ -154,6 +171,7 @@ def main() -> None:
                 gap = check_problem(rank, size, sigma, is_unequal, factor)
                 if rank == 0:
                     print(f"sigma {sigma} unequal {is_unequal} factor {factor}: {gap:.1e}")
+    check_late_refusals(rank)
     if size == 2 and not IS_LARGE:
         check_layer(rank, size)
     if rank == 0:
