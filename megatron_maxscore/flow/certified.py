@@ -268,13 +268,14 @@ def _agree_once(exchange: Exchange, arguments: tuple, tokens: int, error: str) -
     _agreed.add(group)
 
 
-def refuse(exchange: Exchange, error: str) -> None:
+def refuse(exchange: Exchange, mode: str, error: str) -> None:
     """Raise a ValueError for arguments that are wrong, so that no rank of the group waits in vain.
 
     The others may be in their first exchange of arguments, or, where these were compared before, in
     the sum that the device checks.
     """
-    if exchange.size > 1 and getattr(exchange, "group", exchange) in _agreed:
+    is_known = getattr(exchange, "group", exchange) in _agreed
+    if exchange.size > 1 and mode != "exact" and is_known:
         on = getattr(exchange, "device", "cpu")
         exchange.sum_tensor(
             torch.ones(_launch().HEADER_WORDS, dtype=torch.int32, device=on), phase=""

@@ -109,7 +109,7 @@ def solve(
                 detached, mode, exchange.size, valid is not None, fill_padding
             )
         except (ValueError, TypeError) as error:
-            certified.refuse(exchange, str(error))
+            certified.refuse(exchange, mode, str(error))
             raise  # not reached
         if not obstacle:
             return certified.solve(

@@ -76,6 +76,9 @@ def assert_sound(scores, topk, capacity, solution):
     assert solution.bound.item() == pytest.approx(bound, rel=1e-9, abs=1e-12 * wide)
     assert solution.gap.item() == pytest.approx(gap, rel=1e-5, abs=1e-9)
     assert solution.bad == 0 and solution.converged == (solution.gap <= 1e-9)
+    is_tight = int(capacity.clamp(max=len(scores)).sum()) == len(scores) * topk
+    level = solution.prices.mean() if is_tight else solution.prices.min()
+    assert abs(level.item()) <= 1e-5 * max(1.0, solution.prices.abs().max().item())
 
 
 @pytest.mark.parametrize(

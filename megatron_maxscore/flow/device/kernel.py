@@ -170,6 +170,11 @@ def solve_kernel(
                 # All rows level: any choice is as good, at any price. Tiles of float64 are smaller.
                 ranges = tl.sum(get(header + at.EXPONENTS + tl.arange(0, 256)), 0)
                 b = tl.where(ranges + get(header + at.FORBIDDEN) == 0, 0.0, b)
+                # Without slack a price common to all experts changes nothing: their mean is 0.
+                all_rows = get(header + at.ROWS_IN)
+                room = tl.minimum(tl.load(capacities + e, mask=ok, other=0), all_rows)
+                tight = tl.sum(room.to(tl.int64), 0) == all_rows * K
+                b = tl.where(ok & tight, b - tl.sum(b, 0) / E, b)
                 rows.conclude(
                     scores, row_data, bits, experts, partial, header, b, scale, limit, T, member,
                     members, tiles, E, K, BLOCK_E, ROWS // FINE, FINE, WORDS,

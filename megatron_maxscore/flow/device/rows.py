@@ -66,7 +66,7 @@ def scan(
         high_R = tl.max(tl.where(is_allowed, s, -_INF), 1)
         low_R = tl.min(tl.where(is_allowed, s, _INF), 1)
         base_R = tl.where(high_R > -_INF, high_R, 0.0)
-        # Twice, should it be infinite otherwise.
+        # Finite, also where the difference of two scores is not.
         span_R = tl.minimum(tl.where(high_R > -_INF, high_R - low_R, 0.0), 3.0e38)
         tl.store(rows_ptr + row_R, base_R, mask=row_R < T)
         tl.store(rows_ptr + T + row_R, span_R, mask=row_R < T)
