@@ -12,7 +12,6 @@ package, or in the user's cache directory where the package cannot be written.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from pathlib import Path
@@ -20,6 +19,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from megatron_maxscore.commands.parsing import parser_of
 
 
 def solves(group: Any = None) -> int:
@@ -59,11 +60,7 @@ def _on_rank(rank: int, store: str) -> None:
 
 def main(command: list[str] | None = None) -> int:
     """Compile what is not in the cache yet."""
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_maxscore compile",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("compile", __doc__)
     parser.parse_args(command)
     started = time.perf_counter()
     count = solves()

@@ -31,6 +31,7 @@ from rich.table import Table
 
 from megatron_maxscore import _resources
 from megatron_maxscore.commands import prepare
+from megatron_maxscore.commands.parsing import parser_of
 from megatron_maxscore.commands.processes import STEP, Processes, RunError, execute
 
 MODEL = """
@@ -226,11 +227,7 @@ def picture(runs: list[Run], path: Path) -> None:
 
 def main(command: list[str] | None = None) -> int:
     """Prepare data, train, report."""
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_maxscore demo",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("demo", __doc__)
     parser.add_argument("--data", type=Path, default=Path("data"), help="prepared data")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="results")
     parser.add_argument("--iterations", type=int, default=200, help="of the first two runs")

@@ -37,6 +37,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from megatron_maxscore.commands.outputs import check_output, write_whole
+from megatron_maxscore.commands.parsing import parser_of
 from megatron_maxscore.inference import (
     Decoder,
     NotFiniteError,
@@ -299,11 +300,7 @@ def table_of(result: dict[str, Any]) -> Table:
 
 def main(command: list[str] | None = None) -> int:
     """Restore, evaluate, report."""
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_maxscore evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("evaluate", __doc__)
     add_arguments(parser, required=False)
     parser.add_argument("--data", required=True, help="a data set's path without its ending")
     parser.add_argument("--sequences", type=int, help="so many, evenly spaced (default: all)")

@@ -17,6 +17,7 @@ import sys
 import torch
 import torch.distributed as dist
 
+from megatron_maxscore.commands.parsing import parser_of
 from megatron_maxscore.inference import TrainedModel, add_arguments, restore, sample
 
 # What a half-read character looks like; it waits for its other bytes.
@@ -48,11 +49,7 @@ def write(trained: TrainedModel, prompt: str, arguments: argparse.Namespace, see
 
 def main(command: list[str] | None = None) -> int:
     """Restore a checkpoint and sample from it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_maxscore generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("generate", __doc__)
     add_arguments(parser)
     parser.add_argument("--prompt", default="", help="text to continue (default: a new document)")
     parser.add_argument("--tokens", type=int, default=100, help="at most (default: 100)")

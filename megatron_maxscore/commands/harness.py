@@ -11,7 +11,6 @@ time, under their own licences. Own tasks are YAML files in the harness's format
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -22,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_maxscore.commands.outputs import check_output, write_whole
+from megatron_maxscore.commands.parsing import parser_of
 from megatron_maxscore.inference import add_arguments, restore
 
 PAPER = (
@@ -46,11 +46,7 @@ def table_of(results: dict[str, Any]) -> Table:
 
 def main(command: list[str] | None = None) -> int:
     """Restore a checkpoint and let the harness evaluate it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_maxscore harness",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("harness", __doc__)
     add_arguments(parser)
     parser.add_argument("--tasks", nargs="+", required=True, help="names, or paper")
     parser.add_argument("--include", help="directory with further tasks")

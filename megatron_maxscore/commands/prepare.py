@@ -34,6 +34,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from megatron_maxscore.commands.parsing import parser_of
+
 # SentencePiece rejects longer training sentences; documents are cut into pieces of this size.
 SENTENCE_BYTES = 4096
 # Sampling more text than this changes an 8k vocabulary little and costs minutes.
@@ -268,11 +270,7 @@ def prepare(arguments: argparse.Namespace) -> None:
 
 def main(command: list[str] | None = None) -> int:
     """Parse the command line and prepare the data."""
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_maxscore prepare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("prepare", __doc__)
     parser.add_argument(
         "--input",
         nargs="*",
