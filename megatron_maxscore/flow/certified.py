@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_maxscore.flow import device, inputs, outliers
+from megatron_maxscore.flow import inputs, outliers, places
 from megatron_maxscore.flow.agreement import ANY_UNIT, Own, agree
 from megatron_maxscore.flow.exchange import Exchange
 from megatron_maxscore.flow.solution import ROUNDING, FlowSolution
@@ -52,14 +52,14 @@ def obstacle(scores: Tensor, mode: str, num_ranks: int, has_mask: bool, fill_pad
     if not _on_gpu(scores):
         if mode == "auto":
             return "they are on the CPU"
-        if not device.is_interpreted():
+        if not places.is_interpreted():
             raise ValueError(
                 "mode='bounded' runs on a GPU, and the scores are on the CPU; use mode='auto', or "
                 "set TRITON_INTERPRET=1 to try the GPU's kernel in Triton's interpreter"
             )
     tokens, some_without = scores.shape[-2], not fill_padding and (has_mask or num_ranks > 1)
     checks = (
-        (not device.has_triton(), "Triton is not installed"),
+        (not places.has_triton(), "Triton is not installed"),
         (scores.dtype not in _DTYPES, f"scores are {scores.dtype}"),
         (some_without, "padding gets no experts"),
         (scores.dim() == 3 and num_ranks > 1, "sequences are split over ranks"),
@@ -201,6 +201,7 @@ def solve(
         rounds=0,
         bad=engine.result("bad").sum() if problems > 1 else engine.result("bad")[0],
         scaled=engine.result("scaled").sum() if problems > 1 else engine.result("scaled")[0],
+        order=engine.order[0] if scores.dim() == 2 else None,
         **{name: pick(engine.result(name)) for name in names},
     )
 
@@ -327,7 +328,7 @@ def _solve_together(
         exchange.sum_tensor(engine.counts(1 + sweep), phase="counts of bids")
     own = torch.cat([engine.own_loads(GROUP_SWEEPS), rows.new_full((1,), shape.tokens)])
     everyone = exchange.gather_tensor(own, phase="loads").reshape(ranks, -1)
-    prices_E = engine.sweep_prices(GROUP_SWEEPS)
+    prices_E = engine.sweep_prices
     quota_RE = quotas_of(everyone[:, :-1], capacity_E, everyone[:, -1], topk, prices_E)
     quota_E = quota_RE[exchange.rank].contiguous()
     engine.run(capacity_E, quota_E, first=1 + GROUP_SWEEPS, end=launch.END)
@@ -351,6 +352,7 @@ def _solve_together(
         rounds=exchange.rounds,
         bad=engine.result("bad")[0],
         scaled=engine.result("scaled")[0],
+        order=engine.order[0],
     )
 
 

@@ -67,7 +67,7 @@ class Shape:
         return {
             "E": self.experts, "K": self.topk, "BLOCK_E": block,
             "ROWS": min(_MOST_ROWS, _TILE // block),
-            "S": max(4, min(16, 512 // block)), "WORDS": max(1, block // 32),
+            "S": max(4, min(16, 512 // block)),
             "RESULTS": 8 + self.experts + (self.experts + 1) // 2,
         }  # fmt: skip
 
@@ -75,6 +75,12 @@ class Shape:
     def tiles(self) -> int:
         """Tiles of rows of a problem."""
         return -(-self.tokens // self.constants["ROWS"])
+
+    def words(self, programs: int) -> int:
+        """Return the int32 words of a problem, an even number."""
+        block = self.constants["BLOCK_E"]
+        state = layout.SCALARS.value + layout.VECTORS.value * block
+        return int(layout.HEADER.value + 3 * layout.COUNTS.value * block + programs * state)
 
 
 class Solve:
@@ -104,21 +110,26 @@ class Solve:
         block, most = constants["BLOCK_E"], _most_programs(device)
         self.members = max(1, min(programs or most // problems, shape.tiles))
         self.grid = (self.members * max(1, min(problems, most // self.members)),)
-        words, keys = layout.problem_words(block), 3 * 2 * block * constants["S"]
-        # Counters begin as zero; all else is written before it is read.
-        self.work = torch.zeros(problems * (words + 2 * keys), dtype=torch.int32, device=device)
-        sizes = [24 * shape.tiles, 2 * tokens, tokens * constants["WORDS"]]
+        self.words = shape.words(self.members)
+        # Only the headers begin as zero; all else is written before it is read.
+        keys, units = 3 * 2 * block * constants["S"], tokens * topk
+        sizes = [self.words, 2 * keys, 24 * shape.tiles, 2 * tokens, tokens * (-(-block // 32))]
         scratch = torch.empty(problems * sum(sizes), dtype=torch.int32, device=device)
-        first, second = problems * sizes[0], problems * (sizes[0] + sizes[1])
-        partial, rows, bits = scratch[:first], scratch[first:second], scratch[second:]
-        self.experts = torch.empty((problems, tokens, topk), dtype=torch.int64, device=device)
-        size = (problems, constants["RESULTS"])
-        self.results = torch.empty(size, dtype=torch.int64, device=device)
+        self.work, keys_3, partial, rows, bits = torch.split(
+            scratch, [problems * size for size in sizes]
+        )
+        self.work.view(problems, -1)[:, : layout.HEADER.value].zero_()
+        sizes = [problems * units, problems * 2 * units, problems * constants["RESULTS"]]
+        results = torch.empty(sum(sizes), dtype=torch.int64, device=device)
+        self.experts, self.order, self.results = torch.split(results, sizes)
+        self.experts = self.experts.view(problems, tokens, topk)
+        self.order = self.order.view(problems, 2, units)
+        self.results = self.results.view(problems, -1)
         self.scores, self.prices = scores, prices
         self.arguments = (
-            self.experts, self.results.view(torch.float64), rows.view(torch.float32), bits,
-            partial.view(torch.float64), self.work, self.work[problems * words :].view(torch.int64),
-            int(np.float64(tolerance).view(np.int64)), problems, tokens, shape.tiles,
+            self.experts, self.order, self.results.view(torch.float64), rows.view(torch.float32),
+            bits, partial.view(torch.float64), self.work, keys_3.view(torch.int64),
+            int(np.float64(tolerance).view(np.int64)), problems, tokens, shape.tiles, self.words,
             rank * 0x9E3779B1 & 0x3FFFFFFF,
         )  # fmt: skip
 
@@ -181,10 +192,11 @@ class Solve:
 
     def state(self, name: str) -> Tensor:
         """Return a number of the state after the last phase, 0-dim int32, of the first problem."""
-        block = self.shape.constants["BLOCK_E"]
-        size = layout.SCALARS.value + layout.VECTORS.value * block
-        states = self.work[layout.HEADER.value : layout.HEADER.value + 2 * size].view(2, size)
-        return states[:, getattr(layout, name).value].amax()
+        return self.work[self._first_state + getattr(layout, name).value]
+
+    @property
+    def _first_state(self) -> int:
+        return self.shape.words(0)
 
     # What ranks that solve one problem exchange.
 
@@ -204,20 +216,21 @@ class Solve:
 
     def counts(self, phase: int) -> Tensor:
         """Loads and bids that a sweep has counted, int32."""
-        block = self.shape.constants["BLOCK_E"]
-        first = layout.problem_words(block) - (3 - phase % 3) * layout.COUNTS.value * block
-        return self.work[first : first + layout.LEAST.value * block]
-
-    def sweep_prices(self, phase: int) -> Tensor:
-        """(E,) float32 prices at which a sweep has chosen."""
-        block = self.shape.constants["BLOCK_E"]
-        state = layout.SCALARS.value + layout.VECTORS.value * block
-        first = layout.HEADER.value + (phase + 1) % 2 * state + layout.SCALARS.value
-        return self.work[first : first + self.shape.experts].view(torch.float32)
+        first = self._first_count(phase)
+        return self.work[first : first + layout.LEAST.value * self.shape.constants["BLOCK_E"]]
 
     def own_loads(self, phase: int) -> Tensor:
         """(E,) loads of this rank in a sweep."""
-        block = self.shape.constants["BLOCK_E"]
-        after = layout.OWN_LOAD.value - layout.LEAST.value
-        first = self.counts(phase).storage_offset() + (layout.LEAST.value + after) * block
+        first = self._first_count(phase)
+        first += layout.OWN_LOAD.value * self.shape.constants["BLOCK_E"]
         return self.work[first : first + self.shape.experts].long()
+
+    def _first_count(self, phase: int) -> int:
+        block = self.shape.constants["BLOCK_E"]
+        return int(layout.HEADER.value + phase % 3 * layout.COUNTS.value * block)
+
+    @property
+    def sweep_prices(self) -> Tensor:
+        """(E,) float32 prices at which the last sweep has chosen."""
+        first = self._first_state + layout.SCALARS.value
+        return self.work[first : first + self.shape.experts].view(torch.float32)

@@ -35,6 +35,9 @@ class FlowSolution:
         scaled: 0-dim int64, rows of this rank that were scaled down as outliers. Objective, bound
             and gap are those of the scaled scores, so that the others' certificate is not lost
             beside them.
+        order: (2, T * K) int64, assignments in order of their expert, then of their token: the
+            token of each, and its place in a flat (T, E) matrix. None from exact mode, and for
+            batches.
     """
 
     experts: Tensor
@@ -47,3 +50,4 @@ class FlowSolution:
     rounds: int
     bad: Tensor
     scaled: Tensor
+    order: Tensor | None = None

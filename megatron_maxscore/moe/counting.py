@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron_maxscore.flow.device import is_device
+from megatron_maxscore.flow.places import is_device
 
 
 @dataclass

@@ -21,7 +21,7 @@ import torch
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
 
-from megatron_maxscore.flow.device import is_device
+from megatron_maxscore.flow.places import is_device
 from megatron_maxscore.moe import permutation
 from megatron_maxscore.moe.plan import RoutingPlan, StaticLoads, attach, plan_of
 from megatron_maxscore.moe.quotas import quotas

@@ -1,12 +1,12 @@
 """The order of dispatch from known experts.
 
 Megatron's permutation gets a (T, E) map: it sorts all its entries (from 0.18), or picks the true
-ones, which waits for the device (before). With the experts at hand it is a stable sort of T * K
-small integers, of fixed size. :func:`install` makes Megatron's all-to-all dispatcher use it for
-maps whose plan (:mod:`plan`) has the experts. Replaced symbol: ``permute`` in
-``megatron.core.transformer.moe.token_dispatcher``.
+ones, which waits for the device (before). A solve on the device has put the assignments in order
+already; otherwise it is a stable sort of T * K small integers, of fixed size. :func:`install` makes
+Megatron's all-to-all dispatcher use it for maps whose plan (:mod:`plan`) has the experts. Replaced
+symbol: ``permute`` in ``megatron.core.transformer.moe.token_dispatcher``.
 
-Shape letters: T tokens, K experts per token, H hidden size.
+Shape letters: T tokens, E experts, K experts per token, H hidden size.
 """
 
 from __future__ import annotations
@@ -36,33 +36,48 @@ def uninstall() -> None:
 
 def _by_experts(original: Any) -> Any:
     def permute(tokens_TH: Tensor, routing_map: Tensor, *args: Any, **kwargs: Any) -> Any:
-        experts_TK = plan_of(routing_map).experts_TK
-        if experts_TK is None or kwargs.get("fused") or kwargs.get("drop_and_pad"):
+        plan = plan_of(routing_map)
+        if plan.experts_TK is None or kwargs.get("fused") or kwargs.get("drop_and_pad"):
             return original(tokens_TH, routing_map, *args, **kwargs)
+        order = plan.order
+        if order is None:
+            order = order_of(plan.experts_TK, routing_map.shape[1])
         # Where tokens are padded, and by how much, are for fused kernels only.
-        return (*permute_known(tokens_TH, kwargs.get("probs"), experts_TK), None, None)
+        return (*permute_known(tokens_TH, kwargs.get("probs"), order), None, None)
 
     return permute
 
 
+def order_of(experts_TK: Tensor, num_experts: int) -> Tensor:
+    """Return assignments in order of their expert, then of their token.
+
+    Args:
+        experts_TK: (T, K) int64.
+        num_experts: E.
+
+    Returns:
+        (2, T * K) int64: the token of each assignment, and its place in a flat (T, E) matrix.
+    """
+    flat = experts_TK.reshape(-1)
+    order = torch.sort(flat.to(torch.int16), stable=True).indices
+    token = order // experts_TK.shape[1]
+    return torch.stack([token, token * num_experts + flat.index_select(0, order)])
+
+
 def permute_known(
-    tokens_TH: Tensor, probs_TE: Tensor | None, experts_TK: Tensor
+    tokens_TH: Tensor, probs_TE: Tensor | None, order_2N: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Bring tokens in order of their expert, then of their index.
 
     Args:
         tokens_TH: (T, H).
         probs_TE: (T, E) gates, or None.
-        experts_TK: (T, K) int64.
+        order_2N: (2, T * K) int64 of :func:`order_of`.
 
     Returns:
         (T * K, H) tokens, (T * K,) gates if there are any, and (T * K,) int64 which token each is:
         the first three results of Megatron's ``permute`` with the same experts as a map.
     """
-    flat = experts_TK.reshape(-1).to(torch.int16)
-    order = torch.sort(flat, stable=True).indices
-    token = order // experts_TK.shape[1]
-    probs = None
-    if probs_TE is not None:
-        probs = probs_TE.gather(1, experts_TK).reshape(-1).index_select(0, order)
+    token, place = order_2N.unbind()
+    probs = None if probs_TE is None else probs_TE.reshape(-1).index_select(0, place)
     return tokens_TH.index_select(0, token), probs, token

@@ -35,6 +35,8 @@ class RoutingPlan:
 
     Attributes:
         experts_TK: (T, K) int64 what the map says; None if tokens have to be counted in the map.
+        order: (2, T * K) int64 the assignments in order of their expert, as
+            :func:`megatron_maxscore.moe.permutation.order_of` returns it; None if not known.
         static: what every rank sends, if that is known in advance.
         loads_RE: (R, E) int64 what every rank sends, if the solve has told; else None. With neither
             the dispatcher gathers all ranks' counts, as Megatron's does.
@@ -45,6 +47,7 @@ class RoutingPlan:
     """
 
     experts_TK: Tensor | None = None
+    order: Tensor | None = None
     static: StaticLoads | None = None
     loads_RE: Tensor | None = None
     num_tokens: int | None = None

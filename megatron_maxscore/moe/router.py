@@ -22,7 +22,7 @@ import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-from megatron_maxscore.flow.device import is_device
+from megatron_maxscore.flow.places import is_device
 from megatron_maxscore.moe import metrics, microbatches, plan, recompute, recording
 from megatron_maxscore.moe.config import MaxScoreConfig, check_transformer_config
 from megatron_maxscore.moe.counting import Pass, SolveStatistics
@@ -30,7 +30,7 @@ from megatron_maxscore.moe.evaluation import check_no_cache, uses_flow
 from megatron_maxscore.moe.plan import RoutingPlan
 from megatron_maxscore.moe.recording import ScoreRecorder
 from megatron_maxscore.moe.scopes import Scope
-from megatron_maxscore.ops import finite, soft_topk
+from megatron_maxscore.ops import finite, soft_topk, soft_topk_at
 
 # Name of the buffer of running average prices, also in checkpoints.
 PRICES_NAME = "expert_prices"
@@ -52,8 +52,10 @@ class _Decision:
     plan: RoutingPlan
     pass_: Pass | None = None
 
-    def with_experts(self, dtype: torch.dtype) -> _Decision:
-        return _Decision(self.experts_TK.to(dtype), self.plan, self.pass_)
+    def small(self) -> _Decision:
+        """Return it as it is kept until the pass is recomputed."""
+        small = self.experts_TK.to(torch.int16)
+        return _Decision(small, dataclasses.replace(self.plan, order=None), self.pass_)
 
 
 @dataclass
@@ -274,27 +276,24 @@ class MaxScoreRouter(TopKRouter):
         # Kernels on a device read narrow logits as they are.
         is_wide = logits_TE.dtype == torch.float64 or is_device(logits_TE)
         wide_TE = logits_TE if is_wide else logits_TE.float()
-        if self.options.gate == "soft_topk":
-            gates_TE = soft_topk(wide_TE, self.topk, self.temperature, self.options.variant)
-            if scores_TE.dtype in (torch.bfloat16, torch.float16):
-                # Up to 0.17 gates are scattered into a tensor of the logits' dtype.
-                gates_TE = gates_TE.to(scores_TE.dtype)
-        else:
-            gates_TE = scores_TE
 
-        def choose(
-            scores: Tensor, topk: int, num_groups: int | None = None, group_topk: int | None = None
-        ) -> tuple[Tensor, Tensor]:
+        def choose(*_: Any, **__: Any) -> tuple[Tensor, Tensor]:
             with torch.no_grad():
-                call.decision = self._decision(self._objective(wide_TE, gates_TE), call)
-            experts_TK = call.decision.experts_TK
-            return scores.gather(1, experts_TK), experts_TK
+                call.decision = self._decision(self._objective(wide_TE, scores_TE), call)
+            return scores_TE, call.decision.experts_TK  # gates are made below
 
         if replay is None:
-            gates_TK, experts_TK = choose(gates_TE, self.topk)
+            _, experts_TK = choose()
         else:
             # Replayed experts need not meet the quotas; choose() says so when it is asked instead.
-            gates_TK, experts_TK = replay.get_replay_topk(gates_TE, self.topk, None, None, choose)
+            _, experts_TK = replay.get_replay_topk(scores_TE, self.topk, None, None, choose)
+        if self.options.gate == "soft_topk":
+            gates_TK = soft_topk_at(wide_TE, experts_TK, self.temperature, self.options.variant)
+            # Up to 0.17 gates are scattered into a tensor of the logits' dtype.
+            if scores_TE.dtype in (torch.bfloat16, torch.float16):
+                gates_TK = gates_TK.to(scores_TE.dtype)
+        else:
+            gates_TK = scores_TE.gather(1, experts_TK)
         gates_TK = self._shaped(gates_TK)
         if call.bad_T is not None and not call.is_reported:
             gates_TK = gates_TK.masked_fill(call.bad_T[:, None], math.nan)
@@ -323,22 +322,29 @@ class MaxScoreRouter(TopKRouter):
             return recording.iteration_source() - 1
         return self._batches if self.training else math.inf
 
-    def _objective(self, logits_TE: Tensor, gates_TE: Tensor) -> Tensor:
+    def _objective(self, logits_TE: Tensor, scores_TE: Tensor) -> Tensor:
         """Return what the flow maximises, (T, E)."""
         if self.options.objective == "logits":
             return logits_TE
-        if self.options.gate == "score" and self.score_function == "softmax":
+        if self.options.gate == "soft_topk":
+            return soft_topk(logits_TE, self.topk, self.temperature, self.options.variant)
+        if self.score_function == "softmax":
             # Without pre-softmax the seam hands over logits.
             return torch.softmax(logits_TE, dim=-1)
-        return gates_TE
+        return scores_TE
 
     def _decision(self, scores_TE: Tensor, call: _Call) -> _Decision:
         """Return the experts for (T, E) scores; when a pass is recomputed, those it had."""
         if not recompute.is_in_region():
             return self._decide(scores_TE, call)
-        decide = lambda: self._decide(scores_TE, call).with_experts(torch.int16)  # noqa: E731
+        made: list[_Decision] = []
+
+        def decide() -> _Decision:
+            made.append(self._decide(scores_TE, call))
+            return made[0].small()
+
         kept: _Decision = recompute.decide_once(self, decide)
-        return kept.with_experts(torch.int64)
+        return made[0] if made else dataclasses.replace(kept, experts_TK=kept.experts_TK.long())
 
     def _decide(self, scores_TE: Tensor, call: _Call) -> _Decision:
         """Return the experts by the rule in force."""
@@ -364,6 +370,7 @@ class MaxScoreRouter(TopKRouter):
         known = RoutingPlan(
             static=routed.static,
             loads_RE=routed.loads_RE,
+            order=routed.order,
             num_tokens=routed.num_tokens,
             fits=routed.fits,
             is_reported=call.is_reported,

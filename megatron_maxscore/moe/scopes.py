@@ -41,6 +41,7 @@ class Routed:
         loads_RE: (R, E) int64 what every rank of ``tp_ep`` sends, None if not known.
         fits: whether this rank's tokens fit into what the others expect of it.
         num_tokens: how many tokens' assignments the others expect; None for as many as it has.
+        order: (2, T * K) int64 the assignments in order of their expert; None if not known.
     """
 
     experts_TK: Tensor
@@ -48,6 +49,7 @@ class Routed:
     loads_RE: Tensor | None
     fits: bool = True
     num_tokens: int | None = None
+    order: Tensor | None = None
 
 
 class Scope:
@@ -130,7 +132,7 @@ class Scope:
             capacity_E = self.capacity(scores_TE, topk, turn)
             solution = solve(scores_TE, topk, capacity=capacity_E, valid=valid_T, **common)
             fits = static is None or num_tokens <= static.num_tokens
-            return self._routed(solution.experts, static, None, fits), solution
+            return self._routed(solution.experts, static, None, fits, solution.order), solution
         solution = self._solve_together(scores_TE, batch_size, topk, valid_T, common)
         experts_TK = solution.experts
         if self.options.scope == "sequence":
@@ -142,14 +144,19 @@ class Scope:
             length = num_tokens // batch_size
             most = batch_size * math.ceil(length * topk / num_experts)
             fits = most <= static.num_tokens * topk // num_experts
-        return self._routed(experts_TK, static, self._loads(solution), fits), solution
+        order = None if self._has_copies else solution.order
+        return self._routed(experts_TK, static, self._loads(solution), fits, order), solution
 
     @staticmethod
     def _routed(
-        experts_TK: Tensor, static: StaticLoads | None, loads_RE: Tensor | None, fits: bool
+        experts_TK: Tensor,
+        static: StaticLoads | None,
+        loads_RE: Tensor | None,
+        fits: bool,
+        order: Tensor | None,
     ) -> Routed:
         num_tokens = None if static is None else static.num_tokens
-        return Routed(experts_TK, static, loads_RE, fits, num_tokens)
+        return Routed(experts_TK, static, loads_RE, fits, num_tokens, order)
 
     def capacity(self, scores_TE: Tensor, topk: int, turn: int | None) -> Tensor:
         """Return the (E,) int64 capacities of this rank's own problem.

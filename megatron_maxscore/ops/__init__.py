@@ -1,6 +1,6 @@
 """Tensor operators of MaxScore routing."""
 
 from megatron_maxscore.ops.finite import finite
-from megatron_maxscore.ops.soft_topk import VARIANTS, soft_topk
+from megatron_maxscore.ops.soft_topk import VARIANTS, soft_topk, soft_topk_at
 
-__all__ = ["VARIANTS", "finite", "soft_topk"]
+__all__ = ["VARIANTS", "finite", "soft_topk", "soft_topk_at"]

@@ -58,6 +58,44 @@ def soft_topk(
     Raises:
         ValueError: k, temperature or variant is out of range.
     """
+    _check(logits, k, temperature, variant)
+    if variant == "softmax":
+        return _softmax(logits, k, temperature)
+    result: Tensor = _BiEntropic.apply(logits, None, k, float(temperature))
+    return result
+
+
+def soft_topk_at(
+    logits: Tensor, experts: Tensor, temperature: float = 1.0, variant: str = "bientropic"
+) -> Tensor:
+    """Return the entries of :func:`soft_topk` that belong to chosen experts.
+
+    On a GPU it is one kernel, forward and backward each.
+
+    Example:
+        >>> soft_topk_at(torch.tensor([[2.0, 1.0, 0.0, -1.0]]), torch.tensor([[0, 3]]))
+        tensor([[0.8176, 0.1824]])
+
+    Args:
+        logits: (..., E), as there.
+        experts: (..., K) int64, K distinct experts of every row; k is K.
+        temperature: as there.
+        variant: as there.
+
+    Returns:
+        (..., K) tensor of the logits' dtype.
+
+    Raises:
+        ValueError: as there.
+    """
+    _check(logits, experts.shape[-1], temperature, variant)
+    if variant == "softmax":
+        return _softmax(logits, experts.shape[-1], temperature).gather(-1, experts)
+    result: Tensor = _BiEntropic.apply(logits, experts, experts.shape[-1], float(temperature))
+    return result
+
+
+def _check(logits: Tensor, k: int, temperature: float, variant: str) -> None:
     num_experts = logits.shape[-1]
     if not 1 <= k <= num_experts:
         raise ValueError(f"k must lie between 1 and the number of experts {num_experts}, got {k}")
@@ -67,22 +105,26 @@ def soft_topk(
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
     if not logits.is_floating_point():
         raise ValueError(f"logits must be floating point, got {logits.dtype}")
-    if variant == "softmax":
-        compute = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        scaled = logits.to(compute) / temperature
-        return (k * torch.softmax(scaled, dim=-1)).to(logits.dtype)
-    result: Tensor = _BiEntropic.apply(logits, k, float(temperature))
-    return result
+
+
+def _softmax(logits: Tensor, k: int, temperature: float) -> Tensor:
+    compute = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    scaled = logits.to(compute) / temperature
+    return (k * torch.softmax(scaled, dim=-1)).to(logits.dtype)
 
 
 class _BiEntropic(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, k: int, temperature: float) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, experts: Tensor | None, k: int, temperature: float
+    ) -> Tensor:
         ctx.temperature = temperature
-        kernels = _kernels(logits)
-        if kernels is not None and k < logits.shape[-1]:
-            result: tuple[Tensor, Tensor] = kernels.forward(logits.contiguous(), k, temperature)
-            ctx.save_for_backward(result[1])
+        ctx.kernels = kernels = _kernels(logits) if k < logits.shape[-1] else None
+        if kernels is not None:
+            logits = logits.contiguous()
+            experts = None if experts is None else experts.contiguous()
+            result: tuple[Tensor, Tensor] = kernels.forward(logits, k, temperature, experts)
+            ctx.save_for_backward(logits, result[1], experts)
             return result[0]
         compute = torch.float64 if logits.dtype == torch.float64 else torch.float32
         z_NE = logits.to(compute)
@@ -97,21 +139,26 @@ class _BiEntropic(torch.autograd.Function):
             p_NE = torch.sigmoid(x_NE)
             # p (1 - p) without the cancellation in 1 - p.
             v_NE = x_NE.neg_().sigmoid_().mul_(p_NE)
-        ctx.save_for_backward(v_NE)
-        return p_NE.to(logits.dtype)
+        ctx.save_for_backward(v_NE, experts)
+        return (p_NE if experts is None else p_NE.gather(-1, experts)).to(logits.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_NE: Tensor) -> tuple[Tensor, None, None]:
-        (v_NE,) = ctx.saved_tensors
-        kernels = _kernels(v_NE)
-        if kernels is not None:
-            return kernels.backward(v_NE, grad_NE.contiguous(), ctx.temperature), None, None
-        g_NE = grad_NE.to(v_NE.dtype)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        if ctx.kernels is not None:
+            logits, tau, experts = ctx.saved_tensors
+            result: Tensor = ctx.kernels.backward(
+                logits, tau, grad.contiguous(), ctx.temperature, experts
+            )
+            return result, None, None, None
+        v_NE, experts = ctx.saved_tensors
+        g_NE = grad.to(v_NE.dtype)
+        if experts is not None:
+            g_NE = torch.zeros_like(v_NE).scatter_(-1, experts, g_NE)
         total_N = v_NE.sum(-1, keepdim=True)
         mean_N = (v_NE * g_NE).sum(-1, keepdim=True) / torch.where(total_N > 0, total_N, 1.0)
         result_NE = (g_NE - mean_N).mul_(v_NE).div_(ctx.temperature)
-        return result_NE.to(grad_NE.dtype), None, None
+        return result_NE.to(grad.dtype), None, None, None
 
 
 def _kernels(matrix_NE: Tensor) -> Any:

@@ -13,7 +13,7 @@ from megatron_maxscore import cpu
 from megatron_maxscore._patches import PatchSet
 from megatron_maxscore._run import is_rank_zero
 from megatron_maxscore.flow.backend import describe
-from megatron_maxscore.flow.device import is_interpreted
+from megatron_maxscore.flow.places import is_interpreted
 from megatron_maxscore.moe.config import (
     VARIABLE_LENGTHS,
     MaxScoreConfig,

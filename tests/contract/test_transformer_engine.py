@@ -11,7 +11,7 @@ import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import permute
 
-from megatron_maxscore.moe.permutation import permute_known
+from megatron_maxscore.moe.permutation import order_of, permute_known
 from tests import releases
 
 
@@ -37,7 +37,7 @@ def test_known_experts_are_permuted_as_megatron_permutes_a_map(tokens, experts, 
     for ours in (True, False):
         leaves = [hidden.clone().requires_grad_(), gates.clone().requires_grad_()]
         if ours:
-            permuted = permute_known(*leaves, chosen)
+            permuted = permute_known(*leaves, order_of(chosen, leaves[1].shape[1]))
         else:
             permuted = permute(
                 leaves[0], routing_map, probs=leaves[1], num_out_tokens=tokens * topk

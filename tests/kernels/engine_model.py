@@ -15,7 +15,8 @@ import numba as nb
 import numpy as np
 import torch
 
-from megatron_maxscore.flow.device import decisions, layout
+from megatron_maxscore.flow.device import layout
+from megatron_maxscore.flow.device import rows as row_work
 from megatron_maxscore.flow.engine import Solve
 
 _F = np.float32
@@ -179,31 +180,29 @@ class Model:
         self.seed, self.topk = 0, topk
         self.scores = scores.float().numpy().copy()
         c = self.solve.shape.constants
-        self.block, self.slots, self.words = c["BLOCK_E"], c["S"], c["WORDS"]
+        self.block, self.slots = c["BLOCK_E"], c["S"]
+        self.words = -(-self.block // 32)
         self.base, self.span = np.zeros((2, self.tokens), _F)
         self.kinds: list[int] = []
         work = self.solve.work.numpy()
-        state = layout.SCALARS.value + layout.VECTORS.value * self.block
         first = layout.HEADER.value
         self.header = work[:first]
-        self.states = work[first : first + 2 * state].reshape(2, state)
-        first += 2 * state
-        self.counts = work[first : first + 3 * layout.COUNTS.value * self.block]
-        self.counts = self.counts.reshape(3, layout.COUNTS.value, self.block)
-        keys = work[layout.problem_words(self.block) :].view(np.int64)
-        self.keys = keys.reshape(3, 2, self.block, self.slots)
+        counts = 3 * layout.COUNTS.value * self.block
+        self.counts = work[first : first + counts].reshape(3, layout.COUNTS.value, self.block)
+        self.state = work[first + counts :]
         arguments = list(self.solve.arguments)
-        self.bits = arguments[3].numpy().reshape(self.tokens, self.words)
+        self.bits = arguments[4].numpy().reshape(self.tokens, self.words)
+        self.keys = arguments[7].numpy().reshape(3, 2, self.block, self.slots)
         # The kernel sees no tiles, and rows are those of one program.
-        arguments[10] = 0
+        arguments[11] = 0
         self.solve.arguments = tuple(arguments)
 
-    def vector(self, number, state):
+    def vector(self, number):
         first = layout.SCALARS.value + number.value * self.block
-        return state[first : first + self.experts]
+        return self.state[first : first + self.experts]
 
-    def number(self, number, state):
-        return state[number.value : number.value + 1]
+    def number(self, number):
+        return int(self.state[number.value])
 
     @property
     def held(self):
@@ -219,41 +218,32 @@ class Model:
     def phase(self, n):
         """Make a phase; return its kind."""
         self.solve.launch(n, n + 1, self.capacity_E)
-        state = self.states[(n + 1) & 1]
-        kind = int(state[layout.KIND.value])
+        kind = self.number(layout.KIND)
         self.kinds.append(kind)
         counts, keys = self.counts[n % 3], self.keys[n % 3]
-        price = self.vector(layout.PRICE, state).view(_F)
-        eps, scale, limit = (
-            self.number(name, state).view(_F)[0]
-            for name in (layout.EPS, layout.SCALE, layout.LIMIT)
-        )
+        price = self.vector(layout.PRICE).view(_F)
+        eps = self.state[layout.EPS.value :].view(_F)[0]
+        scale, limit = self.header[layout.SCALE.value :][:2].view(_F)
         rows = (self.scores, self.base, self.span)
         if kind == layout.SCAN.value:
             first = layout.EXPONENTS.value
             _scan(*rows, self.header, self.header[first : first + 256])
         elif kind == layout.SWEEP.value:
             held = np.zeros((self.tokens, self.experts), np.bool_)
-            window = self.vector(layout.WINDOW, state).view(_F)
+            window = self.vector(layout.WINDOW).view(_F)
             _sweep(
                 *rows, scale, limit, price, window, eps, self.seed, self.topk, self.block, held,
                 counts, counts[layout.OWN_LOAD.value],
             )  # fmt: skip
             self.keep(held)
         elif kind == layout.ROUND.value:
-            self._round(state, counts, keys, price, eps, scale, limit)
+            self._round(counts, keys, price, eps, scale, limit)
         return kind
 
-    def _round(self, state, counts, keys, price, eps, scale, limit):
-        excess = self.vector(layout.EXCESS, state)
-        distance = self.vector(layout.DISTANCE, state).view(_F)
-        quota = np.minimum(self.capacity, self.tokens)
-        numbers = {name: int(state[getattr(layout, name).value]) for name in ("AGE", "CYCLES")}
-        give, take, cost, moves = planned(
-            excess, price, distance, numbers["AGE"], numbers["CYCLES"], quota,
-            self.tokens * self.topk, self.slots,
-        )  # fmt: skip
-        rounds, calm = int(state[layout.ROUNDS.value]), decisions.CALM.value
+    def _round(self, counts, keys, price, eps, scale, limit):
+        give, take = (self.vector(v).astype(np.int64) for v in (layout.GIVE, layout.TAKE))
+        cost, moves = self.vector(layout.COST).view(_F), self.number(layout.MEASURES) == 0
+        rounds, calm = self.number(layout.ROUNDS), row_work.CALM.value
         jitter = _F(0.0)
         if rounds >= calm:
             power = np.exp2(min(_F(rounds - calm) / _F(2), _F(30.0)))
@@ -266,7 +256,7 @@ class Model:
 
     def run(self, most=4000):
         n = 0
-        while self.phase(n) < layout.CONCLUDE.value:
+        while self.phase(n) < layout.ORDER.value:
             n += 1
             assert n < most, "endless"
         prices = self.solve.result("prices")[0].numpy()
@@ -279,22 +269,6 @@ class Model:
     @property
     def capacity(self):
         return self.capacity_E.numpy()
-
-
-def planned(excess, b, distance, age, cycles, quota, units, slots):
-    """Return units given and taken, costs, and whether units move, as ``decisions.plan`` does."""
-    free = (b <= 0) & (quota.sum() != units)
-    over = np.maximum(excess, 0).sum()
-    relax, few, most = (getattr(decisions, n).value for n in ("_RELAX", "_FEW", "_CYCLES"))
-    measures = over > 0 and age < relax and units <= few and cycles < most
-    known = np.isfinite(distance)
-    if over == 0:
-        give = np.where(free & (excess <= 0), np.minimum(excess + quota, slots), 0)
-        take = np.where(free, 0, np.maximum(-excess, 0))
-        return give.astype(np.int64), take.astype(np.int64), np.zeros_like(b), True
-    take = np.where(excess < 0, -excess, np.where(known & (measures | (excess == 0)), 1, 0))
-    cost = np.where((excess >= 0) & known, distance, _F(0.0)).astype(_F)
-    return np.maximum(excess, 0).astype(np.int64), take.astype(np.int64), cost, not measures
 
 
 def gap_of(scores, prices, held, capacity):

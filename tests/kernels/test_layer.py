@@ -67,6 +67,6 @@ def test_what_a_forward_pass_launches(layer, as_on_a_device, monkeypatch):
     layer.router.raises_bad_scores = False
     stock = counted(make_layer(is_ours=False), monkeypatch)
     # Megatron's permutation is among stock's, and ours among ours. These may only fall.
-    assert ours.by_whom["ours"].total() <= 11, ours.by_whom["ours"]
-    assert ours.made["ours"] <= 17
+    assert ours.by_whom["ours"].total() <= 6, ours.by_whom["ours"]
+    assert ours.made["ours"] <= 8, ours.made
     assert stock.by_whom["ours"].total() == 0 < stock.by_whom["megatron"].total()

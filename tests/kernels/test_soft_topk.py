@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_maxscore.ops import soft_topk
+from megatron_maxscore.ops import soft_topk, soft_topk_at
 from megatron_maxscore.ops.kernels import soft_topk as kernels
 
 # Kernels compute what they then mask out, too.
@@ -22,17 +22,40 @@ def poisoned(monkeypatch):
         dtype = options.get("dtype", tensor.dtype)
         return torch.full(tensor.shape, float("nan"), dtype=dtype)
 
+    def empty(size, dtype, device):
+        return torch.full(size, float("nan"), dtype=dtype, device=device)
+
     monkeypatch.setattr(torch, "empty_like", empty_like)
+    monkeypatch.setattr(torch, "empty", empty)
 
 
 def both(logits, k, temperature, grad):
     """Return results and gradients, of the kernels and of the reference."""
-    p, v = kernels.forward(logits, k, temperature)
-    found = p, kernels.backward(v, grad, temperature)
+    p, tau = kernels.forward(logits, k, temperature)
+    found = p, kernels.backward(logits, tau, grad, temperature)
     leaf = logits.clone().requires_grad_()
     expected = soft_topk(leaf, k, temperature)
     expected.backward(grad)
     return found, (expected.detach(), leaf.grad)
+
+
+@pytest.mark.parametrize(("num_experts", "k"), SIZES)
+def test_chosen_experts(num_experts, k):
+    generator = torch.Generator().manual_seed(num_experts)
+    logits = torch.randn(11, num_experts, generator=generator)
+    # Not the k best: the flow's choice may be any.
+    experts = torch.stack([torch.randperm(num_experts, generator=generator)[:k] for _ in logits])
+    grad = torch.randn(11, k, generator=generator)
+    p, tau = kernels.forward(logits, k, 0.7, experts)
+    found = kernels.backward(logits, tau, grad, 0.7, experts)
+    leaf = logits.clone().requires_grad_()
+    expected = soft_topk(leaf, k, 0.7).gather(1, experts)
+    expected.backward(grad)
+    torch.testing.assert_close(p, expected.detach(), atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(found, leaf.grad, atol=2e-6, rtol=1e-4)
+    again = logits.clone().requires_grad_()
+    soft_topk_at(again, experts, 0.7).backward(grad)
+    assert torch.equal(again.grad, leaf.grad)
 
 
 @pytest.mark.parametrize(("num_experts", "k"), SIZES)

@@ -12,34 +12,11 @@
    assignment is feasible in the end.
 3. **Conclusion.** At the final prices, without the perturbation: what each row would have got at
    most, less what it got, is its part of the certified gap.
+4. **Order.** Assignments are numbered by expert, then by row, as tokens are dispatched.
 
-Sweeps, rounds and conclusion are phases of one launch, with a barrier between them where the
+Sweeps, rounds, conclusion and order are phases of one launch, with a barrier between them where the
 driver lets a launch's programs wait for each other, and launches of their own elsewhere. What
 crosses programs are integer sums and maxima, so the result does not depend on their number.
 
 With Triton's interpreter (``TRITON_INTERPRET=1``) the same kernel runs on the CPU, slowly.
 """
-
-from __future__ import annotations
-
-import functools
-import importlib.util
-import os
-
-from torch import Tensor
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Return whether Triton is installed."""
-    return importlib.util.find_spec("triton") is not None
-
-
-def is_device(tensor: Tensor) -> bool:
-    """Return whether a tensor is where the engine runs, and the host would wait to read it."""
-    return tensor.is_cuda and has_triton()
-
-
-def is_interpreted() -> bool:
-    """Return whether Triton's interpreter lets the engine run on tensors on the CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1" and has_triton()

@@ -1,7 +1,10 @@
 """Row work of the phases: every row for itself; between rows there are only integers.
 
-Shape letters: T rows, R rows of a tile, E experts (padded to BLOCK_E), K experts per token.
-``rows_ptr`` holds each row's largest score (T) and its range (T).
+A program works on the tiles from ``first`` to before ``last``. ``rows_ptr`` holds each row's
+largest score (T) and its range (T).
+
+Shape letters: T rows, R rows of a tile, E experts (padded to BLOCK_E), K experts per token, S
+slots.
 """
 
 from __future__ import annotations
@@ -11,14 +14,39 @@ import triton.language as tl
 
 from megatron_maxscore.flow.device import layout as at
 
-_INF = tl.constexpr(float("inf"))
+_INF, INF_BITS = tl.constexpr(float("inf")), tl.constexpr(0x7F800000)
 _LOWEST = tl.constexpr(-0x80000000)
-_INF_BITS = tl.constexpr(0x7F800000)
 # A row counts as at least so wide, in the scale: narrow rows need a perturbation, too.
 _LEAST_WIDTH = tl.constexpr(0.375)
+# Rounds after which targets are chosen with ever more noise.
+CALM = tl.constexpr(192)
 # Keys of offers, from the highest bit on: cost, inverted (22), row, inverted (21), giver (10) and
 # taker (10). The largest key of a slot wins there.
 ROW_MASK, _COST_MASK = tl.constexpr((1 << 21) - 1), tl.constexpr((1 << 22) - 1)
+
+
+@triton.jit
+def get(ptr):
+    """Read int32 that another program may have written."""
+    return tl.load(ptr, cache_modifier=".cg")
+
+
+@triton.jit
+def getf(ptr):
+    """Read float32 by their bits."""
+    return tl.load(ptr, cache_modifier=".cg").to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def put(ptr, value):
+    """Write float32 by their bits."""
+    tl.store(ptr, value.to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def vec(state, VECTOR: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Return pointers to a vector of the state."""
+    return state + at.SCALARS + VECTOR * BLOCK_E + tl.arange(0, BLOCK_E)
 
 
 @triton.jit
@@ -51,7 +79,7 @@ def _load(ptr, row_R, T, E: tl.constexpr, BLOCK_E: tl.constexpr):
 
 @triton.jit
 def scan(
-    scores_ptr, rows_ptr, header, T, first, stride, tiles,
+    scores_ptr, rows_ptr, header, T, first, last,
     E: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Keep each row's largest allowed score and range; count bad rows, and ranges by exponent."""
@@ -59,7 +87,7 @@ def scan(
     count = tl.zeros([256], tl.int32)
     bad = tl.zeros((), tl.int32)
     forbidden = tl.zeros((), tl.int32)
-    for tile in range(first, tiles, stride):
+    for tile in range(first, last):
         row_R = tile * ROWS + tl.arange(0, ROWS)
         s, bad_R = _load(scores_ptr, row_R, T, E, BLOCK_E)
         is_allowed = (tl.arange(0, BLOCK_E) < E)[None, :] & (s > -_INF)
@@ -82,7 +110,7 @@ def scan(
 
 
 @triton.jit
-def _relative(scores_ptr, rows_ptr, row_R, scale, limit, T, E: tl.constexpr, BLOCK_E: tl.constexpr):
+def _relative(scores_ptr, rows_ptr, header, row_R, T, E: tl.constexpr, BLOCK_E: tl.constexpr):
     """Return (R, E) scores less the row's largest, and each row's width, range and factor.
 
     Rows whose range is above the limit are scaled down to it. A forbidden arc is worth one width
@@ -91,11 +119,23 @@ def _relative(scores_ptr, rows_ptr, row_R, scale, limit, T, E: tl.constexpr, BLO
     s, _ = _load(scores_ptr, row_R, T, E, BLOCK_E)
     base_R = tl.load(rows_ptr + row_R, mask=row_R < T, other=0.0, cache_modifier=".cg")
     span_R = tl.load(rows_ptr + T + row_R, mask=row_R < T, other=0.0, cache_modifier=".cg")
+    limit = getf(header + at.LIMIT)
     factor_R = tl.where(span_R > limit, limit / tl.maximum(span_R, limit), 1.0)
     span_R = tl.minimum(span_R, limit)
-    width_R = tl.maximum(span_R, scale * _LEAST_WIDTH)
+    width_R = tl.maximum(span_R, getf(header + at.SCALE) * _LEAST_WIDTH)
     v = tl.maximum(s - base_R[:, None], -3.0e38) * factor_R[:, None]
     return tl.where(s == -_INF, -(span_R + width_R)[:, None], v), width_R, span_R, factor_R
+
+
+@triton.jit
+def _reduced(
+    scores_ptr, rows_ptr, header, state, row_R, T, seed, E: tl.constexpr, BLOCK_E: tl.constexpr
+):  # fmt: skip
+    """Return (R, E) perturbed scores less prices, and each row's width."""
+    v, width_R, _, _ = _relative(scores_ptr, rows_ptr, header, row_R, T, E, BLOCK_E)
+    part_R = getf(state + at.EPS) * width_R
+    noise = _noise(row_R + seed, tl.arange(0, BLOCK_E))
+    return (v - getf(vec(state, at.PRICE, BLOCK_E))[None, :]) + part_R[:, None] * noise, width_R
 
 
 @triton.jit
@@ -121,18 +161,18 @@ def _best(r, E: tl.constexpr, K: tl.constexpr, BLOCK_E: tl.constexpr):
 
 @triton.jit
 def sweep(
-    scores_ptr, rows_ptr, bits_ptr, counts, b_E, w_E, eps, scale, limit, T, seed, first, stride,
-    tiles, E: tl.constexpr, K: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr,
-    WORDS: tl.constexpr,
+    scores_ptr, rows_ptr, bits_ptr, header, state, counts, T, seed, first, last,
+    E: tl.constexpr, K: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Give every row its K best; count loads, and bids within the windows."""
+    WORDS: tl.constexpr = (BLOCK_E + 31) // 32
     e, part = tl.arange(0, BLOCK_E), tl.arange(0, 8)[:, None]
+    w_E = getf(vec(state, at.WINDOW, BLOCK_E))
     up_counts = tl.zeros([8, BLOCK_E], tl.int32)
     down_counts = up_counts
-    for tile in range(first, tiles, stride):
+    for tile in range(first, last):
         row_R = tile * ROWS + tl.arange(0, ROWS)
-        v, width_R, _, _ = _relative(scores_ptr, rows_ptr, row_R, scale, limit, T, E, BLOCK_E)
-        r = (v - b_E[None, :]) + (eps * width_R)[:, None] * _noise(row_R + seed, e)
+        r, _ = _reduced(scores_ptr, rows_ptr, header, state, row_R, T, seed, E, BLOCK_E)
         has, kth_R, next_R = _best(r, E, K, BLOCK_E)
         inside = (row_R < T)[:, None] & (e < E)[None, :]
         a = tl.abs(r - (0.5 * (kth_R + next_R))[:, None])
@@ -149,18 +189,17 @@ def sweep(
         word = tl.sum(tl.reshape(bit, (ROWS, WORDS, BLOCK_E // WORDS)), 2)
         word_at = row_R.to(tl.int64)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
         tl.store(bits_ptr + word_at, word, mask=(row_R < T)[:, None])
-    place = counts + part * BLOCK_E + e[None, :]
-    inside = (e < E)[None, :]
-    tl.atomic_add(place, up_counts, mask=inside & (part < 5), sem="relaxed")
-    down_at = place + (at.DOWN - 1) * BLOCK_E
-    tl.atomic_add(down_at, down_counts, mask=inside & (part > 0) & (part < 5), sem="relaxed")
-    own_at = place + at.OWN_LOAD * BLOCK_E
+    place, inside = counts + part * BLOCK_E + e[None, :], (e < E)[None, :] & (part < 5)
+    tl.atomic_add(place, up_counts, mask=inside, sem="relaxed")
+    down_at, own_at = place + (at.DOWN - 1) * BLOCK_E, place + at.OWN_LOAD * BLOCK_E
+    tl.atomic_add(down_at, down_counts, mask=inside & (part > 0), sem="relaxed")
     tl.atomic_add(own_at, up_counts, mask=inside & (part == 0), sem="relaxed")
 
 
 @triton.jit
-def _held(bits_ptr, row_R, T, BLOCK_E: tl.constexpr, WORDS: tl.constexpr):
+def _held(bits_ptr, row_R, T, BLOCK_E: tl.constexpr):
     """Return (R, E) bool, each row's experts."""
+    WORDS: tl.constexpr = (BLOCK_E + 31) // 32
     e = tl.arange(0, BLOCK_E)
     word_at = row_R.to(tl.int64)[:, None] * WORDS + (e >> 5)[None, :]
     word = tl.load(bits_ptr + word_at, mask=(row_R < T)[:, None], other=0, cache_modifier=".cg")
@@ -175,32 +214,35 @@ def slot_of(row, count, S: tl.constexpr, SHIFT: tl.constexpr):
 
 @triton.jit
 def offer(
-    scores_ptr, rows_ptr, bits_ptr, counts, keys, b_E, give_E, take_E, cost_E, jitter, eps, scale,
-    limit, T, seed, turn, measures, first, stride, tiles, E: tl.constexpr, BLOCK_E: tl.constexpr,
-    ROWS: tl.constexpr, S: tl.constexpr, WORDS: tl.constexpr,
+    scores_ptr, rows_ptr, bits_ptr, header, state, counts, keys, T, seed, first, last,
+    E: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """Let every row offer its cheapest swap, and learn what passing a unit on costs.
 
     The cheapest swap of any row that has an expert is kept by its inverted bits, 0 for none.
     """
     e = tl.arange(0, BLOCK_E)
+    give_E, take_E = get(vec(state, at.GIVE, BLOCK_E)), get(vec(state, at.TAKE, BLOCK_E))
+    cost_E, moves = getf(vec(state, at.COST, BLOCK_E)), get(state + at.MEASURES) == 0
+    rounds = get(state + at.ROUNDS)
+    late = (rounds - CALM).to(tl.float32)
+    jitter = tl.minimum(tl.exp2(tl.minimum(late / 2, 30.0)) * getf(state + at.EPS), 1.0)
     least = tl.zeros([BLOCK_E], tl.int32)
-    for tile in range(first, tiles, stride):
+    for tile in range(first, last):
         row_R = tile * ROWS + tl.arange(0, ROWS)
-        v, width_R, _, _ = _relative(scores_ptr, rows_ptr, row_R, scale, limit, T, E, BLOCK_E)
-        r = (v - b_E[None, :]) + (eps * width_R)[:, None] * _noise(row_R + seed, e)
-        has = _held(bits_ptr, row_R, T, BLOCK_E, WORDS)
+        r, width_R = _reduced(scores_ptr, rows_ptr, header, state, row_R, T, seed, E, BLOCK_E)
+        has = _held(bits_ptr, row_R, T, BLOCK_E)
         room = r - cost_E[None, :]
-        if jitter > 0:
-            room += (jitter * width_R)[:, None] * _noise(row_R + turn, e)
+        if late >= 0:
+            room += (jitter * width_R)[:, None] * _noise(row_R + 7919 * rounds, e)
         room = tl.where((has == 0) & (take_E > 0)[None, :], room, -_INF)
         m_R, t_R = tl.max(room, 1, return_indices=True)
         some_R = (m_R > -_INF) & (row_R < T)
         mine = tl.where(has & (give_E > 0)[None, :], r, _INF)
         low_R, a_R = tl.min(mine, 1, return_indices=True)
         swap = tl.where(has & some_R[:, None], tl.maximum(r - m_R[:, None], 0.0), _INF)
-        least = tl.maximum(least, -tl.min(swap, 0).to(tl.int32, bitcast=True) + _INF_BITS)
-        offers_R = some_R & (low_R < _INF) & (measures == 0)
+        least = tl.maximum(least, -tl.min(swap, 0).to(tl.int32, bitcast=True) + INF_BITS)
+        offers_R = some_R & (low_R < _INF) & moves
         cost_R = tl.where(offers_R, tl.maximum(low_R - m_R, 0.0), 0.0).to(tl.int32, bitcast=True)
         key_R = (((cost_R >> 9) ^ _COST_MASK).to(tl.int64) << 41) | (a_R.to(tl.int64) << 10)
         key_R = key_R | ((row_R ^ ROW_MASK).to(tl.int64) << 20) | t_R.to(tl.int64)
@@ -215,33 +257,32 @@ def offer(
 
 @triton.jit
 def conclude(
-    scores_ptr, rows_ptr, bits_ptr, experts_ptr, partial_ptr, header, b_E, scale, limit, T, first,
-    stride, tiles, E: tl.constexpr, K: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr,
-    FINE: tl.constexpr, WORDS: tl.constexpr,
+    scores_ptr, rows_ptr, bits_ptr, header, state, experts_ptr, partial_ptr, T, first, last, tiles,
+    E: tl.constexpr, K: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr,
+    FINE: tl.constexpr,
 ):  # fmt: skip
-    """Write each row's experts, best first, and sums of score, slack and range.
+    """Write each row's experts, best first, sums of score, slack and range, and own loads.
 
-    Of parts of tiles, since float64 takes more room. Every program concludes the rows whose swaps
-    it has just made.
+    By FINE parts of a tile each, of ROWS rows, since float64 takes more room.
     """
     e = tl.arange(0, BLOCK_E)[None, :]
     none = float("-inf")
+    b_E = getf(vec(state, at.PRICE, BLOCK_E)).to(tl.float64)
     scaled = tl.zeros((), tl.int32)
-    own = (tiles - first + stride - 1) // stride * FINE  # parts of tiles
-    for number in range(0, own):
-        tile = (first + number // FINE * stride) * FINE + number % FINE
+    own_E = tl.zeros([BLOCK_E], tl.int32)
+    for tile in range(first * FINE, last * FINE):
         row_R = tile * ROWS + tl.arange(0, ROWS)
         inside_R = row_R < T
-        v, _, span_R, factor_R = _relative(scores_ptr, rows_ptr, row_R, scale, limit, T, E, BLOCK_E)
+        v, _, span_R, factor_R = _relative(scores_ptr, rows_ptr, header, row_R, T, E, BLOCK_E)
         s, _ = _load(scores_ptr, row_R, T, E, BLOCK_E)
-        has = _held(bits_ptr, row_R, T, BLOCK_E, WORDS)
+        has = _held(bits_ptr, row_R, T, BLOCK_E)
         # In float64, and of the scores as they are: what was taken off them is not.
         wide_R = factor_R.to(tl.float64)
         base_R = tl.load(rows_ptr + row_R, mask=inside_R, other=0.0, cache_modifier=".cg")
         exact = s.to(tl.float64) * wide_R[:, None]
         penalised = base_R.to(tl.float64)[:, None] * wide_R[:, None] + v.to(tl.float64)
         exact = tl.where(s == -_INF, penalised, exact)
-        r = exact - b_E.to(tl.float64)[None, :]
+        r = exact - b_E[None, :]
         left = tl.where(e < E, r, none)
         order = tl.where(has, tl.maximum(s, -3.0e38), -_INF)
         top_R = tl.zeros([ROWS], tl.float64)
@@ -260,4 +301,31 @@ def conclude(
         spans_R = tl.where(inside_R, span_R, 0.0).to(tl.float64)
         tl.store(partial_ptr + 2 * FINE * tiles + tile, tl.sum(spans_R, 0))
         scaled += tl.sum((inside_R & (factor_R < 1.0)).to(tl.int32), 0)
+        own_E += tl.sum((has & inside_R[:, None]).to(tl.int32), 0)
     tl.atomic_add(header + at.SCALED, scaled, sem="relaxed")
+    tl.store(vec(state, at.OWN, BLOCK_E), own_E)
+
+
+@triton.jit
+def order(
+    bits_ptr, states, order_ptr, load_E, T, member, first, last, E: tl.constexpr,
+    K: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Number assignments by expert, then by row; write which row each is, and its (T, E) place."""
+    STATE: tl.constexpr = at.SCALARS + at.VECTORS * BLOCK_E
+    e = tl.arange(0, BLOCK_E)
+    at_E = (tl.cumsum(load_E, 0) - load_E).to(tl.int64)
+    for start in range(0, member, ROWS):
+        before_R = start + tl.arange(0, ROWS)
+        own = states + before_R[:, None] * STATE + at.SCALARS + at.OWN * BLOCK_E + e[None, :]
+        mask = (before_R < member)[:, None]
+        at_E += tl.sum(tl.load(own, mask=mask, other=0, cache_modifier=".cg"), 0)
+    for tile in range(first, last):
+        row_R = tile * ROWS + tl.arange(0, ROWS)
+        has = _held(bits_ptr, row_R, T, BLOCK_E)
+        number = tl.cumsum(has.to(tl.int32), 0)
+        place = order_ptr + at_E[None, :] + number - 1
+        row = row_R.to(tl.int64)[:, None] + 0 * number
+        tl.store(place, row, mask=has)
+        tl.store(place + T.to(tl.int64) * K, row * E + e[None, :], mask=has)
+        at_E += tl.sum(has.to(tl.int32), 0)

@@ -44,14 +44,24 @@ def _select(z, inside, k, ROWS: tl.constexpr):
     return kth_R, next_R, above_R, ties_R
 
 
+@triton.jit
+def _chosen(logits_ptr, experts_ptr, row_R, num_rows, num_experts, k, BLOCK_K: tl.constexpr):
+    """Return the (R, K) logits of the chosen experts, where they stand, and which there are."""
+    i = tl.arange(0, BLOCK_K)[None, :]
+    inside = (row_R < num_rows)[:, None] & (i < k)
+    at = row_R[:, None] * k + i
+    expert = tl.load(experts_ptr + at, mask=inside, other=0)
+    z = tl.load(logits_ptr + row_R[:, None] * num_experts + expert, mask=inside, other=0.0)
+    return z.to(tl.float32), at, inside
+
+
 @triton.jit(do_not_specialize=["num_rows", "num_experts", "k"])
 def _forward(
-    logits_ptr, p_ptr, v_ptr, num_rows, num_experts, k, temperature,
-    BLOCK_E: tl.constexpr, ROWS: tl.constexpr,
+    logits_ptr, experts_ptr, p_ptr, tau_ptr, num_rows, num_experts, k, temperature,
+    BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row_R = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    col_E = tl.arange(0, BLOCK_E)
-    col = col_E[None, :]
+    col = tl.arange(0, BLOCK_E)[None, :]
     inside = (row_R < num_rows)[:, None] & (col < num_experts)
     at = row_R[:, None] * num_experts + col
     z = tl.load(logits_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
@@ -90,67 +100,103 @@ def _forward(
         has_moved = tl.abs(further_R - tau_R) > (1.0 + tl.abs(tau_R)) * _TOLERANCE
         steps_left = tl.max(has_moved.to(tl.int32), 0) * (steps_left - 1)
         tau_R = further_R
-    x = (z - base_R[:, None]) / temperature - tau_R[:, None]
-    is_bad_R1 = tl.max((z != z).to(tl.int32), 1)[:, None] > 0
-    p = tl.where(is_bad_R1, float("nan"), tl.sigmoid(x))
-    tl.store(p_ptr + at, p.to(p_ptr.dtype.element_ty), mask=inside)
-    # p (1 - p) without the cancellation in 1 - p.
-    tl.store(v_ptr + at, tl.sigmoid(-x) * p, mask=inside)
+    is_bad_R = tl.max((z != z).to(tl.int32), 1) > 0
+    tau_R = tl.where(is_bad_R, float("nan"), tau_R)
+    # The backward pass makes p of the logits again.
+    tl.store(tau_ptr + row_R, base_R, mask=row_R < num_rows)
+    tl.store(tau_ptr + num_rows + row_R, tau_R, mask=row_R < num_rows)
+    if BLOCK_K > 0:
+        z, at, inside = _chosen(
+            logits_ptr, experts_ptr, row_R, num_rows, num_experts, k, BLOCK_K
+        )  # fmt: skip
+        p = tl.sigmoid((z - base_R[:, None]) / temperature - tau_R[:, None])
+        tl.store(p_ptr + at, p.to(p_ptr.dtype.element_ty), mask=inside)
+    else:
+        p = tl.sigmoid((z - base_R[:, None]) / temperature - tau_R[:, None])
+        tl.store(p_ptr + at, p.to(p_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_experts"])
 def _backward(
-    v_ptr, grad_ptr, result_ptr, num_rows, num_experts, temperature,
-    BLOCK_E: tl.constexpr, ROWS: tl.constexpr,
+    logits_ptr, experts_ptr, tau_ptr, grad_ptr, result_ptr, num_rows, num_experts, temperature,
+    K: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row_R = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK_E)[None, :]
-    inside = (row_R < num_rows)[:, None] & (col < num_experts)
+    inside_R = row_R < num_rows
+    inside = inside_R[:, None] & (col < num_experts)
     at = row_R[:, None] * num_experts + col
-    v = tl.load(v_ptr + at, mask=inside, other=0.0)
-    g = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    z = tl.load(logits_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
+    base_R = tl.load(tau_ptr + row_R, mask=inside_R, other=0.0)
+    tau_R = tl.load(tau_ptr + num_rows + row_R, mask=inside_R, other=0.0)
+    x = (z - base_R[:, None]) / temperature - tau_R[:, None]
+    # p (1 - p) without the cancellation in 1 - p.
+    v = tl.where(inside, tl.sigmoid(-x) * tl.sigmoid(x), 0.0)
+    if K > 0:
+        g = tl.zeros([ROWS, BLOCK_E], tl.float32)
+        for i in tl.static_range(K):
+            expert_R = tl.load(experts_ptr + row_R * K + i, mask=inside_R, other=0)
+            g_R = tl.load(grad_ptr + row_R * K + i, mask=inside_R, other=0.0).to(tl.float32)
+            g += tl.where(col == expert_R[:, None], g_R[:, None], 0.0)
+    else:
+        g = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
     total_R = tl.sum(v, 1)
     mean_R = tl.sum(v * g, 1) / tl.where(total_R > 0, total_R, 1.0)
     result = (g - mean_R[:, None]) * v / temperature
     tl.store(result_ptr + at, result.to(result_ptr.dtype.element_ty), mask=inside)
 
 
-def forward(logits_NE: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return SoftTopk and its p (1 - p), 1 <= k < E.
+def forward(
+    logits_NE: Tensor, k: int, temperature: float, experts_NK: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return SoftTopk, 1 <= k < E, and what the backward pass needs besides the logits.
 
     Args:
         logits_NE: (..., E) bfloat16, float16 or float32, contiguous.
         k: experts per token.
         temperature: > 0.
+        experts_NK: (..., K) int64, contiguous: whose entries to return; None for all.
 
     Returns:
-        (..., E) of the logits' dtype, and (..., E) float32.
+        (..., E) or (..., K) of the logits' dtype, and (2, N) float32.
     """
-    p_NE = torch.empty_like(logits_NE)
-    v_NE = torch.empty_like(logits_NE, dtype=torch.float32)
     rows, num_experts, tile = _tiling(logits_NE)
+    p = torch.empty_like(logits_NE if experts_NK is None else experts_NK, dtype=logits_NE.dtype)
+    tau_2N = torch.empty((2, rows), dtype=torch.float32, device=logits_NE.device)
+    block_k = 0 if experts_NK is None else triton.next_power_of_2(k)
     _forward[(triton.cdiv(rows, tile["ROWS"]),)](
-        logits_NE, p_NE, v_NE, rows, num_experts, k, temperature, **tile, num_warps=_WARPS
-    )
-    return p_NE, v_NE
+        logits_NE, logits_NE if experts_NK is None else experts_NK, p, tau_2N, rows, num_experts,
+        k, temperature, **tile, BLOCK_K=block_k, num_warps=_WARPS,
+    )  # fmt: skip
+    return p, tau_2N
 
 
-def backward(v_NE: Tensor, grad_NE: Tensor, temperature: float) -> Tensor:
+def backward(
+    logits_NE: Tensor,
+    tau_2N: Tensor,
+    grad: Tensor,
+    temperature: float,
+    experts_NK: Tensor | None = None,
+) -> Tensor:
     """Return the gradient by the logits.
 
     Args:
-        v_NE: (..., E) float32 of :func:`forward`.
-        grad_NE: (..., E) gradient by its result, contiguous.
+        logits_NE: (..., E) as in :func:`forward`.
+        tau_2N: (2, N) float32 of :func:`forward`.
+        grad: (..., E) or (..., K) gradient by its result, contiguous.
         temperature: as there.
+        experts_NK: as there.
 
     Returns:
-        (..., E) of the gradient's dtype.
+        (..., E) of the logits' dtype.
     """
-    result_NE = torch.empty_like(grad_NE)
-    rows, num_experts, tile = _tiling(grad_NE)
+    result_NE = torch.empty_like(logits_NE)
+    rows, num_experts, tile = _tiling(logits_NE)
+    k = 0 if experts_NK is None else experts_NK.shape[-1]
     _backward[(triton.cdiv(rows, tile["ROWS"]),)](
-        v_NE, grad_NE, result_NE, rows, num_experts, temperature, **tile, num_warps=_WARPS
-    )
+        logits_NE, logits_NE if experts_NK is None else experts_NK, tau_2N, grad, result_NE, rows,
+        num_experts, temperature, K=k, **tile, num_warps=_WARPS,
+    )  # fmt: skip
     return result_NE
 
 
@@ -169,32 +215,20 @@ def variants() -> list[Variant]:
     """Return what to compile ahead of time."""
     found = []
     for dtype in ("fp32", "bf16"):
-        for num_experts in (8, 64, 256, 512):
+        for num_experts, k in ((8, 0), (64, 0), (64, 8), (256, 8), (512, 16)):
             tile = _tile(num_experts)
-            name = f"{dtype}, {num_experts} experts"
-            counts = {"num_rows": "i32", "num_experts": "i32"}
-            found.append(
-                Variant(
-                    f"soft_topk forward, {name}",
-                    _forward,
-                    {
-                        "logits_ptr": f"*{dtype}", "p_ptr": f"*{dtype}", "v_ptr": "*fp32",
-                        **counts, "k": "i32", "temperature": "fp32",
-                    },
-                    tile,
-                    _WARPS,
-                )
-            )  # fmt: skip
-            found.append(
-                Variant(
-                    f"soft_topk backward, {name}",
-                    _backward,
-                    {
-                        "v_ptr": "*fp32", "grad_ptr": f"*{dtype}", "result_ptr": f"*{dtype}",
-                        **counts, "temperature": "fp32",
-                    },
-                    tile,
-                    _WARPS,
-                )
-            )  # fmt: skip
+            name = f"{dtype}, {num_experts} experts" + (f", chosen {k}" if k else "")
+            types = {
+                "experts_ptr": "*i64", "tau_ptr": "*fp32", "temperature": "fp32",
+                "num_rows": "i32", "num_experts": "i32", "k": "i32",
+            }  # fmt: skip
+            for kernel, constants in ((_forward, {"BLOCK_K": k}), (_backward, {"K": k})):
+                constants = {**tile, **constants}
+                signature = {
+                    argument: types.get(argument, f"*{dtype}")
+                    for argument in kernel.arg_names
+                    if argument not in constants
+                }
+                which = f"soft_topk {kernel.__name__.strip('_')}, {name}"
+                found.append(Variant(which, kernel, signature, constants, _WARPS))
     return found
