@@ -102,15 +102,17 @@ def phases(scores: Tensor, topk: int, capacity: Tensor, prices: Tensor) -> dict[
 
         return microseconds(run, 20)
 
-    ends = [1, 2, 1 + sweeps, 1 + sweeps + rounds, 2 + sweeps + rounds]
-    scan, first, swept, rounded, whole = (until(end) for end in ends)
+    last = 1 + sweeps + rounds
+    ends = [1, 2, 1 + sweeps, last, last + 1, last + 2]
+    scan, first, swept, rounded, concluded, ordered = (until(end) for end in ends)
     return {
         "sweeps": sweeps,
         "rounds": rounds,
         "scan_us": scan,
         "sweep_us": (swept - first) / max(sweeps - 1, 1),
         "round_us": (rounded - swept) / max(rounds, 1),
-        "conclusion_us": whole - rounded,
+        "conclusion_us": concluded - rounded,
+        "order_us": ordered - concluded,
     }
 
 

@@ -31,7 +31,7 @@ from megatron_maxscore.ops.kernels.variants import Variant
 
 TARGETS = (80, 90, 100)
 # Experts and k of the engine's kernel.
-SIZES = ((16, 2), (64, 8), (128, 8), (160, 6), (256, 8), (384, 6), (512, 16))
+SIZES = ((16, 2), (64, 8), (128, 8), (160, 6), (256, 8), (384, 6), (512, 16), (1024, 8))
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 

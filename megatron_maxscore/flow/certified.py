@@ -190,19 +190,20 @@ def solve(
         _agree_once(exchange, arguments, tokens, error)
         return _solve_together(engine, exchange, capacity_E, capacity_factor, arguments, error)
     engine.run(capacity_E)
-
-    def pick(result: Tensor) -> Tensor:
-        return result if scores.dim() == 3 else result[0]
-
-    names = ("prices", "objective", "bound", "gap", "converged")
+    is_batch = scores.dim() == 3
+    found = engine.found(is_batch)
     return FlowSolution(
-        experts=pick(engine.experts),
-        loads=pick(engine.result("loads")[:, None]),
+        experts=engine.experts if is_batch else engine.experts[0],
+        prices=found.prices,
+        objective=found.objective,
+        bound=found.bound,
+        gap=found.gap,
+        converged=found.converged,
+        loads=found.loads.unsqueeze(-2),
         rounds=0,
-        bad=engine.result("bad").sum() if problems > 1 else engine.result("bad")[0],
-        scaled=engine.result("scaled").sum() if problems > 1 else engine.result("scaled")[0],
-        order=engine.order[0] if scores.dim() == 2 else None,
-        **{name: pick(engine.result(name)) for name in names},
+        bad=found.bad.sum() if is_batch else found.bad,
+        scaled=found.scaled.sum() if is_batch else found.scaled,
+        order=None if is_batch else engine.order[0],
     )
 
 
@@ -332,11 +333,10 @@ def _solve_together(
     quota_RE = quotas_of(everyone[:, :-1], capacity_E, everyone[:, -1], topk, prices_E)
     quota_E = quota_RE[exchange.rank].contiguous()
     engine.run(capacity_E, quota_E, first=1 + GROUP_SWEEPS, end=launch.END)
-    values = (
-        exchange.gather_tensor(engine.values.clone(), phase="the result").reshape(ranks, -1).sum(0)
-    )
-    prices_E = engine.result("prices")[0]
-    objective, _, _, difference, ranges = values.unbind()
+    found = engine.found(is_batch=False)
+    prices_E, own = found.prices, torch.stack([found.objective, found.difference, found.ranges])
+    sums = exchange.gather_tensor(own, phase="the result").reshape(ranks, -1).sum(0)
+    objective, difference, ranges = sums.unbind()
     idle_E = capacity_E - quota_RE.sum(0)
     difference = difference + (prices_E.double() * idle_E).sum().clamp(min=0)
     gap = torch.where(ranges > 0, difference / ranges, torch.where(difference > 0, math.inf, 0.0))
@@ -350,8 +350,8 @@ def _solve_together(
         converged=gap <= tolerance,
         loads=quota_RE,
         rounds=exchange.rounds,
-        bad=engine.result("bad")[0],
-        scaled=engine.result("scaled")[0],
+        bad=found.bad,
+        scaled=found.scaled,
         order=engine.order[0],
     )
 

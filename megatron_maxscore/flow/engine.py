@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -83,8 +83,23 @@ class Shape:
         return int(layout.HEADER.value + 3 * layout.COUNTS.value * block + programs * state)
 
 
+class Results(NamedTuple):
+    """Of each problem: sums over its rows as float64, counts of rows, loads and prices."""
+
+    objective: Tensor
+    bound: Tensor
+    gap: Tensor
+    difference: Tensor
+    ranges: Tensor
+    bad: Tensor
+    scaled: Tensor
+    converged: Tensor
+    loads: Tensor
+    prices: Tensor
+
+
 class Solve:
-    """Buffers of one solve; :meth:`run` makes it, and :attr:`experts` and others have the results.
+    """Buffers of one solve; :meth:`run` makes it, and :meth:`found` has the results.
 
     Args:
         scores: (B, T, E) float32, bfloat16 or float16, contiguous.
@@ -177,18 +192,19 @@ class Solve:
                 self.launch(phase, phase + 1, capacity, quota, end if phase == first else GO_ON)
             self.launch(first + _LAUNCHES, _ENDLESS, capacity, quota, members=1)
 
-    def result(self, name: str) -> Tensor:
-        """Return (B,) ``objective``, ``bound``, ``gap``, ... or (B, E) ``loads``, ``prices``."""
-        experts = self.shape.experts
-        if name == "loads":
-            return self.results[:, 8 : 8 + experts]
-        if name == "prices":
-            return self.results[:, 8 + experts :].view(torch.float32)[:, :experts]
-        if name == "converged":
-            return self.results.view(torch.bool)[:, 7 * 8]
-        place = ("objective", "bound", "gap", "difference", "ranges", "bad", "scaled").index(name)
-        values = self.results if name in ("bad", "scaled") else self.results.view(torch.float64)
-        return values[:, place]
+    def found(self, is_batch: bool = True) -> Results:
+        """Return the results, of the first problem alone unless it is a batch."""
+        results, experts = self.results if is_batch else self.results[0], self.shape.experts
+        objective, bound, gap, difference, ranges = (
+            results[..., :5].view(torch.float64).unbind(-1)
+        )  # fmt: skip
+        bad, scaled = results[..., 5:7].unbind(-1)
+        converged = results[..., 7:8].view(torch.bool)[..., 0]
+        loads = results[..., 8 : 8 + experts]
+        prices = results[..., 8 + experts :].view(torch.float32)[..., :experts]
+        return Results(
+            objective, bound, gap, difference, ranges, bad, scaled, converged, loads, prices
+        )
 
     def state(self, name: str) -> Tensor:
         """Return a number of the state after the last phase, 0-dim int32, of the first problem."""
@@ -203,11 +219,6 @@ class Solve:
     def word(self, name: str) -> Tensor:
         """Return a word of the header, 0-dim int32."""
         return self.work[getattr(layout, name).value]
-
-    @property
-    def values(self) -> Tensor:
-        """(5,) float64: objective, bound, gap, difference and ranges of this rank's rows."""
-        return self.results.view(torch.float64)[0, :5]
 
     @property
     def header(self) -> Tensor:

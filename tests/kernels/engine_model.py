@@ -259,7 +259,7 @@ class Model:
         while self.phase(n) < layout.ORDER.value:
             n += 1
             assert n < most, "endless"
-        prices = self.solve.result("prices")[0].numpy()
+        prices = self.solve.found().prices[0].numpy()
         held = self.held
         return Solved(
             held, prices.copy(), gap_of(self.scores, prices, held, self.capacity),

@@ -14,8 +14,8 @@ from megatron_maxscore.ops.kernels import finite, soft_topk
 # Operators that launch nothing, for they only look at a tensor in another way.
 VIEWS = (
     "_unsafe_view", "alias", "as_strided", "detach", "expand", "permute", "reshape", "select",
-    "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
-    "empty", "empty_like", "new_empty", "empty_strided", "lift_fresh",
+    "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze",
+    "view", "empty", "empty_like", "new_empty", "empty_strided", "lift_fresh",
 )  # fmt: skip
 
 
