@@ -158,9 +158,12 @@ def after_sweep(
     best, since = tl.where(is_best, now, best), tl.where(is_best, 0, since)
     best_b = tl.where(is_best, b, getf(vec(state, at.BEST_PRICE, BLOCK_E)))
     best_eps = tl.where(is_best, eps, getf(state + at.BEST_EPS))
-    # Ends: few enough are left, or sweeps help no more.
+    # Ends: few enough are left, or sweeps help no more. With few units and slack a sweep that helps
+    # little may be followed by better ones, and rounds cannot undo a wrong level of prices.
     enough = plain & (now <= tl.minimum(E // 2, units // 1024))
-    helps_no_more = ((best <= units // 256) & falls_little) | ((since >= 4) & (share <= 0.02))
+    patient = (since >= 2) | tight | (units > _FEW)
+    helps_no_more = (best <= units // 256) & falls_little & patient
+    helps_no_more = helps_no_more | ((since >= 4) & (share <= 0.02))
     most = tl.where((hot == 2) | (far > 0), _LONG, _SWEEPS)
     ends = plain & ((helps_no_more & (far == 0)) | (n >= most))
     goes_back = ends & (enough == 0) & (since > 0) & (went_back == 0)
