@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import csv
 import json
-import os
 import signal
 import statistics
 import subprocess
@@ -36,7 +35,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from megatron_maxscore.flow import backend, solve  # noqa: E402
+from megatron_maxscore.flow import solve  # noqa: E402
 from megatron_maxscore.ops import soft_topk  # noqa: E402
 from tests.oracles import highs_objective, ortools_flow  # noqa: E402
 from tools.rivals import greedy_then_hungarian, quantile_balancing, sinkhorn  # noqa: E402
@@ -98,19 +97,6 @@ def judge(work: Workload, experts: torch.Tensor) -> tuple[bool, float, float]:
     feasible = distinct and bool((loads <= work.capacity).all()) and np.isfinite(total)
     maxvio = float(loads.max() / (experts.numel() / num_experts) - 1)
     return feasible, total, maxvio
-
-
-def on_solver(name: str, run: Callable[[], Any]) -> Callable[[], Any]:
-    """Return the call with ``MAXSCORE_SOLVER`` set to numba or torch."""
-
-    def call() -> Any:
-        os.environ[backend.ENVIRONMENT] = name
-        try:
-            return run()
-        finally:
-            del os.environ[backend.ENVIRONMENT]
-
-    return call
 
 
 class Case:
@@ -201,19 +187,16 @@ class Case:
 
     def _ours(self, name: str, optimum: int | None) -> None:
         work = self.work
-        kernels, start = name.split()
-        warm = self.warm if start == "warm" else None
+        warm = self.warm if name == "warm" else None
 
         def run(scores: torch.Tensor = work.scores) -> Any:
             return solve(scores, work.topk, capacity=work.capacity, prices=warm)
 
-        call = on_solver(kernels, run)
-        call()
-        times, solution = timed(call, self.budget, 31)
+        run()
+        times, solution = timed(run, self.budget, 31)
         equal = None
         if optimum is not None:
-            on_integers = on_solver(kernels, lambda: run(self.integers))()
-            equal = int(on_integers.objective) == optimum
+            equal = int(run(self.integers).objective) == optimum
         self.add(name, times, solution.experts, gap=float(solution.gap), equals_ortools=equal)
 
     def _ortools_experts(self, flow: Any) -> torch.Tensor:
@@ -324,9 +307,8 @@ def bars(rows: list[Row], demo: Path) -> list[tuple[str, str, bool | None]]:
     gaps = {f"{r.size} {r.family} {r.solver}": r.gap for r in ours if r.gap is not None}
     add("float scores: relative gap <= 1e-9", gaps, 1e-9)
     for solver, families, limit in (
-        ("numba cold", tuple(FAMILIES), 10.0),
-        ("numba cold", GENERIC, 20.0),
-        ("torch cold", tuple(FAMILIES), 4.0),
+        ("cold", tuple(FAMILIES), 10.0),
+        ("cold", GENERIC, 20.0),
     ):
         speed = {}
         for family in families:
@@ -336,38 +318,36 @@ def bars(rows: list[Row], demo: Path) -> list[tuple[str, str, bool | None]]:
         which = "generic families" if families == GENERIC else "every family"
         text = f"{solver}, {BAR_SIZE}, {which}: OR-tools' time / ours >= {limit:.0f}"
         add(text, speed, limit, at_least=True)
-    generic = [t for f in GENERIC if (t := at(BAR_SIZE, f, "numba cold")) is not None]
+    generic = [t for f in GENERIC if (t := at(BAR_SIZE, f, "cold")) is not None]
     if generic:
         middle = statistics.median(generic)
-        plateau = {
-            f: t / middle for f in PLATEAUS if (t := at(BAR_SIZE, f, "numba cold")) is not None
-        }
-        add(f"numba cold, {BAR_SIZE}: repeated tokens and plateaus / generic <= 4", plateau, 4.0)
+        plateau = {f: t / middle for f in PLATEAUS if (t := at(BAR_SIZE, f, "cold")) is not None}
+        add(f"cold, {BAR_SIZE}: repeated tokens and plateaus / generic <= 4", plateau, 4.0)
     warm = {
         row.family: row.median / topk
         for row in rows
         if row.family.startswith(RECORDED)
-        and row.solver == "numba warm"
+        and row.solver == "warm"
         and (topk := at(row.size, row.family, "topk")) is not None
     }
     if warm:
         middle = statistics.median(warm.values())
         found.append(
             (
-                "numba warm, recorded scores: time / topk <= 4 (aim 2)",
+                "warm, recorded scores: time / topk <= 4 (aim 2)",
                 f"median {middle:.2f}, largest {max(warm.values()):.2f}",
                 middle <= 4.0,
             )
         )
     else:
-        found.append(("numba warm, recorded scores: time / topk <= 4 (aim 2)",
+        found.append(("warm, recorded scores: time / topk <= 4 (aim 2)",
                       "not measured: run tools/record_scores.py", None))  # fmt: skip
     growth = {}
     for family in GENERIC:
-        small, large = at(BAR_SIZE, family, "numba cold"), at("65536x64x8", family, "numba cold")
+        small, large = at(BAR_SIZE, family, "cold"), at("65536x64x8", family, "cold")
         if small is not None and large is not None:
             growth[family] = large / small
-    add("growth: time(65536) / time(8192) <= 10, generic, numba cold", growth, 10.0)
+    add("growth: time(65536) / time(8192) <= 10, generic, cold", growth, 10.0)
     add("memory beyond the scores / their size <= 4, 65536x64x8", {"iid": memory_share()}, 4.0)
     add(
         "SoftTopk / (softmax + topk), forward and backward, 8192x64 <= 4",

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from tools.workloads import FAMILIES, GENERIC
 
-OURS = ("numba cold", "numba warm", "torch cold", "torch warm")
+OURS = ("cold", "warm")
 SOLVERS = (
     "OR-tools",
     "HiGHS",

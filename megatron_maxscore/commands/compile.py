@@ -3,8 +3,8 @@
     python -m megatron_maxscore compile
     NUMBA_CACHE_DIR=/opt/maxscore-kernels python -m megatron_maxscore compile
 
-Solves small problems of every kind (float32 and float64, with a tolerance, with forbidden arcs,
-several at once, alone and over two ranks). The kernels are then in numba's cache, and a process
+Solves small problems of every kind (float32 and float64, with forbidden arcs, several at once,
+alone and over two ranks). The kernels are then in numba's cache, and a process
 that finds them there starts in a second instead of half a minute. The cache lies beside the
 package, or in the user's cache directory where the package cannot be written.
 ``NUMBA_CACHE_DIR`` names another place, for this command and for training.
@@ -31,7 +31,6 @@ def solves(group: Any = None) -> int:
     kinds: list[dict[str, Any]] = [
         {},
         {"capacity_factor": 1.25},
-        {"tolerance": 1e-3},
         {"prices": torch.linspace(0.0, 1.0, 16)},
     ]
     count = 0

@@ -24,7 +24,7 @@ from megatron_maxscore.flow.problem import FloatArray, IntArray
 # Arguments that must agree, in the order in which they are compared.
 ARGUMENTS = (
     "topk", "number of experts", "number of problems", "dtype", "capacity", "capacity_factor",
-    "prices", "fill_padding", "tolerance", "mode", "max_rounds",
+    "prices", "fill_padding", "mode",
 )  # fmt: skip
 # A unit (see :attr:`Own.unit_B`) of scores that are all 0.
 ANY_UNIT = 1 << 20

@@ -136,7 +136,6 @@ def solve(
     capacity: int | Tensor | None,
     capacity_factor: float,
     prices: Tensor | None,
-    tolerance: float,
     valid: Tensor | None,
     exchange: Exchange,
 ) -> FlowSolution:
@@ -150,7 +149,6 @@ def solve(
         capacity: as for ``flow.solve``.
         capacity_factor: as for ``flow.solve``.
         prices: as for ``flow.solve``; values on the device are not checked.
-        tolerance: as for ``flow.solve``.
         valid: (T,) or (B, T) bool, False = padding, which gets experts too.
         exchange: between the ranks.
 
@@ -179,13 +177,11 @@ def solve(
         error, warm = str(wrong), torch.zeros(num_experts, device=scores.device)
     if valid is not None and not error:
         batch = batch.masked_fill(~valid.to(scores.device).reshape(problems, tokens, 1), 0.0)
-    engine = _launch().Solve(
-        batch.contiguous(), topk, warm, max(tolerance, ROUNDING), exchange.rank
-    )
+    engine = _launch().Solve(batch.contiguous(), topk, warm, exchange.rank)
     if exchange.size > 1:
         arguments = (
             topk, num_experts, 1, str(scores.dtype).removeprefix("torch."), _comparable(capacity),
-            capacity_factor, "none" if prices is None else "some", True, tolerance, "bounded", None,
+            capacity_factor, "none" if prices is None else "some", True, "bounded",
         )  # fmt: skip
         _agree_once(exchange, arguments, tokens, error)
         return _solve_together(engine, exchange, capacity_E, capacity_factor, arguments, error)
@@ -340,14 +336,13 @@ def _solve_together(
     idle_E = capacity_E - quota_RE.sum(0)
     difference = difference + (prices_E.double() * idle_E).sum().clamp(min=0)
     gap = torch.where(ranges > 0, difference / ranges, torch.where(difference > 0, math.inf, 0.0))
-    tolerance = max(arguments[8], ROUNDING)
     return FlowSolution(
         experts=engine.experts[0],
         prices=prices_E,
         objective=objective,
         bound=objective + difference,
         gap=gap,
-        converged=gap <= tolerance,
+        converged=gap <= ROUNDING,
         loads=quota_RE,
         rounds=exchange.rounds,
         bad=found.bad,

@@ -13,7 +13,6 @@ import importlib
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import triton  # type: ignore[import-untyped]
 from torch import Tensor
@@ -105,7 +104,6 @@ class Solve:
         scores: (B, T, E) float32, bfloat16 or float16, contiguous.
         topk: K.
         prices: (E,) or (B, E) float32, on the same device.
-        tolerance: relative gap that counts as converged, > 0.
         rank: of the ranks that solve one problem; their perturbations differ.
         programs: for each problem; None for as many as the device runs.
     """
@@ -115,7 +113,6 @@ class Solve:
         scores: Tensor,
         topk: int,
         prices: Tensor,
-        tolerance: float,
         rank: int = 0,
         programs: int | None = None,
     ) -> None:
@@ -144,7 +141,7 @@ class Solve:
         self.arguments = (
             self.experts, self.order, self.results.view(torch.float64), rows.view(torch.float32),
             bits, partial.view(torch.float64), self.work, keys_3.view(torch.int64),
-            int(np.float64(tolerance).view(np.int64)), problems, tokens, shape.tiles, self.words,
+            problems, tokens, shape.tiles, self.words,
             rank * 0x9E3779B1 & 0x3FFFFFFF,
         )  # fmt: skip
 

@@ -24,10 +24,10 @@ Shape letters: B problems, N rows (as an axis of prices: N nodes), E experts.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import numpy as np
 
+from megatron_maxscore.flow import passes
 from megatron_maxscore.flow.buckets import gap_within
 from megatron_maxscore.flow.contested import Contested
 from megatron_maxscore.flow.exchange import Exchange
@@ -50,22 +50,19 @@ _WHOLE = 1 << 49
 
 
 def finish(
-    backend: Any,
     exchange: Exchange,
     problem: Problem,
     state: PriceState,
-) -> tuple[IntArray, IntArray]:
+) -> IntArray:
     """Move units until nothing is out of balance.
 
     Args:
-        backend: :mod:`plain` or :mod:`fused`.
         exchange: between the ranks that hold the rows; two rounds each time rows are contested.
         problem: the problems.
-        state: prices and the assignment at them; ``x_NE`` is changed in place. Problems that are
-            filled stay as they are.
+        state: prices and the assignment at them; ``x_NE`` is changed in place.
 
     Returns:
-        (B, E) int64 prices, which are optimal, and (B, E) int64 loads of all ranks.
+        (B, E) int64 prices, which are optimal.
 
     Raises:
         ValueError: forbidden arcs leave units that no expert can take; says how many.
@@ -73,14 +70,13 @@ def finish(
     has_sink_B = ~problem.tight_B
     prices_BE = state.prices_BE
     excess_BN, slack_BE = imbalance(problem, prices_BE, state.load_BE)
-    excess_BN[state.filled_B] = 0
     reach_B, stride_B, beyond_B = _first_reach(problem, state.gaps_BL, excess_BN)
     drift_B = np.zeros_like(reach_B)
     while (reach_B >= 0).any():
         room_B = reach_B.copy()
         if exchange.size > 1:
             room_B = np.where(reach_B > 0, np.minimum(_SPARE * reach_B, _WHOLE), reach_B)
-        own = backend.contested(
+        own = passes.contested(
             problem, prices_BE, state.x_NE, room_B, stride_B, state.gap_N, drift_B
         )
         found, own_A = own.of_all_ranks(exchange, problem)
@@ -91,7 +87,7 @@ def finish(
             # Ranks have the same rows now, and move the same units.
             found, excess_BN, slack_BE, moved_BE, spread_B, now_B = exchange.same(
                 functools.partial(
-                    _augment, backend, found, prices_BE, excess_BN, slack_BE, has_sink_B,
+                    _augment, found, prices_BE, excess_BN, slack_BE, has_sink_B,
                     np.where(tries_B, reach_B, -1), (reach_B == room_B).all(),
                 )
             )  # fmt: skip
@@ -117,12 +113,10 @@ def finish(
         own.apply(state.x_NE)
         reach_B = np.where(status_B == 0, -1, reach_B)
         stride_B = np.ones_like(reach_B)
-    load_BE = excess_BN[:, :-1] - slack_BE + problem.capacity_BE
-    return prices_BE, np.where(state.filled_B[:, None], state.load_BE, load_BE)
+    return prices_BE
 
 
 def _augment(
-    backend: Any,
     found: Contested,
     prices_BE: IntArray,
     excess_BN: IntArray,
@@ -135,7 +129,7 @@ def _augment(
     num_experts = prices_BE.shape[1]
     excess_BN, slack_BE = excess_BN.copy(), slack_BE.copy()
     near, arc_A = (found, slice(None)) if is_whole else found.within(reach_B)
-    potential_BN, status_B = backend.augment(
+    potential_BN, status_B = passes.augment(
         near, prices_BE, excess_BN, slack_BE, has_sink_B, reach_B
     )
     level_B = np.where(has_sink_B, potential_BN[:, num_experts], 0)

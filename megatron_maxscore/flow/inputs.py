@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_maxscore.flow import outliers
+from megatron_maxscore.flow import outliers, passes
 from megatron_maxscore.flow.agreement import ANY_UNIT
 from megatron_maxscore.flow.problem import BoolArray, FloatArray, IntArray, maxima
 
@@ -35,8 +35,6 @@ class Options:
         capacity_factor: of an equal share.
         warm_BE: (B, E) float64 prices to start from, None for zeros.
         fill_padding: whether padding rows get experts.
-        tolerance: relative gap at which to stop.
-        max_rounds: most collectives.
     """
 
     topk: int
@@ -44,8 +42,6 @@ class Options:
     capacity_factor: float
     warm_BE: FloatArray | None
     fill_padding: bool
-    tolerance: float
-    max_rounds: int | None
 
     def capacities(self, rows_B: IntArray, num_experts: int) -> IntArray:
         """Return (B, E) int64 for problems of so many rows."""
@@ -65,8 +61,7 @@ class Options:
             capacity = int(capacity[0])
         return (
             self.topk, rows.num_experts, rows.counts_B.size, str(dtype).removeprefix("torch."),
-            capacity, self.capacity_factor, self.warm_BE, self.fill_padding, self.tolerance,
-            "exact", self.max_rounds,
+            capacity, self.capacity_factor, self.warm_BE, self.fill_padding, "exact",
         )  # fmt: skip
 
 
@@ -129,9 +124,7 @@ def check(
     scores: Tensor,
     topk: int,
     capacity_factor: float,
-    tolerance: float,
     mode: str,
-    max_rounds: int | None,
 ) -> None:
     """Raise a ValueError if an argument is out of range."""
     if scores.dim() not in (2, 3):
@@ -148,12 +141,8 @@ def check(
         raise ValueError("scores hold no problem: the first dimension of (B, S, E) is 0")
     if not (0 < _number("capacity_factor", capacity_factor) < math.inf):
         raise ValueError(f"capacity_factor must be a positive number, got {capacity_factor}")
-    if not _number("tolerance", tolerance) >= 0:
-        raise ValueError(f"tolerance must be at least 0, got {tolerance}")
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    if max_rounds is not None and count("max_rounds", max_rounds) < 0:
-        raise ValueError(f"max_rounds must be at least 0, got {max_rounds}")
 
 
 @dataclass(frozen=True)
@@ -222,21 +211,19 @@ class Rows:
         unit_B = np.where(np.abs(exponent_B) > 900, -exponent_B, 0)
         return np.where(largest_B == 0.0, ANY_UNIT, unit_B)
 
-    def scan(self, kernels: Any, unit_B: IntArray) -> Scanned:
+    def scan(self, unit_B: IntArray) -> Scanned:
         """Multiply scores by ``2.0 ** unit`` and find out what there is to know of each row."""
         scores_NE = self.scores_NE
         if ((unit_B != 0) & (unit_B != ANY_UNIT)).any():
             unit_B = np.where(unit_B == ANY_UNIT, 0, unit_B)
             scores_NE = np.ldexp(scores_NE, np.repeat(unit_B, self.counts_B)[:, None])
-        low_N, high_N, has_bad, has_forbidden = kernels.scan(scores_NE)
+        low_N, high_N, has_bad, has_forbidden = passes.scan(scores_NE)
         with np.errstate(invalid="ignore"):  # a row without allowed experts is refused
             range_N = high_N - low_N
         largest_B = maxima(np.where(range_N > 0, range_N, 0.0), self.start_B)
         return Scanned(scores_NE, low_N, range_N, largest_B, has_bad, has_forbidden)
 
-    def without_outliers(
-        self, kernels: Any, scanned: Scanned, limit_B: FloatArray
-    ) -> tuple[Scanned, int]:
+    def without_outliers(self, scanned: Scanned, limit_B: FloatArray) -> tuple[Scanned, int]:
         """Scale rows down whose range exceeds their problem's limit; return how many, too."""
         limit_N = np.repeat(limit_B, self.counts_B) if np.isfinite(limit_B).any() else np.inf
         rows_M = np.flatnonzero(scanned.range_N > limit_N)
@@ -248,7 +235,7 @@ class Rows:
         range_N = scanned.range_N.copy()
         wide_ME = scores_NE[rows_M].astype(np.float64) * factor_M[:, None]
         scores_NE[rows_M] = wide_ME
-        low_M, high_M, *_ = kernels.scan(np.ascontiguousarray(scores_NE[rows_M]))
+        low_M, high_M, *_ = passes.scan(np.ascontiguousarray(scores_NE[rows_M]))
         low_N[rows_M], range_N[rows_M] = low_M, high_M - low_M
         largest_B = maxima(np.where(range_N > 0, range_N, 0.0), self.start_B)
         return (

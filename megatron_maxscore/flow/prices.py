@@ -23,13 +23,13 @@ Shape letters: B problems, N rows of all problems, E experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from megatron_maxscore.flow import passes
 from megatron_maxscore.flow.buckets import ALL_BUCKETS, NUM_LEVELS, WINDOW_BUCKETS
 from megatron_maxscore.flow.exchange import Exchange
-from megatron_maxscore.flow.problem import SCORE_BITS, BoolArray, FloatArray, IntArray, Problem
+from megatron_maxscore.flow.problem import SCORE_BITS, BoolArray, IntArray, Problem
 from megatron_maxscore.flow.sample import sample_size, take_sample
 from megatron_maxscore.flow.sweeps import EVERYTHING, Descent, Reading, is_tight, overflow, sweep
 
@@ -49,8 +49,6 @@ SAMPLE_AIM = 0.015
 LOST = 0.1
 # Prices of a sample, and warm ones, are off by less than this.
 FIRST_WINDOW = 1 << (SCORE_BITS - 5)
-# What moving a unit of overflow without a search costs at least, in ranges of a row.
-_FILL_COST = 0.05
 
 
 @dataclass
@@ -64,7 +62,6 @@ class PriceState:
         gap_N: (N,) int64 k-th less (k+1)-th reduced score.
         x_NE: (N, E) bool.
         threshold_N: (N,) int64 mean of the k-th and (k+1)-th reduced score.
-        filled_B: (B,) bool, whether x is already feasible and within the tolerance.
         passes: how often the scores were read.
     """
 
@@ -74,29 +71,16 @@ class PriceState:
     gap_N: IntArray
     x_NE: BoolArray
     threshold_N: IntArray
-    filled_B: BoolArray
     passes: int
 
 
-def improve(
-    backend: Any,
-    exchange: Exchange,
-    problem: Problem,
-    prices_BE: IntArray,
-    max_passes: int = MAX_PASSES,
-    tolerance: float = 0.0,
-    sum_ranges_B: FloatArray | None = None,
-) -> PriceState:
+def improve(exchange: Exchange, problem: Problem, prices_BE: IntArray) -> PriceState:
     """Return prices with little overflow.
 
     Args:
-        backend: :mod:`plain` or :mod:`fused`.
         exchange: between the ranks that hold the rows; one round per pass, one for a sample.
         problem: the problems.
         prices_BE: (B, E) int64 >= 0 to start from.
-        max_passes: most passes over the scores.
-        tolerance: relative gap at which a filled assignment will do; all arcs must be allowed.
-        sum_ranges_B: (B,) float64 sum of all rows' ranges as integers; needed with a tolerance.
     """
     size_B = sample_size(problem)
     units_B = problem.rows_B * problem.topk
@@ -106,7 +90,7 @@ def improve(
         num_buckets, window_BE = ALL_BUCKETS, np.full_like(prices_BE, EVERYTHING)
     else:
         num_buckets, window_BE = WINDOW_BUCKETS, np.full_like(prices_BE, FIRST_WINDOW)
-    rows = _Rows(backend, exchange, problem, num_buckets, tolerance, sum_ranges_B)
+    rows = _Rows(exchange, problem, num_buckets)
     can_sample_B = size_B < problem.rows_B
     wants_B = can_sample_B & (prices_BE == prices_BE[:, :1]).all(1)
     first = None
@@ -116,8 +100,8 @@ def improve(
         wants_B = can_sample_B & (overflow_B > LOST * units_B)
     if wants_B.any():
         first = None
-        sample = take_sample(backend, exchange, problem, np.where(wants_B, size_B, 0))
-        sampled = _Rows(backend, Exchange(), sample, ALL_BUCKETS)
+        sample = take_sample(exchange, problem, np.where(wants_B, size_B, 0))
+        sampled = _Rows(Exchange(), sample, ALL_BUCKETS)
         everything_BE = np.full_like(prices_BE, EVERYTHING)
         aim_of_sample_B = SAMPLE_AIM * sample.rows_B * sample.topk
 
@@ -125,13 +109,13 @@ def improve(
             lambda: sampled.sweep(prices_BE, everything_BE, SAMPLE_PASSES, aim_of_sample_B)
         )
         prices_BE = found.prices_BE
-    found = rows.sweep(prices_BE, window_BE, max_passes + (first is not None), aim_B, first)
+    found = rows.sweep(prices_BE, window_BE, MAX_PASSES + (first is not None), aim_B, first)
     # With a little slack the lowest may be anywhere; what is common to all changes no choice.
     level_B = np.where(problem.tight_B, 0, found.prices_BE.min(1))
     prices_BE = found.prices_BE - level_B[:, None]
     return PriceState(
         prices_BE, found.load_BE, rows.gaps_BL, rows.gap_N, rows.x_NE, rows.threshold_N,
-        rows.filled_B, found.passes,
+        found.passes,
     )  # fmt: skip
 
 
@@ -144,23 +128,13 @@ def aim_of(units: int, num_experts: int) -> float:
 class _Rows:
     """Passes over all rows of problems."""
 
-    def __init__(
-        self,
-        backend: Any,
-        exchange: Exchange,
-        problem: Problem,
-        num_buckets: int,
-        tolerance: float = 0.0,
-        sum_ranges_B: FloatArray | None = None,
-    ) -> None:
+    def __init__(self, exchange: Exchange, problem: Problem, num_buckets: int) -> None:
         rows = problem.scores_NE.shape[0]
-        self.backend, self.exchange, self.problem = backend, exchange, problem
+        self.exchange, self.problem = exchange, problem
         self.num_buckets = num_buckets
         self.threshold_N, self.gap_N = np.zeros(rows, np.int64), np.empty(rows, np.int64)
         self.gaps_BL = np.zeros((problem.num_problems, NUM_LEVELS + 1), np.int64)
         self.x_NE = np.empty(problem.scores_NE.shape, np.bool_)
-        self.filled_B = np.zeros(problem.num_problems, np.bool_)
-        self.tolerance, self.sum_ranges_B = tolerance, sum_ranges_B
         self._knows_threshold = False
 
     def sweep(
@@ -173,7 +147,6 @@ class _Rows:
     ) -> Descent:
         return sweep(
             self.read,
-            self.backend.price_step,
             self.problem,
             prices_BE,
             window_BE,
@@ -181,11 +154,10 @@ class _Rows:
             max_passes,
             aim_B,
             first,
-            accept=None if self.sum_ranges_B is None else self.accept,
         )
 
     def read(self, prices_BE: IntArray, window_BE: IntArray, active_B: BoolArray) -> Reading:
-        loads_BE, gaps_BL, count_bids = self.backend.price_pass(
+        loads_BE, gaps_BL, count_bids = passes.price_pass(
             self.problem, prices_BE, window_BE, self.num_buckets,
             active_B, self.threshold_N, self._knows_threshold, self.gap_N, self.x_NE,
         )  # fmt: skip
@@ -198,44 +170,3 @@ class _Rows:
             count_bids = lambda: bids_BEH  # noqa: E731
         self.gaps_BL = np.where(active_B[:, None], gaps_BL, self.gaps_BL)
         return loads_BE, count_bids
-
-    def accept(
-        self, prices_BE: IntArray, load_BE: IntArray, overflow_B: IntArray, active_B: BoolArray
-    ) -> BoolArray:
-        """Fill problems whose overflow is so small that this may keep within the tolerance."""
-        assert self.sum_ranges_B is not None
-        for b in np.flatnonzero(active_B & (overflow_B > 0)).tolist():
-            total = float(self.sum_ranges_B[b])
-            least = overflow_B[b] * _FILL_COST * total
-            if least > self.tolerance * total * self.problem.rows_B[b]:
-                continue  # hopeless
-            self.filled_B[b] = _fills(
-                self.backend, self.exchange, self.problem, b, self.tolerance * total, prices_BE,
-                self.threshold_N, load_BE, self.x_NE,
-            )  # fmt: skip
-        return self.filled_B
-
-
-def _fills(
-    backend: Any,
-    exchange: Exchange,
-    problem: Problem,
-    b: int,
-    allowance: float,
-    prices_BE: IntArray,
-    threshold_N: IntArray,
-    load_BE: IntArray,
-    x_NE: BoolArray,
-) -> bool:
-    """Make a problem feasible if that costs no more than the allowance; else change nothing."""
-    rows = slice(int(problem.start_B[b]), int(problem.start_B[b + 1]))
-    x_before, load_before = x_NE[rows].copy(), load_BE[b].copy()
-    loss = backend.fill(problem, b, prices_BE, threshold_N, load_BE, x_NE, exchange)
-    idle_E = problem.capacity_BE[b] - load_BE[b]
-    rent = sum(
-        price * idle for price, idle in zip(prices_BE[b].tolist(), idle_E.tolist(), strict=True)
-    )
-    if loss + rent <= allowance:
-        return True
-    x_NE[rows], load_BE[b] = x_before, load_before
-    return False

@@ -5,10 +5,9 @@ Shape letters: B problems, N rows of all problems, E experts, R ranks.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
+from megatron_maxscore.flow import passes
 from megatron_maxscore.flow.exchange import Exchange
 from megatron_maxscore.flow.hashing import hashed, part_of
 from megatron_maxscore.flow.problem import IntArray, Problem
@@ -29,7 +28,7 @@ def sample_size(problem: Problem) -> IntArray:
     return np.asarray(np.where(problem.rows_B >= 4 * wanted, wanted, problem.rows_B))
 
 
-def take_sample(backend: Any, exchange: Exchange, problem: Problem, size_B: IntArray) -> Problem:
+def take_sample(exchange: Exchange, problem: Problem, size_B: IntArray) -> Problem:
     """Return the problem over some rows from everywhere, with capacities to match.
 
     One round; every rank gets the whole sample.
@@ -54,7 +53,7 @@ def take_sample(backend: Any, exchange: Exchange, problem: Problem, size_B: IntA
         for b, index in enumerate(chosen)
     ]
     scores_NE = gather_rows(exchange, problem.scores_NE[np.concatenate(own)], count_RB)
-    low_N = exchange.same(lambda: backend.scan(scores_NE)[0])
+    low_N = exchange.same(lambda: passes.scan(scores_NE)[0])
     share_B = size_B / np.maximum(problem.rows_B, 1)
     # To so few bits that sums of them are exact in any order.
     capacity_BE = np.rint(problem.capacity_BE * share_B[:, None] * 1024.0) / 1024.0

@@ -27,7 +27,8 @@ class FlowSolution:
             assignment scores more.
         gap: 0-dim float64, ``(bound - objective)`` over the sum of the rows' score ranges; 0 when
             the numerator is 0, inf when only the denominator is.
-        converged: 0-dim bool, whether the tolerance was met; feasible either way.
+        converged: 0-dim bool, whether the gap is at most 1e-9, which rounding may leave; feasible
+            either way.
         loads: (R, E) int64, every rank's count per expert exactly as dispatched.
         rounds: collectives used.
         bad: 0-dim int64, rows with scores that were not finite and counted as 0; only bounded mode

@@ -16,15 +16,13 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from megatron_maxscore.flow import certified, inputs, outliers
+from megatron_maxscore.flow import certified, inputs, outliers, passes
 from megatron_maxscore.flow import prices as price_sweeps
 from megatron_maxscore.flow.agreement import ANY_UNIT, Own, agree
-from megatron_maxscore.flow.backend import backend
 from megatron_maxscore.flow.exchange import Exchange, exchange_of
 from megatron_maxscore.flow.finish import finish
 from megatron_maxscore.flow.inputs import Options, Rows
 from megatron_maxscore.flow.problem import (
-    SCORE_BITS,
     BoolArray,
     FloatArray,
     IntArray,
@@ -48,9 +46,7 @@ def solve(
     group: Any = None,
     valid: Tensor | ArrayLike | None = None,
     fill_padding: bool = False,
-    tolerance: float = 0.0,
     mode: str = "auto",
-    max_rounds: int | None = None,
 ) -> FlowSolution:
     """Assign every token exactly k distinct experts, no expert above capacity, best total score.
 
@@ -75,7 +71,6 @@ def solve(
         valid: (T,) or (B, S) bool, False = padding.
         fill_padding: True: padding rows get k experts too, as rows of equal scores in the same
             flow. False: they get no expert and take no capacity.
-        tolerance: relative gap at which the solver may stop; 0 = exact optimum.
         mode: "exact", on the CPU, to which scores on a GPU are copied; "bounded", on the GPU
             (:mod:`device`), with a certified gap and without a host sync; or "auto", exact for
             scores on the CPU and bounded for those on a GPU. In bounded mode scores that are not
@@ -84,8 +79,6 @@ def solve(
             then on the device does, and values of prices are taken to be equal unseen. Bounded mode
             needs ``fill_padding`` where there may be padding, and float32 or narrower scores;
             other problems are solved exactly, and that is said once.
-        max_rounds: aim at no more collectives, by fewer price passes; an exact solve may still need
-            more for its finish. One rank needs none.
 
     Returns:
         The assignment and its certificate, on the device of ``scores``.
@@ -103,7 +96,7 @@ def solve(
             prices = None if prices is None else inputs.tensor("prices", prices)
             valid = None if valid is None else inputs.tensor("valid", valid)
             topk = inputs.count("topk", topk)
-            inputs.check(detached, topk, capacity_factor, tolerance, mode, max_rounds)
+            inputs.check(detached, topk, capacity_factor, mode)
             capacity = inputs.capacity(capacity, detached.shape[-1])
             obstacle = certified.obstacle(
                 detached, mode, exchange.size, valid is not None, fill_padding
@@ -113,7 +106,7 @@ def solve(
             raise  # not reached
         if not obstacle:
             return certified.solve(
-                detached, topk, capacity, capacity_factor, prices, tolerance, valid, exchange
+                detached, topk, capacity, capacity_factor, prices, valid, exchange
             )
         certified.tell_once(detached, obstacle)
         try:
@@ -124,27 +117,24 @@ def solve(
                 float(capacity_factor),
                 inputs.warm_prices(prices, rows.counts_B.size, rows.num_experts, rows.is_batch),
                 fill_padding,
-                float(tolerance),
-                max_rounds,
             )
-            kernels = backend()
         except (ValueError, TypeError) as error:
             agree(exchange, Own.wrong(str(error)))
             raise  # not reached: agree() raises the same on all ranks
-        return _Solve(exchange, kernels, rows, options).run(detached.dtype, detached.device)
+        return _Solve(exchange, rows, options).run(detached.dtype, detached.device)
 
 
 class _Solve:
     """One call of :func:`solve`."""
 
-    def __init__(self, exchange: Exchange, kernels: Any, rows: Rows, options: Options) -> None:
-        self.exchange, self.kernels, self.rows, self.options = exchange, kernels, rows, options
+    def __init__(self, exchange: Exchange, rows: Rows, options: Options) -> None:
+        self.exchange, self.rows, self.options = exchange, rows, options
 
     def run(self, dtype: torch.dtype, device: torch.device) -> FlowSolution:
         """Exchange arguments and solve."""
         rows, options = self.rows, self.options
         unit_B = rows.units()
-        scanned = rows.scan(self.kernels, unit_B)
+        scanned = rows.scan(unit_B)
         agreed = agree(
             self.exchange,
             Own(
@@ -159,8 +149,8 @@ class _Solve:
             ),
         )
         if ((agreed.unit_B != unit_B) & (unit_B != ANY_UNIT)).any():
-            scanned = rows.scan(self.kernels, agreed.unit_B)
-        scanned, num_scaled = rows.without_outliers(self.kernels, scanned, agreed.limit_B)
+            scanned = rows.scan(agreed.unit_B)
+        scanned, num_scaled = rows.without_outliers(scanned, agreed.limit_B)
         rows_B = agreed.rows_RB.sum(0)
         problem = Problem(
             scores_NE=scanned.scores_NE,
@@ -215,7 +205,7 @@ class _Solve:
             objective=give(objective_B),
             bound=give(bound_B),
             gap=give(gap_B),
-            converged=give(gap_B <= max(self.options.tolerance, ROUNDING)),
+            converged=give(gap_B <= ROUNDING),
             loads=give(result.load_RBE.swapaxes(0, 1)),
             rounds=self.exchange.rounds,
             bad=torch.zeros((), dtype=torch.int64, device=device),
@@ -229,10 +219,8 @@ class _Solve:
         start_BE: IntArray,
     ) -> _Result:
         """Solve with every rank's rows where they are."""
-        prices_BE, x_NE = _assign(
-            self.kernels, self.exchange, problem, start_BE, range_N, self.options
-        )
-        own = _evaluate(self.kernels, problem, range_N, prices_BE, x_NE)
+        prices_BE, x_NE = _assign(self.exchange, problem, start_BE)
+        own = _evaluate(problem, range_N, prices_BE, x_NE)
         if self.exchange.size == 1:
             return own.with_rent(problem)
         payload = own.sums_3B.tobytes() + own.load_RBE.tobytes()
@@ -256,7 +244,7 @@ class _Solve:
         scores_NE = gather_rows(self.exchange, problem.scores_NE, rows_RB)
 
         def solve_whole() -> _Result:
-            low_N, high_N, *_ = self.kernels.scan(scores_NE)
+            low_N, high_N, *_ = passes.scan(scores_NE)
             whole = dataclasses.replace(
                 problem,
                 scores_NE=scores_NE,
@@ -265,10 +253,8 @@ class _Solve:
                 rank=0,
                 low_N=low_N,
             )
-            prices_BE, x_NE = _assign(
-                self.kernels, Exchange(), whole, start_BE, high_N - low_N, self.options
-            )
-            result = _evaluate(self.kernels, whole, high_N - low_N, prices_BE, x_NE)
+            prices_BE, x_NE = _assign(Exchange(), whole, start_BE)
+            result = _evaluate(whole, high_N - low_N, prices_BE, x_NE)
             return result.with_rent(whole)
 
         whole = self.exchange.same(solve_whole)
@@ -309,65 +295,25 @@ class _Result:
 
 
 def _evaluate(
-    kernels: Any, problem: Problem, range_N: FloatArray, prices_BE: IntArray, x_NE: BoolArray
+    problem: Problem, range_N: FloatArray, prices_BE: IntArray, x_NE: BoolArray
 ) -> _Result:
     """Evaluate this rank's rows."""
     exact_BE = np.ldexp(prices_BE.astype(np.float64), -problem.shift_B[:, None])
-    experts_NK, total_N, slack_N = kernels.conclude(problem, exact_BE, x_NE)
+    experts_NK, total_N, slack_N = passes.conclude(problem, exact_BE, x_NE)
     sums = [_sums(values_N, problem.start_B) for values_N in (total_N, slack_N, range_N)]
     return _Result(exact_BE, experts_NK, _loads(experts_NK, problem)[None], np.stack(sums))
 
 
-# Rounds besides those of price passes: a sample, contested rows once, the result.
-_OTHER_ROUNDS = 4
-
-
-def _assign(
-    kernels: Any,
-    exchange: Exchange,
-    problem: Problem,
-    start_BE: IntArray,
-    range_N: FloatArray,
-    options: Options,
-) -> tuple[IntArray, BoolArray]:
+def _assign(exchange: Exchange, problem: Problem, start_BE: IntArray) -> tuple[IntArray, BoolArray]:
     """Return (B, E) int64 prices and the (N, E) bool assignment of this rank's rows."""
     rows, num_experts = problem.scores_NE.shape
     if problem.rows_B.sum() == 0:
         return start_BE, np.zeros((0, num_experts), np.bool_)
     if problem.topk == num_experts:
         return np.zeros_like(start_BE), np.ones((rows, num_experts), np.bool_)
-    tolerance, max_passes = options.tolerance, price_sweeps.MAX_PASSES
-    if options.max_rounds is not None and exchange.size > 1:
-        max_passes = max(2, min(max_passes, options.max_rounds - exchange.rounds - _OTHER_ROUNDS))
-    sum_ranges_B = None
-    if tolerance > 0.0 and not problem.has_forbidden:
-        sum_ranges_B = _sum_ranges(exchange, problem, range_N)
-    state = price_sweeps.improve(
-        kernels, exchange, problem, start_BE, max_passes, tolerance, sum_ranges_B
-    )
-    prices_BE, _ = finish(kernels, exchange, problem, state)
+    state = price_sweeps.improve(exchange, problem, start_BE)
+    prices_BE = finish(exchange, problem, state)
     return prices_BE, state.x_NE
-
-
-def _sum_ranges(exchange: Exchange, problem: Problem, range_N: FloatArray) -> FloatArray:
-    """Return (B,) sums of all ranks' integer row ranges, whatever the split; one round."""
-    q_N = np.rint(np.ldexp(range_N, problem.shift_B[problem.problem_N])).astype(np.int64)
-    # In two parts, each of which stays within 63 bits.
-    low_bits = SCORE_BITS // 2
-    parts_2B = np.stack(
-        [
-            np.add.reduceat(np.append(part_N, 0), problem.start_B[:-1])
-            * (np.diff(problem.start_B) > 0)
-            for part_N in (q_N >> low_bits, q_N & ((1 << low_bits) - 1))
-        ]
-    )
-    total_2B = sum(
-        np.frombuffer(data, np.int64).reshape(2, -1)
-        for data in exchange.gather(parts_2B.tobytes(), phase="ranges of scores")
-    )
-    return np.array(
-        [float((high << low_bits) + low) for high, low in np.asarray(total_2B).T.tolist()]
-    )
 
 
 def _loads(experts_NK: IntArray, problem: Problem) -> IntArray:

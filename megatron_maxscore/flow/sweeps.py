@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_maxscore.flow.passes import price_step
 from megatron_maxscore.flow.problem import SCORE_BITS, BoolArray, IntArray, Problem
 
 # Steps are long only where the overflow is at most this share of all units.
@@ -91,7 +92,6 @@ def _within_limits(prices_BE: IntArray, is_tight_B: BoolArray) -> IntArray:
 
 def sweep(
     read: Callable[[IntArray, IntArray, BoolArray], Reading],
-    price_step: Callable[[np.ndarray, np.ndarray, IntArray], IntArray],
     problem: Problem,
     prices_BE: IntArray,
     window_BE: IntArray,
@@ -99,7 +99,6 @@ def sweep(
     max_passes: int,
     aim_B: np.ndarray,
     first: Reading | None = None,
-    accept: Callable[[IntArray, IntArray, IntArray, BoolArray], BoolArray] | None = None,
 ) -> Descent:
     """Sweep until the overflow is at most ``aim_B``, no longer falls, or passes are up.
 
@@ -108,7 +107,6 @@ def sweep(
     Args:
         read: chooses at prices, in problems that are active; returns (B, E) int64 loads and a
             function that returns the (B, E, H) counts of bids within a window.
-        price_step: see :func:`buckets.price_step`.
         problem: its capacities.
         prices_BE: (B, E) int64 to start from.
         window_BE: (B, E) int64, how far prices may be off.
@@ -116,8 +114,6 @@ def sweep(
         max_passes: calls of ``read`` at most.
         aim_B: (B,) units of overflow at which to stop.
         first: what ``read`` has returned for these prices, if it was called already.
-        accept: where given, told of prices, loads, overflow and active problems after each pass;
-            returns (B,) bool, which problems are done.
     """
     num_problems = problem.num_problems
     is_tight_B = is_tight(problem)
@@ -142,8 +138,6 @@ def sweep(
         passes += 1
         load_BE = np.where(active_B[:, None], loads, load_BE)
         now_B = overflow(load_BE, prices_BE, problem, is_tight_B)
-        if accept is not None:
-            active_B &= ~accept(prices_BE, load_BE, now_B, active_B)
         is_best_B = now_B <= best_B
         is_near_B = now_B <= near_B
         # A long step that made things worse is taken back to its plain length.

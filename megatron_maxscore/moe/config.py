@@ -57,9 +57,6 @@ class MaxScoreConfig:
         "Capacity of an expert over an equal share of the assignments, at least 1. Nothing is "
         "ever dropped; at 1.0 every expert gets exactly its share.",
     )
-    tolerance: float = option(
-        0.0, "Relative duality gap at which the solver may stop; 0 is the exact optimum."
-    )
     gate: Literal["soft_topk", "score"] = option(
         "soft_topk",
         "Weight of an expert's output. soft_topk: SoftTopk of the logits, unchanged. score: what "
@@ -136,7 +133,6 @@ class MaxScoreConfig:
                 1.0 <= self.capacity_factor <= _LARGEST_FACTOR,
                 "at least 1, at most 4096",
             ),
-            ("tolerance", 0.0 <= self.tolerance < math.inf, "at least 0, and finite"),
             (
                 "temperature",
                 self.temperature is None or 0.0 < self.temperature < math.inf,

@@ -56,7 +56,7 @@ class Scope:
     """Solves a router's problems over the ranks of its scope.
 
     Args:
-        options: MaxScore's options; scope, mode, capacity factor and tolerance count.
+        options: MaxScore's options; scope, mode and capacity factor count.
         pg_collection: Megatron's process groups ``tp``, ``tp_cp`` and ``tp_ep``.
         sequence_parallel: whether tensor-parallel ranks hold different tokens.
 
@@ -125,7 +125,6 @@ class Scope:
         common: dict[str, Any] = dict(
             prices=prices,
             fill_padding=True,
-            tolerance=self.options.tolerance,
             mode=self.options.mode,
         )
         if self.options.scope == "local":

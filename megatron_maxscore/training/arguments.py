@@ -12,7 +12,6 @@ from typing import Any
 from megatron_maxscore import cpu
 from megatron_maxscore._patches import PatchSet
 from megatron_maxscore._run import is_rank_zero
-from megatron_maxscore.flow.backend import describe
 from megatron_maxscore.flow.places import is_interpreted
 from megatron_maxscore.moe.config import (
     VARIABLE_LENGTHS,
@@ -88,7 +87,7 @@ def _say(text: str) -> None:
 
 def say_once(args: Any) -> None:
     """Say on rank 0 what routes and which solver runs."""
-    where = f"on the CPU by {describe()}"
+    where = "on the CPU"
     if args.maxscore_mode != "exact" and not cpu.is_enabled():
         where = "on the GPU"
     _say(
@@ -105,7 +104,6 @@ def check_arguments(args: Any) -> None:
     options = MaxScoreConfig.from_transformer_config(args)
     if args.moe_router_type == "maxscore":
         check_transformer_config(args, options)
-        describe()  # an implementation that cannot be loaded is a ValueError
         if options.mode == "bounded" and cpu.is_enabled() and not is_interpreted():
             raise ValueError(
                 "--maxscore-mode bounded runs on GPUs, and this is CPU mode; leave it out"

@@ -102,7 +102,6 @@ REFUSED = {
     "--maxscore-capacity-factor inf": ["--maxscore-capacity-factor", "inf", "at least 1"],
     "--maxscore-capacity-factor 1e300": ["--maxscore-capacity-factor", "1e+300", "at least 1"],
     "--maxscore-temperature inf": ["--maxscore-temperature", "inf", "finite"],
-    "--maxscore-tolerance nan": ["--maxscore-tolerance", "nan"],
     "--moe-router-topk -1": ["--moe-router-topk -1", "between 1 and"],
     "--expert-model-parallel-size 0": ["--expert-model-parallel-size", "at least 1, got 0"],
     "--maxscore-record-dir s --maxscore-record-layers 99": ["layer 99", "2 layers"],

@@ -108,9 +108,6 @@ def random_instance(seed: int):
     if rng.random() < 0.4:
         valid = torch.from_numpy(rng.random((problems, tokens)) < 0.8)
         arguments["fill_padding"] = bool(rng.random() < 0.5)
-    if bool(torch.isfinite(scores).all()):
-        if rng.random() < 0.3:
-            arguments["tolerance"] = float(rng.choice([1e-3, 0.05, 0.3]))
     if problems == 1 and rng.random() < 0.5:
         scores = scores[0]
         valid = None if valid is None else valid[0]
@@ -156,11 +153,9 @@ def wrong_on_one_rank(rank, size, what):
         "topk": {"topk": 3},
         "capacity": {"capacity": torch.tensor([20, 30, 40, 50])},
         "capacity_factor": {"capacity_factor": 2.0},
-        "tolerance": {"tolerance": 1e-3},
         "mode": {"mode": "bounded"},
         "prices": {"prices": torch.ones(4)},
         "fill_padding": {"fill_padding": True},
-        "max_rounds": {"max_rounds": 30},
         "bad argument": {"topk": 9},
     }
     if odd and what in changes:

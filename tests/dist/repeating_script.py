@@ -39,7 +39,6 @@ def loss_func(loss_mask, output):
         result=result[0].detach().clone(),
         rejection_func=lambda loss: current in RERUN,
         message="unexpected loss",
-        tolerance=0.0,
         fatal=False,
     )
     return result

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from tests.both_solvers import KERNELS
+from megatron_maxscore.flow import passes
 
 
 @pytest.fixture
-def passes(monkeypatch):
+def rows_read(monkeypatch):
     """Rows of every pass over scores so far."""
     counted: list[int] = []
-    for kernels in KERNELS.values():
-        original = kernels.price_pass
+    original = passes.price_pass
 
-        def price_pass(problem, *args, _original=original):
-            counted.append(problem.scores_NE.shape[0])
-            return _original(problem, *args)
+    def price_pass(problem, *args):
+        counted.append(problem.scores_NE.shape[0])
+        return original(problem, *args)
 
-        monkeypatch.setattr(kernels, "price_pass", price_pass)
+    monkeypatch.setattr(passes, "price_pass", price_pass)
     return counted

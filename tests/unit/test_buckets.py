@@ -8,19 +8,20 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_maxscore.flow import buckets, fused
+from megatron_maxscore.flow import buckets, passes
+from tests import reference
 from tests.oracles import bucket_of
 
 
 def test_example():
-    assert doctest.testmod(buckets).failed == 0
+    assert doctest.testmod(reference).failed == 0
 
 
 def counted(bids, window, num_buckets):
     """Count bids of one expert that are above minus its window."""
     bids = bids[bids > -window]
-    counts = np.bincount(buckets.bucket_of(bids), minlength=buckets.ALL_BUCKETS)
-    return buckets.within_windows(counts[:, None], np.array([[window]]), num_buckets)
+    counts = np.bincount(reference.bucket_of(bids), minlength=buckets.ALL_BUCKETS)
+    return reference.within_windows(counts[:, None], np.array([[window]]), num_buckets)
 
 
 @given(
@@ -51,8 +52,8 @@ def test_step_comes_close_to_the_exact_one(seed, capacity, bits, num_buckets):
     bids = np.sort(np.rint(rng.standard_normal(60) * 2.0**bits).astype(np.int64))[::-1]
     window = np.array([[int(np.abs(bids).max()) + 1]])
     counts = counted(bids, int(window[0, 0]), num_buckets)
-    step = int(buckets.price_step(counts, np.array([[capacity]]), window)[0, 0])
-    assert fused.price_step(counts, np.array([[capacity]]), window).tolist() == [[step]]
+    step = int(reference.price_step(counts, np.array([[capacity]]), window)[0, 0])
+    assert passes.price_step(counts, np.array([[capacity]]), window).tolist() == [[step]]
     # Buckets are a quarter of an octave wide, the innermost ones a thousandth of the window.
     innermost = float(window[0, 0]) / 2**9 if num_buckets == buckets.WINDOW_BUCKETS else 0.0
     if capacity >= bids.size:
@@ -66,7 +67,7 @@ def test_step_comes_close_to_the_exact_one(seed, capacity, bits, num_buckets):
 
 def test_nothing_counted_moves_by_the_window():
     counts = np.zeros((1, 2, buckets.ALL_BUCKETS), np.int32)
-    step = buckets.price_step(counts, np.array([[3, 0]]), np.array([[500, 500]]))
+    step = reference.price_step(counts, np.array([[3, 0]]), np.array([[500, 500]]))
     assert step.tolist() == [[-500, -500]]
 
 
@@ -74,7 +75,7 @@ def test_nothing_counted_moves_by_the_window():
 @settings(deadline=None)
 def test_enough_rows_have_a_gap_within(gaps, data):
     rank = data.draw(st.integers(0, len(gaps) - 1))
-    counts = np.bincount(buckets.gap_level_of(np.array(gaps)), minlength=buckets.NUM_LEVELS + 1)
+    counts = np.bincount(reference.gap_level_of(np.array(gaps)), minlength=buckets.NUM_LEVELS + 1)
     within = buckets.gap_within(counts, rank)
     exact = sorted(gaps)[rank]
     assert (within == 0) == (exact == 0)

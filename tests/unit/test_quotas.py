@@ -68,7 +68,6 @@ def test_options_are_checked():
         ("mode", "greedy"),
         ("capacity_factor", 0.99),
         ("temperature", 0.0),
-        ("tolerance", -1.0),
         ("price_decay", 1.0),
         ("gate", "other"),
         ("objective", "other"),

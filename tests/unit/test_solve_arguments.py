@@ -53,8 +53,6 @@ def test_capacities_beyond_all_integers_bound_nothing(slack):
         (dict(scores=None), "scores must be a tensor, an array or nested lists.*NoneType"),
         (dict(scores=[["a"]]), "scores must be a tensor"),
         (dict(scores=[[1, 2]]), "scores must be floating point"),
-        (dict(tolerance="none"), "tolerance must be a number"),
-        (dict(max_rounds=1.5), "max_rounds must be a whole number"),
     ],
 )
 def test_other_arguments_are_a_value_error(arguments, message):
@@ -137,32 +135,3 @@ def test_where_no_cache_can_be_written_kernels_go_to_the_temporary_directory(tmp
     assert compiler.numba.config.CACHE_DIR == ""
     monkeypatch.setattr(compiler.tempfile, "gettempdir", lambda: "/proc/nowhere")
     assert compiler.jit(len) is len and places[1:] == ["nowhere"]
-
-
-@pytest.mark.parametrize(
-    ("solver", "words"),
-    [
-        ("foo", "MAXSCORE_SOLVER must be numba or torch, got 'foo'"),
-        (
-            "torch",
-            "torch and numpy, several times slower than numba, because MAXSCORE_SOLVER=torch",
-        ),
-    ],
-)
-def test_which_implementation_runs(solver, words):
-    script = (
-        "from megatron_maxscore.flow.backend import describe\n"
-        "try: print(describe())\n"
-        "except ValueError as error: print(error)"
-    )
-    assert words in run(script, MAXSCORE_SOLVER=solver).stdout
-
-
-def test_without_numba_that_is_told():
-    script = (
-        "import sys; sys.modules['numba'] = None\n"
-        "from megatron_maxscore.flow import solve; solve([[1.0, 0.0, 0.5]] * 6, 2)"
-    )
-    result = run(script)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count("several times slower than with numba") == 1

@@ -1,11 +1,8 @@
-"""The solver on every family of the benchmark, with both implementations."""
+"""The solver on every family of the benchmark."""
 
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_maxscore.flow import backend, buckets, solve
-from megatron_maxscore.flow.exchange import Exchange
+from megatron_maxscore.flow import buckets, passes, solve
 from megatron_maxscore.flow.problem import Problem, shifts
-from tests.both_solvers import KERNELS, SAMPLED, SMALL, check, solve_with_both, using
+from tests import reference
 from tests.oracles import check_assignment, highs_objective, ortools_objective
+from tests.solving import SAMPLED, SMALL, check
 from tools.workloads import FAMILIES, as_integers, workload
 
 
@@ -30,11 +27,11 @@ def test_optimum_on_every_family_cold_and_warm(family, size):
     other = workload(family, *size, batch=1)
     warm = solve(other.scores, other.topk, capacity=other.capacity).prices
     for prices in (None, warm, 1e6 * torch.randn(size[1])):
-        solution = solve_with_both(work.scores, work.topk, capacity=work.capacity, prices=prices)
+        solution = solve(work.scores, work.topk, capacity=work.capacity, prices=prices)
         total = check(work, solution)
         assert 0.0 <= solution.gap.item() <= 1e-9 and bool(solution.converged)
         assert solution.bound.item() >= solution.objective.item()
-        on_integers = solve_with_both(integers, work.topk, capacity=work.capacity, prices=prices)
+        on_integers = solve(integers, work.topk, capacity=work.capacity, prices=prices)
         assert on_integers.objective.item() == best and on_integers.gap.item() == 0.0
     if size == SMALL and family != "forbidden arcs":
         scores = work.scores.double().numpy()
@@ -52,7 +49,7 @@ def test_a_little_slack(family, slack):
     integers = as_integers(work.scores)
     best = ortools_objective(integers.double().numpy(), work.topk, capacity.numpy())
     for prices in (None, torch.randn(SAMPLED[1]) * 2**18):
-        solution = solve_with_both(integers, work.topk, capacity=capacity, prices=prices)
+        solution = solve(integers, work.topk, capacity=capacity, prices=prices)
         assert solution.objective.item() == best and solution.gap.item() == 0.0
         assert solution.prices.min() == 0.0
         assert (solution.loads[0] <= capacity).all()
@@ -66,34 +63,12 @@ def test_threads_change_no_bit(family):
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            answers.append(solve_with_both(work.scores, work.topk, capacity=work.capacity))
+            answers.append(solve(work.scores, work.topk, capacity=work.capacity))
     finally:
         torch.set_num_threads(before)
     for other in answers[1:]:
         for field in ("experts", "prices", "objective", "gap"):
             assert torch.equal(getattr(answers[0], field), getattr(other, field)), field
-
-
-@pytest.mark.parametrize("tolerance", [1e-1, 1e-2, 1e-3, 1e-6])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_tolerance_is_kept(family, tolerance):
-    work = workload(family, *SAMPLED)
-    exact = solve(work.scores, work.topk, capacity=work.capacity)
-    solution = solve_with_both(work.scores, work.topk, capacity=work.capacity, tolerance=tolerance)
-    total = check(work, solution)
-    assert solution.gap.item() <= tolerance and bool(solution.converged)
-    slack = 1e-9 * abs(exact.objective.item()) + 1e-9
-    assert total <= exact.objective.item() + slack
-    assert exact.objective.item() <= solution.bound.item() + slack
-
-
-def test_tolerance_saves_passes(passes):
-    work = workload("iid", *SAMPLED)
-    solve(work.scores, work.topk, capacity=work.capacity)
-    exact = sum(passes)
-    passes.clear()
-    solve(work.scores, work.topk, capacity=work.capacity, tolerance=0.03)
-    assert sum(passes) < exact
 
 
 def problem_of(scores, topk, capacity):
@@ -105,37 +80,6 @@ def problem_of(scores, topk, capacity):
     return Problem(scores, rows, count, 0, topk, capacity[None], low, shifts(largest), False)
 
 
-@given(st.integers(0, 2**32 - 1))
-@settings(max_examples=200, deadline=None)
-def test_fill_makes_any_start_feasible(seed):
-    # Small capacities and many experts per token, so that rows run out of experts with room.
-    rng = np.random.default_rng(seed)
-    num_experts = int(rng.integers(3, 7))
-    topk = num_experts - 1
-    num_tokens = int(rng.integers(2, 9))
-    scores = rng.standard_normal((num_tokens, num_experts))
-    capacity = np.full(num_experts, num_tokens)
-    while capacity.sum() > num_tokens * topk:
-        capacity[rng.choice(np.flatnonzero(capacity))] -= 1
-    problem = problem_of(scores, topk, capacity)
-    prices = np.zeros((1, num_experts), np.int64)
-    threshold = rng.integers(0, 100, num_tokens)
-    results = []
-    for kernels in KERNELS.values():
-        order = np.argsort(-scores, axis=1)[:, :topk]
-        x = np.zeros(scores.shape, bool)
-        np.put_along_axis(x, order, True, 1)
-        load = x.sum(0)[None].astype(np.int64)
-        loss = kernels.fill(problem, 0, prices, threshold, load, x, Exchange())
-        assert (x.sum(1) == topk).all() and (x.sum(0) <= capacity).all()
-        assert (load[0] == x.sum(0)).all()
-        q = np.rint((scores - scores.min(1)[:, None]) * problem.factor_B[0]).astype(np.int64)
-        before = np.take_along_axis(q, order, 1).sum()
-        assert loss == before - q[x].sum()
-        results.append(x)
-    assert (results[0] == results[1]).all()
-
-
 def test_gap_of_a_worse_assignment():
     rng = np.random.default_rng(3)
     scores = rng.integers(0, 100, (60, 6)).astype(np.float64)
@@ -144,37 +88,36 @@ def test_gap_of_a_worse_assignment():
     prices = best.prices.double().numpy()[None]
     x = np.zeros(scores.shape, bool)
     x[np.arange(60), np.arange(60) % 6] = x[np.arange(60), (np.arange(60) + 1) % 6] = True
-    for kernels in KERNELS.values():
-        experts, total, slack = kernels.conclude(problem_of(scores, 2, capacity), prices, x)
-        check_assignment(experts, scores, 2, capacity)
-        assert total.sum() == scores[x].sum()
-        # Duality: what the rows lose at the prices is what the assignment lacks to the optimum.
-        optimum = ortools_objective(scores, 2, capacity)
-        assert slack.sum() == pytest.approx(optimum - total.sum(), abs=1e-3) and slack.sum() > 100
+    experts, total, slack = passes.conclude(problem_of(scores, 2, capacity), prices, x)
+    check_assignment(experts, scores, 2, capacity)
+    assert total.sum() == scores[x].sum()
+    # Duality: what the rows lose at the prices is what the assignment lacks to the optimum.
+    optimum = ortools_objective(scores, 2, capacity)
+    assert slack.sum() == pytest.approx(optimum - total.sum(), abs=1e-3) and slack.sum() > 100
 
 
 @pytest.mark.parametrize("family", ["iid", "two-hot, underflow", "40 repeated tokens"])
-def test_batch_equals_separate_problems(family, passes):
+def test_batch_equals_separate_problems(family, rows_read):
     batch = torch.stack([workload(family, 300, 16, 2, batch=b).scores for b in range(5)])
     valid = torch.rand(5, 300, generator=torch.Generator().manual_seed(1)) > 0.1
     valid[3] = False
     prices = torch.randn(5, 16)
-    passes.clear()
-    together = solve_with_both(batch, 2, valid=valid, prices=prices)
-    in_batch = len(passes)
-    passes.clear()
+    rows_read.clear()
+    together = solve(batch, 2, valid=valid, prices=prices)
+    in_batch = len(rows_read)
+    rows_read.clear()
     for index in range(5):
-        single = solve_with_both(batch[index], 2, valid=valid[index], prices=prices[index])
+        single = solve(batch[index], 2, valid=valid[index], prices=prices[index])
         for field in ("experts", "prices", "loads"):
             assert torch.equal(getattr(together, field)[index], getattr(single, field)), field
         assert together.objective[index] == single.objective
         assert together.gap[index] == single.gap
-    assert in_batch < len(passes), "problems share their passes"
+    assert in_batch < len(rows_read), "problems share their passes"
 
 
 def test_large_batch_samples_each_problem():
     batch = torch.stack([workload("iid", 2560, 16, 2, batch=b).scores for b in range(3)])
-    together = solve_with_both(batch, 2)
+    together = solve(batch, 2)
     for index in range(3):
         assert torch.equal(together.experts[index], solve(batch[index], 2).experts)
 
@@ -183,7 +126,7 @@ def test_large_batch_samples_each_problem():
 def test_scores_near_the_ends_of_float64(scale):
     grid = torch.randint(0, 9, (96, 8)).double()
     best = ortools_objective(grid.numpy(), 2, np.full(8, 24))
-    solution = solve_with_both(grid * (scale / 16), 2)
+    solution = solve(grid * (scale / 16), 2)
     assert solution.objective.item() == pytest.approx(best * (scale / 16), rel=1e-9, abs=1e-322)
     assert solution.gap.item() <= 1e-9
     total = grid.gather(1, solution.experts).sum().item()
@@ -204,58 +147,41 @@ def test_price_pass_equals_a_loop(seed):
     q = (scores - scores.min(1)[:, None]).astype(np.int64) * factor - prices
     guess = rng.integers(-3 * factor, 3 * factor, num_tokens)
     window = rng.integers(1, 3 * factor, (1, num_experts))
-    for kernels in KERNELS.values():
-        for knows in (False, True):
-            threshold, gap = guess.copy(), np.empty(num_tokens, np.int64)
-            x = np.empty(scores.shape, bool)
-            load, gaps, count = kernels.price_pass(
-                problem,
-                prices,
-                window,
-                buckets.ALL_BUCKETS,
-                np.array([True]),
-                threshold,
-                knows,
-                gap,
-                x,
+    for knows in (False, True):
+        threshold, gap = guess.copy(), np.empty(num_tokens, np.int64)
+        x = np.empty(scores.shape, bool)
+        load, gaps, count = passes.price_pass(
+            problem,
+            prices,
+            window,
+            buckets.ALL_BUCKETS,
+            np.array([True]),
+            threshold,
+            knows,
+            gap,
+            x,
+        )
+        bids = count()
+        for row in range(num_tokens):
+            ranked = sorted(q[row].tolist(), reverse=True)
+            assert gap[row] == ranked[topk - 1] - ranked[topk]
+            assert threshold[row] == (ranked[topk - 1] + ranked[topk]) // 2
+            # Ties at the k-th place in cyclic order from a start that moves with the row.
+            start = (row * topk + row * topk // num_experts) % num_experts
+            cyclic = sorted(
+                range(num_experts), key=lambda e: (-q[row, e], (e - start) % num_experts)
             )
-            bids = count()
-            for row in range(num_tokens):
-                ranked = sorted(q[row].tolist(), reverse=True)
-                assert gap[row] == ranked[topk - 1] - ranked[topk]
-                assert threshold[row] == (ranked[topk - 1] + ranked[topk]) // 2
-                # Ties at the k-th place in cyclic order from a start that moves with the row.
-                start = (row * topk + row * topk // num_experts) % num_experts
-                cyclic = sorted(
-                    range(num_experts), key=lambda e: (-q[row, e], (e - start) % num_experts)
-                )
-                assert set(np.flatnonzero(x[row])) == set(cyclic[:topk])
-            assert (load[0] == x.sum(0)).all()
-            levels = buckets.gap_level_of(gap)
-            assert (gaps[0] == np.bincount(levels, minlength=gaps.shape[1])).all()
-            positive = (q - threshold[:, None] > 0).sum(0)
-            half = bids.shape[-1] // 2
-            assert (bids[0, :, half:].sum(-1) == positive).all()
-            # Each expert counts bids within its own window, larger ones as equal to it.
-            assert (bids[0].sum(-1) == (q - threshold[:, None] > -window).sum(0)).all()
-            for expert, most in enumerate(buckets.bucket_of(window[0])):
-                assert not bids[0, expert, most + 1 :].any()
-
-
-def test_an_unknown_implementation_is_named():
-    with using("fortran"), pytest.raises(ValueError, match="must be numba or torch, got 'fortran'"):
-        solve(torch.randn(4, 4), 1)
-
-
-def test_numba_is_not_required():
-    code = (
-        "import sys; sys.modules['numba'] = None\n"
-        "import torch; from megatron_maxscore.flow import backend, solve\n"
-        "assert solve(torch.eye(4), 1).objective == 4\n"
-        "assert backend.backend().NAME == 'torch'\n"
-    )
-    environment = {k: v for k, v in os.environ.items() if k != backend.ENVIRONMENT}
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=environment)
+            assert set(np.flatnonzero(x[row])) == set(cyclic[:topk])
+        assert (load[0] == x.sum(0)).all()
+        levels = reference.gap_level_of(gap)
+        assert (gaps[0] == np.bincount(levels, minlength=gaps.shape[1])).all()
+        positive = (q - threshold[:, None] > 0).sum(0)
+        half = bids.shape[-1] // 2
+        assert (bids[0, :, half:].sum(-1) == positive).all()
+        # Each expert counts bids within its own window, larger ones as equal to it.
+        assert (bids[0].sum(-1) == (q - threshold[:, None] > -window).sum(0)).all()
+        for expert, most in enumerate(reference.bucket_of(window[0])):
+            assert not bids[0, expert, most + 1 :].any()
 
 
 def test_score_precision_of_half_types():
@@ -275,13 +201,13 @@ def test_an_expert_that_nobody_may_take(sampled, slack):
     capacity = torch.full((8,), -(-tokens * 2 // 7))
     capacity[3] = 0
     capacity[0] -= int(capacity.sum()) - 2 * tokens - slack
-    solution = solve_with_both(scores, 2, capacity=capacity)
+    solution = solve(scores, 2, capacity=capacity)
     best = ortools_objective(scores.double().numpy(), 2, capacity.numpy())
     assert solution.objective.item() == best and solution.gap.item() == 0.0
     live = solution.prices[torch.arange(8) != 3]
     assert live.max() - live.min() < 8 * 2**20, "prices are of the size of the scores"
     assert solution.prices.abs().max() <= 16 * 2**20
-    again = solve_with_both(scores, 2, capacity=capacity, prices=solution.prices)
+    again = solve(scores, 2, capacity=capacity, prices=solution.prices)
     assert again.objective.item() == best
 
 
@@ -290,7 +216,7 @@ def test_an_expert_that_few_may_take():
     scores[2:, 0] = -math.inf
     scores = as_integers(scores)
     capacity = torch.tensor([2, 1365, 1365, 1365])
-    solution = solve_with_both(scores, 1, capacity=capacity)
+    solution = solve(scores, 1, capacity=capacity)
     best = ortools_objective(scores.double().numpy(), 1, capacity.numpy())
     assert solution.objective.item() == best
 
@@ -308,7 +234,7 @@ def test_ranges_and_prices_of_extreme_sizes(scores, prices):
     scores = torch.tensor(scores, dtype=torch.float64)
     warm = None if prices is None else torch.tensor(prices, dtype=torch.float64)
     capacity = -(-scores.shape[0] // 2)
-    solution = solve_with_both(scores, 1, capacity=capacity, prices=warm)
+    solution = solve(scores, 1, capacity=capacity, prices=warm)
     check_assignment(solution.experts.numpy(), scores.numpy(), 1, np.full(2, capacity))
     assert solution.experts[-1].item() == 1, "the row with the larger gain"
 

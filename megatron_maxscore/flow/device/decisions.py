@@ -12,6 +12,7 @@ import triton.language as tl
 
 from megatron_maxscore.flow.device import layout as at
 from megatron_maxscore.flow.device.rows import INF_BITS, ROW_MASK, get, getf, put, slot_of, vec
+from megatron_maxscore.flow.solution import ROUNDING
 
 _INF, _MANY = tl.constexpr(float("inf")), tl.constexpr(0x7FFFFFFF)
 # Perturbations: at first, on plateaus at most; while annealing at first and at last.
@@ -25,6 +26,8 @@ _OMEGA = tl.constexpr(1.5)
 _FEW, _RELAX, _MOVE, _CYCLES = (tl.constexpr(n) for n in (8192, 3, 3, 6))
 # Rounds of filling idle experts at most.
 _FILLS = tl.constexpr(512)
+# A gap that counts as none.
+_ROUNDING = tl.constexpr(ROUNDING)
 # What a launch does when sweeps are over: go on to rounds, repeat the last sweep, or end them.
 GO_ON, HOLD, END = (tl.constexpr(n) for n in range(3))
 
@@ -356,7 +359,7 @@ def final_prices(
 
 @triton.jit
 def sum_up(
-    header, state, quota_ptr, partial_ptr, results_ptr, tolerance_bits, tiles, T, E: tl.constexpr,
+    header, state, quota_ptr, partial_ptr, results_ptr, tiles, T, E: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Add up the tiles' sums in their order; write objective, bound, gap, loads and prices."""
@@ -384,7 +387,6 @@ def sum_up(
     integers = results_ptr.to(tl.pointer_type(tl.int64))
     tl.store(integers + 5, get(header + at.BAD).to(tl.int64))
     tl.store(integers + 6, get(header + at.SCALED).to(tl.int64))
-    is_within = gap <= tolerance_bits.to(tl.float64, bitcast=True)
-    tl.store(integers + 7, is_within.to(tl.int64))
+    tl.store(integers + 7, (gap <= _ROUNDING).to(tl.int64))
     tl.store(integers + 8 + e, excess + quota, mask=ok)
     tl.store(results_ptr.to(tl.pointer_type(tl.float32)) + 16 + 2 * E + e, b, mask=ok)

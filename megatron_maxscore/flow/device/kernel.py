@@ -33,7 +33,7 @@ def _wait_for_all(ptr, target):
 )  # fmt: skip
 def solve_kernel(
     scores_ptr, warm_ptr, capacity_ptr, quota_ptr, experts_ptr, order_ptr, results_ptr, rows_ptr,
-    bits_ptr, partial_ptr, work_ptr, keys_ptr, tolerance_bits, B, T, tiles, words, seed, first,
+    bits_ptr, partial_ptr, work_ptr, keys_ptr, B, T, tiles, words, seed, first,
     last, members, end, mark, warm_stride, capacity_stride, E: tl.constexpr, K: tl.constexpr,
     BLOCK_E: tl.constexpr, ROWS: tl.constexpr, S: tl.constexpr, RESULTS: tl.constexpr,
 ):  # fmt: skip
@@ -126,7 +126,7 @@ def solve_kernel(
                 )  # fmt: skip
                 if member == 0:
                     decisions.sum_up(
-                        header, state, quotas, partial, results, tolerance_bits, FINE * tiles, T, E,
+                        header, state, quotas, partial, results, FINE * tiles, T, E,
                         BLOCK_E,
                     )  # fmt: skip
             n += 1

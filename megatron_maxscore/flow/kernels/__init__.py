@@ -1,1 +1,1 @@
-"""Kernels compiled with numba, on arrays and numbers only; :mod:`fused` calls them."""
+"""Kernels compiled with numba, on arrays and numbers only; ``passes`` calls them."""

@@ -1,6 +1,6 @@
-"""The finish's augmentations, fused with numba; :mod:`finish_plain` is the same in Python.
+"""The finish's augmentations; see :mod:`megatron_maxscore.flow.finish` for the method.
 
-See :mod:`finish` for the method. Both keep one order of decisions: nodes by index, rows by index.
+Decisions come in one order: nodes by index, rows by index.
 The cost of moving from expert a to b is the top of a heap of swaps (:mod:`heaps`).
 
 Shape letters: A arcs (an expert that a contested row has or could have), R contested rows, N nodes

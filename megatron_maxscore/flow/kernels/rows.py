@@ -1,4 +1,4 @@
-"""Row kernels of the solver; :mod:`plain` documents what each of them does.
+"""Row kernels of the solver; :mod:`megatron_maxscore.flow.passes` says what each of them does.
 
 Scores are scaled to integers on the fly (see :mod:`problem`), so that a pass is one read of the
 score matrix and writes little.

@@ -1,9 +1,10 @@
-"""The solver's row functions, fused with numba. :mod:`plain` has the same ones in torch.
+"""What the exact solver does with rows: passes over all of them, and over contested ones.
 
-Both make the same integer decisions, so they give the same bits. Kernels run on as many threads as
-torch uses (see :mod:`threads`).
+Kernels (:mod:`kernels`) are compiled with numba and run on as many threads as torch uses (see
+:mod:`threads`). Their decisions are integers, so threads change no bit.
 
-Shape letters: B problems, N rows of all problems, E experts, K experts per token.
+Shape letters: B problems, N rows of all problems, E experts, K experts per token, H buckets, L
+levels.
 """
 
 from __future__ import annotations
@@ -13,21 +14,23 @@ from typing import Any
 
 import numpy as np
 
-from megatron_maxscore.flow import plain
 from megatron_maxscore.flow.buckets import EDGE_L, NUM_LEVELS, base_of
 from megatron_maxscore.flow.contested import Contested
-from megatron_maxscore.flow.exchange import Exchange
-from megatron_maxscore.flow.kernels import fill as kernels
 from megatron_maxscore.flow.kernels import rows
 from megatron_maxscore.flow.kernels.augment import augment_problems
 from megatron_maxscore.flow.problem import BoolArray, FloatArray, IntArray, Problem
 from megatron_maxscore.flow.threads import run, spans
 
-NAME = "numba"
-
 
 def scan(scores_NE: Any) -> tuple[FloatArray, FloatArray, bool, bool]:
-    """See :func:`megatron_maxscore.flow.plain.scan`."""
+    """Return each row's lowest and highest allowed score, whether any is bad, any forbidden.
+
+    Args:
+        scores_NE: (N, E) float32 or float64. Bad are NaN and +inf; -inf is forbidden.
+
+    Returns:
+        (N,) float64 lowest, (N,) float64 highest, and two flags.
+    """
     count = scores_NE.shape[0]
     low_N, high_N = np.empty(count), np.empty(count)
     flags = run(
@@ -50,7 +53,27 @@ def price_pass(
     gap_N: IntArray,
     x_NE: BoolArray,
 ) -> tuple[IntArray, IntArray, Callable[[], np.ndarray]]:
-    """See :func:`megatron_maxscore.flow.plain.price_pass`."""
+    """Choose every row's k best experts at the prices, and count loads, gaps and bids.
+
+    Equal reduced scores at the k-th place are taken in cyclic order of the experts, from a start
+    that moves with the row, so that plateaus spread over the experts.
+
+    Args:
+        problem: the problems.
+        prices_BE: (B, E) int64.
+        window_BE: (B, E) int64; bids at or below minus this are not counted, those above it count
+            as equal to it.
+        num_buckets: H, see :mod:`buckets`.
+        active_B: (B,) bool, problems whose rows are to be looked at.
+        threshold_N: (N,) int64, out: the mean of the k-th and (k+1)-th reduced score.
+        knows_threshold: whether it holds those of similar prices, a hint that saves time.
+        gap_N: (N,) int64, out: k-th less (k+1)-th.
+        x_NE: (N, E) bool, out: the choice.
+
+    Returns:
+        (B, E) int64 loads, (B, L + 1) int64 counts of gaps by their level, and a function that
+        returns the (B, E, H) int32 counts of bids.
+    """
     pieces = problem.pieces
     # Threads that work on different problems share the counters.
     own = len(pieces) if pieces[0][1] == problem.num_problems else 1
@@ -74,7 +97,15 @@ def price_pass(
 
 
 def price_step(bids_BEH: np.ndarray, capacity_BE: np.ndarray, window_BE: IntArray) -> IntArray:
-    """See :func:`megatron_maxscore.flow.buckets.price_step`."""
+    """Return (B, E) int64 by how much each price must rise for C of its bids to stay positive.
+
+    A price rises until the bid that is one too many is not positive any more.
+
+    Args:
+        bids_BEH: (B, E, H) int32 counts of bids by bucket.
+        capacity_BE: (B, E) capacities, int64 or float64.
+        window_BE: (B, E) int64; bids at or below minus this were not counted.
+    """
     step_BE = np.empty(capacity_BE.shape, np.int64)
     base_BE = base_of(window_BE, bids_BEH.shape[-1])
     rows.price_step(bids_BEH, capacity_BE, window_BE, base_BE, EDGE_L, step_BE)
@@ -90,7 +121,17 @@ def contested(
     gap_N: IntArray,
     drift_B: IntArray,
 ) -> Contested:
-    """See :func:`megatron_maxscore.flow.plain.contested`."""
+    """Collect the rows whose cheapest swap costs at most ``reach``, and their arcs within it.
+
+    Args:
+        problem: the problems.
+        prices_BE: (B, E) int64.
+        x_NE: (N, E) bool, each row's experts, top-k at the prices.
+        reach_B: (B,) int64; problems with a negative reach are left out.
+        stride_B: (B,) int64; only rows whose index in the problem divides by it are looked at.
+        gap_N: (N,) int64 cost of each row's cheapest swap at earlier prices.
+        drift_B: (B,) int64 by how much these costs may have fallen since then.
+    """
     num_words = -(-problem.num_experts // 64)
     count_N = np.empty(x_NE.shape[0], np.int64)
     arcs_NW = np.empty((x_NE.shape[0], num_words), np.int64)
@@ -140,7 +181,20 @@ def augment(
     has_sink_B: BoolArray,
     reach_B: IntArray,
 ) -> tuple[IntArray, IntArray]:
-    """See :func:`megatron_maxscore.flow.finish_plain.augment`."""
+    """Move units along shortest paths until nothing is out of balance, within reach.
+
+    Args:
+        found: contested rows; ``held_A`` is changed in place.
+        prices_BE: (B, E) int64 prices at which they were collected.
+        excess_BN: (B, E + 1) int64 units above capacity, the sink last; changed in place.
+        slack_BE: (B, E) int64 unused units that the sink has placed; changed in place.
+        has_sink_B: (B,) bool, whether capacities leave slack.
+        reach_B: (B,) int64 with which rows were collected, negative for problems to leave alone.
+
+    Returns:
+        (B, E + 1) int64 by how much prices rise, and (B,) int64: 0 done, 1 the contested rows do
+        not reach far enough.
+    """
     potential_BN = np.zeros_like(excess_BN)
     status_B = np.zeros(prices_BE.shape[0], np.int64)
     run(
@@ -167,31 +221,20 @@ def augment(
     return potential_BN, status_B
 
 
-def fill(
-    problem: Problem,
-    b: int,
-    prices_BE: IntArray,
-    threshold_N: IntArray,
-    load_BE: IntArray,
-    x_NE: BoolArray,
-    exchange: Exchange,
-) -> int:
-    """See :func:`megatron_maxscore.flow.plain.fill`, which runs over several ranks."""
-    if exchange.size > 1:
-        return plain.fill(problem, b, prices_BE, threshold_N, load_BE, x_NE, exchange)
-    loss_2 = np.zeros(2, np.int64)
-    kernels.fill(
-        problem.scores_NE, problem.low_N, problem.factor_B, prices_BE, threshold_N, b,
-        problem.start_B[b], problem.start_B[b + 1], problem.capacity_BE[b], load_BE[b], x_NE,
-        loss_2,
-    )  # fmt: skip
-    return (int(loss_2[0]) << kernels.LOW_BITS) + int(loss_2[1])
-
-
 def conclude(
     problem: Problem, prices_BE: FloatArray, x_NE: BoolArray
 ) -> tuple[IntArray, FloatArray, FloatArray]:
-    """See :func:`megatron_maxscore.flow.plain.conclude`."""
+    """Order the chosen experts, and evaluate objective and gap on the unrounded scores.
+
+    Args:
+        problem: the problems.
+        prices_BE: (B, E) float64 in score units.
+        x_NE: (N, E) bool, k experts per row.
+
+    Returns:
+        (N, K) int64 experts, best score first, ties by index; (N,) float64 total score of each
+        row; (N,) float64 by how much the k largest of score minus price exceed those chosen.
+    """
     count = x_NE.shape[0]
     experts_NK = np.empty((count, problem.topk), np.int64)
     total_N, slack_N = np.empty(count), np.empty(count)
