@@ -89,7 +89,7 @@ def fused_topk(scores: Tensor, topk: int) -> Callable[[], Any] | None:
 
 def phases(scores: Tensor, topk: int, capacity: Tensor, prices: Tensor) -> dict[str, Any]:
     """Return how many sweeps and rounds a solve makes, and the time of each kind of phase."""
-    made = engine.Solve(scores[None], topk, prices, 1e-9)
+    made = engine.Solve(scores[None], topk, prices)
     made.run(capacity)
     sweeps, rounds = (int(made.state(name)) for name in ("SWEEPS", "ROUNDS"))
     if not engine.is_cooperative(scores.device):
@@ -97,7 +97,7 @@ def phases(scores: Tensor, topk: int, capacity: Tensor, prices: Tensor) -> dict[
 
     def until(last: int) -> float:
         def run() -> None:
-            part = engine.Solve(scores[None], topk, prices, 1e-9)
+            part = engine.Solve(scores[None], topk, prices)
             part.launch(0, last, capacity, launch_cooperative_grid=True)
 
         return microseconds(run, 20)

@@ -63,7 +63,7 @@ def engine_variants() -> list[Variant]:
         "warm_ptr": "*fp32", "capacity_ptr": "*i64", "quota_ptr": "*i64", "experts_ptr": "*i64",
         "order_ptr": "*i64",
         "results_ptr": "*fp64", "rows_ptr": "*fp32", "bits_ptr": "*i32", "partial_ptr": "*fp64",
-        "work_ptr": "*i32", "keys_ptr": "*i64", "tolerance_bits": "i64",
+        "work_ptr": "*i32", "keys_ptr": "*i64",
     }  # fmt: skip
     found = []
     for experts, topk in SIZES:

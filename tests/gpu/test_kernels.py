@@ -54,10 +54,10 @@ def test_same_bits_in_one_launch_and_phase_by_phase(family):
     assert engine.is_cooperative(scores.device)
     results = []
     for programs in (None, 128, 7, 1):
-        made = engine.Solve(scores, 8, torch.zeros(64, device="cuda"), 1e-9, 0, programs)
+        made = engine.Solve(scores, 8, torch.zeros(64, device="cuda"), 0, programs)
         made.run(capacity)
         results.append((made.experts, made.results))
-    made = engine.Solve(scores, 8, torch.zeros(64, device="cuda"), 1e-9)
+    made = engine.Solve(scores, 8, torch.zeros(64, device="cuda"))
     for phase in range(400):
         made.launch(phase, phase + 1, capacity)
     results.append((made.experts, made.results))

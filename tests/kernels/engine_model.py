@@ -174,7 +174,7 @@ class Model:
     def __init__(self, scores, topk, capacity, prices=None):
         scores = torch.as_tensor(scores)
         prices = torch.zeros(scores.shape[1]) if prices is None else torch.as_tensor(prices)
-        self.solve = Solve(scores[None].contiguous(), topk, prices.float(), 1e-9, programs=1)
+        self.solve = Solve(scores[None].contiguous(), topk, prices.float(), programs=1)
         self.capacity_E = torch.as_tensor(capacity)
         self.tokens, self.experts = scores.shape
         self.seed, self.topk = 0, topk
@@ -194,7 +194,7 @@ class Model:
         self.bits = arguments[4].numpy().reshape(self.tokens, self.words)
         self.keys = arguments[7].numpy().reshape(3, 2, self.block, self.slots)
         # The kernel sees no tiles, and rows are those of one program.
-        arguments[11] = 0
+        arguments[10] = 0
         self.solve.arguments = tuple(arguments)
 
     def vector(self, number):

@@ -136,9 +136,7 @@ def test_half_precision(dtype):
 
 def phases(scores, topk, capacity, programs, prices=None):
     """Solve phase by phase with so many programs; return experts and all results."""
-    made = engine.Solve(
-        scores[None].contiguous(), topk, torch.zeros(scores.shape[1]), 1e-9, 0, programs
-    )
+    made = engine.Solve(scores[None].contiguous(), topk, torch.zeros(scores.shape[1]), 0, programs)
     if prices is not None:
         made.prices = prices
     for phase in range(400):
