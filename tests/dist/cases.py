@@ -70,9 +70,7 @@ def make_layer(
         params_dtype=torch.float32,
     )
     config = TransformerConfig(**{**defaults, **settings})
-    spec = get_moe_module_spec(
-        use_te=False, num_experts=experts, moe_grouped_gemm=False
-    )
+    spec = get_moe_module_spec(use_te=False, num_experts=experts, moe_grouped_gemm=False)
     if router == "maxscore":
         options = options or MaxScoreConfig()
         if shape is not None:
@@ -137,7 +135,7 @@ def layer_equals_reference(rank, size, num_tokens=20, **settings):
     route = layer.router.forward
     layer.router.forward = lambda *a: noted.setdefault("routed", route(*a))
     output, _ = layer(hidden)
-    probs, routing_map = noted["routed"]
+    _, routing_map = noted["routed"]
     # All experts' weights from the ranks that hold them; expert-tensor-parallel ranks hold slices
     # of the inner dimension.
     own = [
@@ -241,9 +239,7 @@ def scope_problems(rank, size, scope, batch=2, num_tokens=12, skew=1.0, **layout
     from megatron_maxscore.moe import MaxScoreConfig
     from megatron_maxscore.moe.plan import plan_of
 
-    layer = make_layer(
-        options=MaxScoreConfig(scope=scope), shape=(num_tokens, batch), **layout
-    )
+    layer = make_layer(options=MaxScoreConfig(scope=scope), shape=(num_tokens, batch), **layout)
     layer.train()
     hidden = own_input(rank, num_tokens, batch).detach()
     router = layer.router

@@ -9,9 +9,6 @@ import io
 import pickle
 import sys
 
-import numpy as np
-import torch
-
 from megatron_maxscore.moe import MaxScoreConfig
 from tests.dist.cases import EXPERTS, HIDDEN, TOPK, groups, make_layer, own_input
 
@@ -28,7 +25,6 @@ def specs(rank, size):
     from megatron.core.transformer.moe.router import TopKRouter
 
     from megatron_maxscore.moe import (
-        MaxScoreConfig,
         MaxScoreRouter,
         MaxScoreTokenDispatcher,
         with_maxscore,
@@ -67,7 +63,9 @@ def specs(rank, size):
         )  # fmt: skip
         routers = [m for m in model.modules() if isinstance(m, TopKRouter)]
         ours = maxscore_routers([model])
-        dispatchers = [m.token_dispatcher for m in model.modules() if hasattr(m, "token_dispatcher")]
+        dispatchers = [
+            m.token_dispatcher for m in model.modules() if hasattr(m, "token_dispatcher")
+        ]
         assert len(routers) == len(dispatchers)
         if kind == "stock":
             assert not ours and not any(type(d) is MaxScoreTokenDispatcher for d in dispatchers)
@@ -110,14 +108,19 @@ REFUSED = {
     "--maxscore-gate score --maxscore-temperature 2": ["--maxscore-temperature", "soft_topk"],
     "--maxscore-gate score --maxscore-variant softmax": ["--maxscore-variant", "soft_topk"],
     "--moe-router-type topk --maxscore-scope group": [
-        "--maxscore-scope", "--moe-router-type maxscore", "is topk",
+        "--maxscore-scope",
+        "--moe-router-type maxscore",
+        "is topk",
     ],
     "--moe-router-type topk --maxscore-normalize-gates": [
-        "--maxscore-normalize-gates", "--moe-router-type maxscore",
+        "--maxscore-normalize-gates",
+        "--moe-router-type maxscore",
     ],
     "--maxscore-scope world": ["--maxscore-scope", "world", "sequence"],
     "--maxscore-scope sequence --sft --tokenizer-type SFTTokenizer": [
-        "--maxscore-scope sequence", "--sft", "group or local",
+        "--maxscore-scope sequence",
+        "--sft",
+        "group or local",
     ],
     "--maxscore-mode greedy": ["--maxscore-mode", "greedy"],
     "--maxscore-temperature 0": ["--maxscore-temperature", "greater than 0"],
@@ -188,8 +191,11 @@ def arguments(rank, size):
         messages = {}
         for flags in REFUSED:
             try:
-                parse(f"--moe-router-type maxscore {flags}".replace(
-                    "--moe-router-type maxscore --moe-router-type", "--moe-router-type"))
+                parse(
+                    f"--moe-router-type maxscore {flags}".replace(
+                        "--moe-router-type maxscore --moe-router-type", "--moe-router-type"
+                    )
+                )
             except ValueError as error:
                 messages[flags] = str(error)
 

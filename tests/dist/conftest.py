@@ -27,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Rank 0 alone reports; CPU mode has to be on before any test module imports Megatron."""
     if cluster.is_launched() and os.environ["RANK"] != "0":
-        config.get_terminal_writer()._file = open(os.devnull, "w")  # noqa: SIM115
+        config.get_terminal_writer()._file = open(os.devnull, "w")
     if cluster.is_launched() and config.getoption("--backend") == "gloo":
         from megatron_maxscore import cpu
 

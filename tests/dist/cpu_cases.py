@@ -30,7 +30,9 @@ def devices_by_index(rank, size):
         from torch.utils.checkpoint import checkpoint
 
         x = torch.ones(2, requires_grad=True)
-        checkpoint(lambda v: v * torch.zeros(2, device=device), x, use_reentrant=True).sum().backward()
+        checkpoint(
+            lambda v: v * torch.zeros(2, device=device), x, use_reentrant=True
+        ).sum().backward()
     return True
 
 

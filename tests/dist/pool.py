@@ -30,7 +30,7 @@ class RankError(AssertionError):
 
 
 def _serve(rank: int, size: int, directory: str, pipe: Connection) -> None:
-    stacks = open(Path(directory) / f"stack{rank}", "w")  # noqa: SIM115 - lives with the process
+    stacks = open(Path(directory) / f"stack{rank}", "w")
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     os.environ |= {
         "RANK": str(rank),
@@ -46,7 +46,9 @@ def _serve(rank: int, size: int, directory: str, pipe: Connection) -> None:
     from megatron_maxscore import cpu
 
     cpu.enable()
-    dist.init_process_group("nccl", init_method=f"file://{directory}/store", rank=rank, world_size=size)
+    dist.init_process_group(
+        "nccl", init_method=f"file://{directory}/store", rank=rank, world_size=size
+    )
     pipe.send(("ready", None))
     while True:
         task = pipe.recv()

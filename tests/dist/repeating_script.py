@@ -1,10 +1,10 @@
 """``exact_losses.py`` whose steps are run again, and which notes the routers' prices.
 
-RERUN=3,5: in these iterations Megatron's rerun state machine finds the loss unexpected, not fatally,
-and runs the step again. RETRY=2,4: forward and backward passes are run twice before the optimizer
-step, as the runner of the paged stash does after an overflow. SCORED=1: a pass without gradients in
-training mode comes before each step. Whether the optimizer skipped its step, and the prices after it,
-go to $EXACT_LOSSES.prices.
+RERUN=3,5: in these iterations Megatron's rerun state machine finds the loss unexpected, not
+fatally, and runs the step again. RETRY=2,4: forward and backward passes are run twice before the
+optimizer step, as the runner of the paged stash does after an overflow. SCORED=1: a pass without
+gradients in training mode comes before each step. Whether the optimizer skipped its step, and the
+prices after it, go to $EXACT_LOSSES.prices.
 """
 
 import json

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-import sys
-
 import numpy as np
 import torch
 
 from megatron_maxscore.moe import MaxScoreConfig
-from tests.dist.cases import EXPERTS, HIDDEN, TOPK, groups, make_layer, own_input
+from tests.dist.cases import EXPERTS, HIDDEN, TOPK, make_layer, own_input
 from tests.oracles import highs_objective
 
 # The default: half of what logits of a normalised input start with; Megatron's init is 0.02.
@@ -70,9 +66,7 @@ def table_row(rank, size, score_function, pre_softmax, gate, objective, scaling=
     experts_TK = routing_map.nonzero()[:, 1].reshape(20, TOPK)
     gates_TK = reference_gates(logits_TE, experts_TK, score_function, pre_softmax, gate)
     expected = torch.zeros(20, EXPERTS, dtype=torch.float64).scatter(1, experts_TK, gates_TK)
-    torch.testing.assert_close(
-        probs.double(), expected * (scaling or 1.0), rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(probs.double(), expected * (scaling or 1.0), rtol=1e-5, atol=1e-6)
     matrix = reference_objective(logits_TE, score_function, gate, objective).numpy()
     total = float(np.take_along_axis(matrix, experts_TK.numpy(), 1).sum())
     best = highs_objective(matrix, TOPK, np.full(EXPERTS, 5))
@@ -209,7 +203,9 @@ def price_routing(rank, size):
     probs, routing_map = router(hidden)
     logits = router.gating(hidden).reshape(16, EXPERTS).detach()
     chosen = (logits - router.expert_prices).topk(TOPK, dim=1).indices
-    expected = torch.zeros_like(logits).scatter(1, chosen, soft_topk(logits, TOPK, TEMPERATURE).gather(1, chosen))
+    expected = torch.zeros_like(logits).scatter(
+        1, chosen, soft_topk(logits, TOPK, TEMPERATURE).gather(1, chosen)
+    )
     torch.testing.assert_close(probs, expected)
     alone = [router(hidden[t : t + 1])[1] for t in range(16)]
     assert torch.equal(torch.cat(alone), routing_map), "a token's experts depend on it alone"

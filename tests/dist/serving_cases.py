@@ -56,7 +56,9 @@ def with_cache(rank, size):
     from megatron.core.inference.contexts import StaticInferenceContext
 
     models = pair(size)
-    tokens = torch.randint(VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(rank))
+    tokens = torch.randint(
+        VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(rank)
+    )
     positions = torch.arange(LENGTH).expand(BATCH, LENGTH)
     mask = torch.ones(LENGTH, LENGTH).triu(1).bool()[None, None]
     whole, decoded = [], []

@@ -1,4 +1,4 @@
-"""What the ranks do in the tests of steps: frozen routers, numbers of experts, bad scores, quotas."""
+"""What ranks do in the tests of steps: frozen routers, numbers of experts, bad scores, quotas."""
 
 from __future__ import annotations
 
@@ -105,7 +105,8 @@ def two_layers_in_threads(rank, size):
     from megatron.core.transformer.moe import moe_layer, token_dispatcher
 
     symbols = lambda: (  # noqa: E731
-        token_dispatcher.permute, moe_layer.MoEAlltoAllTokenDispatcher
+        token_dispatcher.permute,
+        moe_layer.MoEAlltoAllTokenDispatcher,
     )
     layers = [make_layer(), make_layer()]
     before = symbols()

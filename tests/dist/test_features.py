@@ -7,12 +7,10 @@ import re
 
 import pytest
 
-
 from megatron_maxscore.moe import metrics
 from tests import features
 from tests.dist.training_runs import MAXSCORE, MODEL, run, succeed
 from tests.releases import RELEASES, in_front, on_every_release, wheel
-
 
 
 def _cases():
@@ -55,7 +53,9 @@ def test_refusals(tmp_path, release):
     let_through = {item.name: item for item in features.LET_THROUGH}
     model = MODEL.replace("--mock-data", f"--mock-data --data-cache-path {tmp_path}")
     cases = {
-        name: " ".join(f"{model} {MAXSCORE} {item.flags.format(graph_flag=graph_flag, te=te)}".split())
+        name: " ".join(
+            f"{model} {MAXSCORE} {item.flags.format(graph_flag=graph_flag, te=te)}".split()
+        )
         for name, item in {**items, **let_through}.items()
     }
     result = run(

@@ -75,7 +75,9 @@ def test_few_rows_are_solved_by_every_rank(ranks, size):
 def test_random_instances(ranks, size, split_rows):
     """Batches, padding, slack, forbidden arcs, ranks without tokens, hostile prices."""
     count = 150
-    everyone = ranks(size, cases.solve_random, first=1000 * size, count=count, split_rows=split_rows)
+    everyone = ranks(
+        size, cases.solve_random, first=1000 * size, count=count, split_rows=split_rows
+    )
     infeasible = 0
     for index in range(count):
         scores, valid, arguments = cases.random_instance(1000 * size + index)
@@ -105,7 +107,9 @@ def test_random_instances(ranks, size, split_rows):
     assert 0 < infeasible < count // 2
 
 
-@pytest.mark.parametrize("family", ["iid", "skewed, sigma 1", "skewed, sigma 4", "sigmoid", "bf16-rounded"])
+@pytest.mark.parametrize(
+    "family", ["iid", "skewed, sigma 1", "skewed, sigma 4", "sigmoid", "bf16-rounded"]
+)
 def test_exchanges_are_few_and_small(ranks, family):
     for warm in (False, True):
         results = ranks(

@@ -230,7 +230,7 @@ def test_a_killed_run_of_the_study_goes_on_and_ends_alike(trained, tmp_path, mon
     (tmp_path / "data" / "custom").symlink_to(data)
     run = Run("custom", size, ARMS["maxscore"], "1", "2e-3", 1, "core")
 
-    class Killed(Exception):
+    class KilledError(Exception):
         pass
 
     seen = []
@@ -238,7 +238,7 @@ def test_a_killed_run_of_the_study_goes_on_and_ends_alike(trained, tmp_path, mon
     def step(iteration, loss):
         seen.append(iteration)
         if iteration == 5 and len(seen) == 5:
-            raise Killed
+            raise KilledError
 
     def no_evaluation(run, data, directory):
         code = f"open({str(directory / 'evaluation.json')!r}, 'w').write('{{}}')"
@@ -250,7 +250,7 @@ def test_a_killed_run_of_the_study_goes_on_and_ends_alike(trained, tmp_path, mon
         processes = study_runs.Processes()
         return study_runs.carry_out(run, tmp_path / "data", output, processes, step)
 
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         carry_out(tmp_path / "killed")
     resumed = carry_out(tmp_path / "killed")
     assert seen in ([1, 2, 3, 4, 5, 5, 6], [1, 2, 3, 4, 5, 3, 4, 5, 6]), "from a checkpoint"
@@ -276,13 +276,16 @@ assert args.maxscore_eval_routing == "both" and args.moe_token_dispatcher_type =
 
 model = MaxScoreLM(trained, batch_size=3)
 from lm_eval.api.instance import Instance
-pairs = [("token", " expert"), ("", "capacity price"), (("flow score " * 8).strip(), " gap"), ("a", " b c")]
+pairs = [("token", " expert"), ("", "capacity price"), ("a", " b c")]
+pairs.append((("flow score " * 8).strip(), " gap"))
 requests = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
 for (logprob, greedy), (context, continuation) in zip(
     model.loglikelihood(requests, disable_tqdm=True), pairs
 ):
     given = model.tok_encode(context) or [model.eot_token_id]
-    whole = model.tok_encode(context + continuation) if context else given + model.tok_encode(continuation)
+    whole = given + model.tok_encode(continuation)
+    if context:
+        whole = model.tok_encode(context + continuation)
     # One by one and without padding, by another path: the cache.
     decoder, total, is_greedy = Decoder(trained, 1, 200), 0.0, True
     for place, token in enumerate(whole[:-1]):

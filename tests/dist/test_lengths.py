@@ -32,14 +32,12 @@ def test_lengths_that_nobody_has_declared(ranks, size, layout, scope, factor):
 @pytest.mark.parametrize(("size", "layout"), LAYOUTS)
 def test_shorter_microbatches_than_declared_are_filled(ranks, size, layout):
     lengths = lengths_of(size, layout)
-    results = ranks(
-        size, length_cases.layer_of_lengths, lengths=lengths, shape=(24, 1), **layout
-    )
+    results = ranks(size, length_cases.layer_of_lengths, lengths=lengths, shape=(24, 1), **layout)
     members = layout["ep"] * layout["etp"] if "etp" in layout else layout["ep"]
     for rank, result in enumerate(results):
         assert result["right"] and result["per_token"] and result["gradient"]
         assert result["lost"] == 0 and result["message"] is None
-        # Nobody gets more than the quotas of the declared shape (turn 1: first batch, microbatch 0).
+        # Nobody gets more than the quotas of the declared shape (turn 1: batch 1, microbatch 0).
         quota = quotas(24, cases.TOPK, cases.EXPERTS, rank % members, members, 1)
         assert all(own <= most for own, most in zip(result["own"], quota.tolist(), strict=True))
 

@@ -138,9 +138,7 @@ def test_recompute_reuses_the_assignment(ranks, settings, scope):
     ("size", "tp", "ep"), [(2, 2, 1), (2, 2, 2), (4, 2, 4), (4, 4, 2)], ids=lambda n: str(n)
 )
 def test_tensor_parallel_copies_agree_in_evaluation(ranks, scope, size, tp, ep):
-    results = ranks(
-        size, cases.same_experts_on_tensor_parallel_copies, scope=scope, tp=tp, ep=ep
-    )
+    results = ranks(size, cases.same_experts_on_tensor_parallel_copies, scope=scope, tp=tp, ep=ep)
     for first in range(0, size, tp):
         for other in results[first : first + tp]:
             assert all(map(torch.equal, results[first], other))

@@ -22,7 +22,9 @@ def trained(directory, flags, **environment):
     result = succeed(directory, 2, flags, script=SCRIPT, environment=environment)
     prices = [json.loads(line) for line in (directory / "losses.prices").read_text().splitlines()]
     lines = [{k: v for k, v in s.items() if k not in TIMES} for s in result.statistics]
-    logged = re.findall(r"maxscore/(score_ratio|first_choices|price_range): ([\d.E+-]+)", result.output)
+    logged = re.findall(
+        r"maxscore/(score_ratio|first_choices|price_range): ([\d.E+-]+)", result.output
+    )
     return (result.losses, prices, lines, result.validation, logged), result.output
 
 
@@ -48,7 +50,8 @@ def test_a_step_that_is_run_again_leaves_what_one_run_leaves(tmp_path, scope):
 
 def test_a_skipped_optimizer_step_leaves_prices(tmp_path):
     # The first loss scale overflows, so the optimizer skips steps until it is small enough.
-    flags = f"{EP2} --train-iters 8 --fp16 --initial-loss-scale 1e6 --loss-scale-window 100 --hysteresis 1"
+    scale = "--fp16 --initial-loss-scale 1e6 --loss-scale-window 100 --hysteresis 1"
+    flags = f"{EP2} --train-iters 8 {scale}"
     (_, steps, *_), _ = trained(tmp_path, flags)
     assert {step["skipped"] for step in steps} == {False, True}
     before = [[0.0] * 8] * 2

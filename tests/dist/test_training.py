@@ -11,6 +11,7 @@ from megatron_maxscore import flow
 from tests.dist.training_runs import MAXSCORE, TOPK, run, succeed
 from tests.releases import in_front, on_every_release, wheel
 
+
 def on(release):
     """Return the environment in which a release hides the installed one."""
     return in_front(wheel(release))
@@ -80,7 +81,8 @@ def test_trains_in_scopes_across_ranks(tmp_path, layout, scope, recomputes):
 
 PIPELINES = {
     "PP2": "--pipeline-model-parallel-size 2",
-    "VPP": "--pipeline-model-parallel-size 2 --num-layers 4 --num-layers-per-virtual-pipeline-stage 1",
+    "VPP": "--pipeline-model-parallel-size 2 --num-layers 4 "
+    "--num-layers-per-virtual-pipeline-stage 1",
     "MTP": "--mtp-num-layers 2",
     "PP2 and MTP": "--pipeline-model-parallel-size 2 --mtp-num-layers 1",
 }
@@ -128,7 +130,9 @@ def test_two_hundred_iterations_in_scope_group(tmp_path, layout):
 
 def test_recorded_scores_are_those_of_the_run(tmp_path):
     scores = tmp_path / "scores"
-    record = f"--maxscore-record-dir {scores} --maxscore-record-layers 2 --maxscore-record-steps 2-3"
+    record = (
+        f"--maxscore-record-dir {scores} --maxscore-record-layers 2 --maxscore-record-steps 2-3"
+    )
     result = succeed(
         tmp_path, 2, f"{MAXSCORE} {record} --expert-model-parallel-size 2 --train-iters 4"
     )
@@ -154,14 +158,23 @@ def test_recorded_scores_are_those_of_the_run(tmp_path):
 
 @on_every_release
 def test_resumed_run_continues_bit_for_bit(tmp_path, release):
-    flags = f"{MAXSCORE} --expert-model-parallel-size 2 --hidden-dropout 0.1 --ckpt-format torch_dist"
+    flags = (
+        f"{MAXSCORE} --expert-model-parallel-size 2 --hidden-dropout 0.1 --ckpt-format torch_dist"
+    )
     whole = succeed(tmp_path / "whole", 2, f"{flags} --train-iters 8", environment=on(release))
     checkpoint = tmp_path / "checkpoint"
     first = succeed(
         tmp_path / "first",
         2,
-        f"{flags} --train-iters 8 --exit-interval 4 --save {checkpoint} --save-interval 4", environment=on(release))
-    second = succeed(tmp_path / "second", 2, f"{flags} --train-iters 8 --load {checkpoint}", environment=on(release))
+        f"{flags} --train-iters 8 --exit-interval 4 --save {checkpoint} --save-interval 4",
+        environment=on(release),
+    )
+    second = succeed(
+        tmp_path / "second",
+        2,
+        f"{flags} --train-iters 8 --load {checkpoint}",
+        environment=on(release),
+    )
     assert len(first.losses) == 4 and len(second.losses) == 4
     assert first.losses + second.losses == whole.losses
     # Price routing sees the saved running average.
@@ -175,10 +188,16 @@ def test_prices_survive_a_change_of_layout(tmp_path, release):
     flags = f"{MAXSCORE} --maxscore-scope group --train-iters 20 {flags}"
     checkpoint = tmp_path / "checkpoint"
     saved = succeed(
-        tmp_path / "save", 4, f"{flags} {LAYOUTS['TP2xPP2']} --save {checkpoint} --save-interval 20", environment=on(release))
+        tmp_path / "save",
+        4,
+        f"{flags} {LAYOUTS['TP2xPP2']} --save {checkpoint} --save-interval 20",
+        environment=on(release),
+    )
     # Nothing is left to train: what is evaluated is what was loaded.
     layout = "--expert-model-parallel-size 4 --no-load-optim --no-load-rng"
-    loaded = succeed(tmp_path / "load", 4, f"{flags} {layout} --load {checkpoint}", environment=on(release))
+    loaded = succeed(
+        tmp_path / "load", 4, f"{flags} {layout} --load {checkpoint}", environment=on(release)
+    )
     assert not loaded.losses
     price, flow_loss = saved.validation["(price routing)"], saved.validation["(flow routing)"]
     # By the flow a token's experts depend on the batch, which the layout splits in other ways.
@@ -193,11 +212,20 @@ def test_checkpoints_of_stock_and_maxscore_load_into_each_other(tmp_path, releas
     for name, save, load in (("stock", TOPK, MAXSCORE), ("maxscore", MAXSCORE, TOPK)):
         saved = tmp_path / name / "checkpoint"
         first = succeed(
-            tmp_path / name / "save", 2, f"{save} {flags} --save {saved} --save-interval 4", environment=on(release))
+            tmp_path / name / "save",
+            2,
+            f"{save} {flags} --save {saved} --save-interval 4",
+            environment=on(release),
+        )
         # The stock side runs without our hooks.
         module = "megatron_maxscore.cpu" if load == TOPK else "megatron_maxscore.launch --cpu"
         second = succeed(
-            tmp_path / name / "load", 2, f"{load} {flags} {finetune} {saved}", module=module, environment=on(release))
+            tmp_path / name / "load",
+            2,
+            f"{load} {flags} {finetune} {saved}",
+            module=module,
+            environment=on(release),
+        )
         assert ("has no expert prices; they start at zero" in second.output) == (name == "stock")
         assert float.fromhex(second.losses[0]) < float.fromhex(first.losses[2]), "it goes on"
 
@@ -256,14 +284,18 @@ def test_exported_bias_serves_stock_in_evaluation(tmp_path, release):
     ours = succeed(
         tmp_path / "ours",
         2,
-        f"{MAXSCORE} {flags} {score} {exporting} --save {checkpoint} --save-interval 20", environment=on(release))
+        f"{MAXSCORE} {flags} {score} {exporting} --save {checkpoint} --save-interval 20",
+        environment=on(release),
+    )
     serving = f"--moe-router-load-balancing-type none {score}"
     serving += f" --no-load-optim --no-load-rng --load {checkpoint}"
     stock = succeed(
         tmp_path / "stock",
         2,
         f"{flags} {serving} --moe-router-enable-expert-bias",
-        module="megatron_maxscore.cpu", environment=on(release))
+        module="megatron_maxscore.cpu",
+        environment=on(release),
+    )
     assert not stock.losses
     assert stock.validation[""] == ours.validation["(price routing)"]
     # And training goes on from it.
@@ -279,7 +311,18 @@ def test_exported_bias_serves_stock_in_evaluation(tmp_path, release):
 def test_another_number_of_experts_is_refused_before_training(tmp_path, release):
     flags = f"{MAXSCORE} --expert-model-parallel-size 2 --ckpt-format torch_dist --train-iters 2"
     checkpoint = tmp_path / "checkpoint"
-    succeed(tmp_path / "save", 2, f"{flags} --save {checkpoint} --save-interval 2", environment=on(release))
-    result = run(tmp_path / "load", 2, f"{flags} --num-experts 16 --load {checkpoint}", timeout=90.0, environment=on(release))
+    succeed(
+        tmp_path / "save",
+        2,
+        f"{flags} --save {checkpoint} --save-interval 2",
+        environment=on(release),
+    )
+    result = run(
+        tmp_path / "load",
+        2,
+        f"{flags} --num-experts 16 --load {checkpoint}",
+        timeout=90.0,
+        environment=on(release),
+    )
     assert result.status != 0 and len(result.errors) == 1 and not result.losses
     assert "has 8 experts, --num-experts is 16" in result.errors[0]

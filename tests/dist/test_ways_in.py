@@ -22,9 +22,7 @@ OPTIONS = {"MEGATRON_MAXSCORE": json.dumps({"scope": "group"})}
 # Older ones with --full.
 @pytest.fixture(
     scope="module",
-    params=[
-        pytest.param(r, marks=() if r == RELEASES[-1] else pytest.mark.full) for r in RELEASES
-    ],
+    params=[pytest.param(r, marks=() if r == RELEASES[-1] else pytest.mark.full) for r in RELEASES],
 )
 def release(request):
     return request.param

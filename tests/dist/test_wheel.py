@@ -58,8 +58,10 @@ def test_the_source_distribution_is_whole(tmp_path):
     )  # fmt: skip
     (archive,) = tmp_path.glob("*.tar.gz")
     held = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
-    for name in ("docs/routing.md", "examples/pretrain_gpt.py", "tools/test.sh", "LICENSE",
-                 "tests/unit/test_flow.py", "patches/core_v0.19.0.patch", "CHANGELOG.md"):  # fmt: skip
+    for name in (
+        "docs/routing.md", "examples/pretrain_gpt.py", "tools/test.sh", "LICENSE",
+        "tests/unit/test_flow.py", "patches/core_v0.19.0.patch", "CHANGELOG.md",
+    ):  # fmt: skip
         assert name in held, name
 
 
@@ -86,7 +88,8 @@ def test_what_the_wheel_holds(installed):
 
 
 def test_solve(installed):
-    script = "from megatron_maxscore.flow import solve; print(solve([[1.0, 0.9], [0.8, 0.1]], 1).experts)"
+    script = "from megatron_maxscore.flow import solve\n"
+    script += "print(solve([[1.0, 0.9], [0.8, 0.1]], 1).experts)"
     result = python(installed, "-c", script)
     assert "[[1],\n        [0]]" in result.stdout, result.stderr
 
@@ -102,7 +105,9 @@ def test_commands(installed):
 
 
 def test_ten_steps_on_the_cpu(installed):
-    model = re.sub(r"--transformer-impl local.*?--num-workers 0", "--num-workers 0", MODEL, flags=re.S)
+    model = re.sub(
+        r"--transformer-impl local.*?--num-workers 0", "--num-workers 0", MODEL, flags=re.S
+    )
     assert "fusion" not in model
     result = python(
         installed, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
