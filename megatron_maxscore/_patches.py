@@ -44,7 +44,7 @@ class PatchSet:
         Raises:
             ImportError: the owner has no such attribute; names its path and the patch set.
         """
-        original = getattr(owner, attribute, _MISSING)
+        original: Any = getattr(owner, attribute, _MISSING)
         if original is _MISSING:
             raise ImportError(
                 f"{self.name}: {path_of(owner, attribute)} does not exist in the installed "

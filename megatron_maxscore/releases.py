@@ -54,7 +54,7 @@ def graphed_modules(config: Any) -> set[str]:
             name (to 0.17 the only one) apart.
     """
     names = ("cuda_graph_modules", "cuda_graph_scope_deprecated", "cuda_graph_scope")
-    modules = next((found for name in names if (found := getattr(config, name, None))), [])
+    modules: Any = next((found for name in names if (found := getattr(config, name, None))), [])
     if isinstance(modules, str):
         modules = modules.split(",")
     return {str(getattr(module, "name", module)) for module in modules}

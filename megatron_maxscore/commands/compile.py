@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
 
 from megatron_maxscore.commands.parsing import parser_of
 
@@ -64,6 +65,6 @@ def main(command: list[str] | None = None) -> int:
     started = time.perf_counter()
     count = solves()
     with tempfile.TemporaryDirectory() as directory:
-        torch.multiprocessing.spawn(_on_rank, (str(Path(directory) / "store"),), nprocs=2)
+        spawn(_on_rank, (str(Path(directory) / "store"),), nprocs=2)
     print(f"{2 * count} kinds of solves are ready, after {time.perf_counter() - started:.0f} s")
     return 0

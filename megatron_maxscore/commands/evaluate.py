@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -135,7 +135,8 @@ def under(rule: str, trained: TrainedModel) -> Iterator[None]:
 
     config = trained.model.config
     factor = config.moe_expert_capacity_factor
-    with evaluation_routing(rule) if rule in ("price", "flow") else nullcontext():
+    is_ours = rule in ("price", "flow")
+    with evaluation_routing(cast(Any, rule)) if is_ours else nullcontext():
         if rule == "no drops":
             config.moe_expert_capacity_factor = None
         for router in routers_of(trained) if rule == "as in training" else ():
@@ -169,7 +170,7 @@ def counting(trained: TrainedModel, tally: Tally) -> Iterator[None]:
 
 def evaluate(
     trained: TrainedModel, sequences: torch.Tensor, batch_size: int
-) -> tuple[dict[str, Tally], dict[str, float]]:
+) -> tuple[dict[str, Tally], dict[str, Any]]:
     """Return a tally per rule, and how much two rules' predictions differ.
 
     Args:

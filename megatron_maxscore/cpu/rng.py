@@ -45,7 +45,7 @@ class Generator(_Generator, metaclass=_AnyGenerator):
 
     def __new__(cls, device: Any = None) -> Generator:
         """Make one, of the default seed."""
-        generator: Generator = _Generator.__new__(cls, "cpu")
+        generator: Generator = _Generator.__new__(cls, "cpu")  # type: ignore[call-arg]
         return generator
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import triton  # type: ignore[import-untyped]
+import triton
 from torch import Tensor
 
 from megatron_maxscore.flow.device import layout

@@ -83,6 +83,12 @@ class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
         **kwargs: as for Megatron's dispatcher.
     """
 
+    # Megatron's, which has no types.
+    cuda_dtoh_point: str
+    input_splits: Any
+    output_splits: Any
+    output_splits_tp: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         permutation.install()

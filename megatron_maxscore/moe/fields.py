@@ -34,7 +34,7 @@ def config_fields() -> dict[str, dataclasses.Field]:
     fields["moe_router_type"].type = Literal["topk", "maxscore"]
     hints = typing.get_type_hints(MaxScoreConfig)
     for own in dataclasses.fields(MaxScoreConfig):
-        clone = dataclasses.field(default=own.default, metadata=own.metadata)
+        clone: Any = dataclasses.field(default=own.default, metadata=own.metadata)
         clone.name, clone.type = PREFIX + own.name, hints[own.name]
         clone._field_type = own._field_type  # type: ignore[attr-defined]
         clone.kw_only = False

@@ -99,7 +99,7 @@ def _with_pre_softmax(config: Any) -> Any:
     again = lambda self: (_with_pre_softmax, (config,))  # noqa: E731
     members = {name: seen, "__reduce__": again, "__reduce_ex__": lambda self, _: again(self)}
     view_class = type(type(config).__name__, (type(config),), members)
-    view = object.__new__(view_class)
+    view: Any = object.__new__(view_class)
     view.__dict__ = config.__dict__
     return view
 
@@ -159,6 +159,7 @@ class MaxScoreRouter(TopKRouter):
     """
 
     expert_prices: Tensor
+    router_replay: Any  # Megatron's, which has no types
 
     def __init__(
         self,
@@ -183,7 +184,7 @@ class MaxScoreRouter(TopKRouter):
         self.statistics = SolveStatistics()
         self.last_statistics = SolveStatistics()
         # Tokens in evaluation whose logits were not finite.
-        self.evaluated_bad_tokens = 0
+        self.evaluated_bad_tokens: int | Tensor = 0
         self.router_replay = _Selector(self, self.router_replay)
         zeros_E = torch.zeros(
             config.num_moe_experts, dtype=torch.float32, device=self.weight.device
