@@ -229,8 +229,8 @@ REFUSALS = (
     ),
     Refusal("top-0", "--moe-router-topk 0", ("--moe-router-topk 0", "between 1 and")),
     Refusal(
-        "more experts than the solver takes", "--num-experts 2048",
-        ("--num-experts is 2048", "1024", "--moe-router-type topk"),
+        "more experts than the solver takes", "--num-experts 8192",
+        ("--num-experts is 8192", "4096", "--moe-router-type topk"),
     ),
     Refusal(
         "statistics where they cannot be written", "--maxscore-stats-file /nowhere/stats.jsonl",

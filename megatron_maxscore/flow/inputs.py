@@ -18,11 +18,9 @@ from torch import Tensor
 
 from megatron_maxscore.flow import outliers, passes
 from megatron_maxscore.flow.agreement import ANY_UNIT
-from megatron_maxscore.flow.problem import BoolArray, FloatArray, IntArray, maxima
+from megatron_maxscore.flow.problem import MAX_EXPERTS, BoolArray, FloatArray, IntArray, maxima
 
 MODES = ("auto", "exact", "bounded")
-# Prices reach E - 1 score ranges, and 63 bits have to hold them, path lengths and counts of arcs.
-MAX_EXPERTS = 1024
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ import numpy as np
 from megatron_maxscore.flow import passes
 from megatron_maxscore.flow.buckets import ALL_BUCKETS, NUM_LEVELS, WINDOW_BUCKETS
 from megatron_maxscore.flow.exchange import Exchange
-from megatron_maxscore.flow.problem import SCORE_BITS, BoolArray, IntArray, Problem
+from megatron_maxscore.flow.problem import BoolArray, IntArray, Problem
 from megatron_maxscore.flow.sample import sample_size, take_sample
 from megatron_maxscore.flow.sweeps import EVERYTHING, Descent, Reading, is_tight, overflow, sweep
 
@@ -47,8 +47,8 @@ _MOST_UNITS = 1 << 16
 SAMPLE_AIM = 0.015
 # Overflow from which warm prices are worth less than those of a sample.
 LOST = 0.1
-# Prices of a sample, and warm ones, are off by less than this.
-FIRST_WINDOW = 1 << (SCORE_BITS - 5)
+# Prices of a sample, and warm ones, are off by less than this share of the largest row range.
+_FIRST_WINDOW_BITS = 5
 
 
 @dataclass
@@ -89,7 +89,10 @@ def improve(exchange: Exchange, problem: Problem, prices_BE: IntArray) -> PriceS
         # Some problem is too small for a sample, so nothing is known of how far prices are off.
         num_buckets, window_BE = ALL_BUCKETS, np.full_like(prices_BE, EVERYTHING)
     else:
-        num_buckets, window_BE = WINDOW_BUCKETS, np.full_like(prices_BE, FIRST_WINDOW)
+        num_buckets, window_BE = (
+            WINDOW_BUCKETS,
+            np.full_like(prices_BE, 1 << (problem.score_bits - _FIRST_WINDOW_BITS)),
+        )
     rows = _Rows(exchange, problem, num_buckets)
     can_sample_B = size_B < problem.rows_B
     wants_B = can_sample_B & (prices_BE == prices_BE[:, :1]).all(1)

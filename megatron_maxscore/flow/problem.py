@@ -30,9 +30,11 @@ IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
 
-# Bits of the largest row range after scaling. Prices reach (E - 1) times that, so 36 + 10 bits
-# leave room for sums of a few of them in 63 bits, and every integer is exact in float64 as well.
-SCORE_BITS = 36
+# Most experts, and bits of the largest row range after scaling up to so many. Prices reach (E - 1)
+# times a range, and lengths of paths twice that, beside the number of their arcs: together less
+# than 60 bits. All these integers are exact in float64 as well.
+MAX_EXPERTS = 4096
+_SCORE_BITS = {1024: 36, 2048: 35, MAX_EXPERTS: 33}
 # Adding it to a float64 below 2**51 in size rounds that to an integer, half to even, which is then
 # the difference of the bit patterns.
 ROUNDER = 1.5 * 2.0**52
@@ -79,6 +81,11 @@ class Problem:
         """E."""
         return int(self.scores_NE.shape[1])
 
+    @property
+    def score_bits(self) -> int:
+        """Bits of the largest row range after scaling."""
+        return score_bits(self.num_experts)
+
     @functools.cached_property
     def rows_B(self) -> IntArray:
         """(B,) int64 rows of each problem on all ranks."""
@@ -124,11 +131,18 @@ def maxima(values_N: FloatArray, start_B: IntArray) -> FloatArray:
     return largest_B
 
 
-def shifts(largest_B: FloatArray) -> IntArray:
+def score_bits(num_experts: int) -> int:
+    """Return to how many bits the largest row range is scaled."""
+    return next(bits for most, bits in _SCORE_BITS.items() if num_experts <= most)
+
+
+def shifts(largest_B: FloatArray, num_experts: int) -> IntArray:
     """Return (B,) int64 shifts for the largest row range of each problem."""
     exponent_B = np.frexp(largest_B)[1].astype(np.int64)
     # Where scores are tiny against the range of float64 itself, fewer bits have to do.
-    return np.asarray(np.where(largest_B == 0.0, 0, np.minimum(SCORE_BITS - exponent_B, 1000)))
+    return np.asarray(
+        np.where(largest_B == 0.0, 0, np.minimum(score_bits(num_experts) - exponent_B, 1000))
+    )
 
 
 def check_supply(problem: Problem) -> None:

@@ -160,7 +160,7 @@ class _Solve:
             topk=options.topk,
             capacity_BE=np.minimum(options.capacities(rows_B, rows.num_experts), rows_B[:, None]),
             low_N=scanned.low_N,
-            shift_B=shifts(agreed.largest_B),
+            shift_B=shifts(agreed.largest_B, rows.num_experts),
             has_forbidden=agreed.has_forbidden,
         )
         check_supply(problem)

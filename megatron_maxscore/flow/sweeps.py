@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_maxscore.flow.passes import price_step
-from megatron_maxscore.flow.problem import SCORE_BITS, BoolArray, IntArray, Problem
+from megatron_maxscore.flow.problem import BoolArray, IntArray, Problem
 
 # Steps are long only where the overflow is at most this share of all units.
 NEAR = 0.1
@@ -74,14 +74,14 @@ def is_tight(problem: Problem) -> BoolArray:
     return np.asarray(LITTLE_SLACK * np.abs(total_B - units_B) < LITTLE_SLACK / 2 + units_B)
 
 
-def _within_limits(prices_BE: IntArray, is_tight_B: BoolArray) -> IntArray:
+def _within_limits(prices_BE: IntArray, is_tight_B: BoolArray, score_bits: int) -> IntArray:
     """Keep prices where optimal ones can be found: >= 0 with slack, and not too far apart.
 
     Without slack a price common to all experts changes nothing; with it, it changes no choice and
     only costs. An expert that few rows may take can get no bid at any price, and would fall ever
     further; optimal prices of problems without forbidden arcs are within E - 1 ranges.
     """
-    widest = (prices_BE.shape[1] - 1) << SCORE_BITS
+    widest = (prices_BE.shape[1] - 1) << score_bits
     low_BE: IntArray = np.maximum(prices_BE, prices_BE.max(1, keepdims=True) - widest)
     if is_tight_B.all():
         return low_BE
@@ -130,7 +130,7 @@ def sweep(
     relaxation_B, passes = np.ones(num_problems), 0
 
     def clipped(prices: np.ndarray) -> IntArray:
-        return _within_limits(np.rint(prices).astype(np.int64), is_tight_B)
+        return _within_limits(np.rint(prices).astype(np.int64), is_tight_B, problem.score_bits)
 
     while active_B.any():
         loads, count_bids = first or read(prices_BE, window_BE, active_B)

@@ -98,7 +98,7 @@ def test_a_machine_without_a_gpu_is_found_before_anything_is_installed(checkout)
         ("benchmark_solver.py --sizes foo", "like 8192x64x8, got foo"),
         ("benchmark_solver.py --sizes 512x16x17", "1 <= k <= experts"),
         ("simulate_scale.py --ranks 0", "--ranks must lie between 1 and"),
-        ("simulate_scale.py --experts 2000", "--experts must lie between 1 and 1024, got 2000"),
+        ("simulate_scale.py --experts 5000", "--experts must lie between 1 and 4096, got 5000"),
         ("record_scores.py --steps a-b", "--steps: expected numbers and ranges"),
         ("paper_models.py huge", "invalid choice: 'huge'"),
     ],

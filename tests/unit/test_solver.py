@@ -77,7 +77,9 @@ def problem_of(scores, topk, capacity):
     largest = np.array([(scores.max(1) - low).max()])
     rows = np.array([0, scores.shape[0]])
     count = np.array([[scores.shape[0]]])
-    return Problem(scores, rows, count, 0, topk, capacity[None], low, shifts(largest), False)
+    return Problem(
+        scores, rows, count, 0, topk, capacity[None], low, shifts(largest, scores.shape[1]), False
+    )
 
 
 def test_gap_of_a_worse_assignment():
@@ -239,8 +241,28 @@ def test_ranges_and_prices_of_extreme_sizes(scores, prices):
     assert solution.experts[-1].item() == 1, "the row with the larger gain"
 
 
+@pytest.mark.parametrize(
+    ("tokens", "experts", "topk"), [(120, 1500, 20), (40, 2304, 36), (60, 4096, 3)]
+)
+def test_many_experts(tokens, experts, topk):
+    # Transformer Engine's users route over 2,304 experts with k = 36.
+    generator = torch.Generator().manual_seed(experts)
+    scores = torch.randn(tokens, experts, generator=generator)
+    scores += 2.0 * torch.randn(experts, generator=generator)
+    capacity = torch.full((experts,), -(-tokens * topk // experts))
+    integers = as_integers(scores)
+    best = ortools_objective(integers.double().numpy(), topk, capacity.numpy())
+    warm = 1e6 * torch.randn(experts, generator=generator)
+    for prices in (None, warm):
+        solution = solve(integers, topk, capacity=capacity, prices=prices)
+        assert solution.objective.item() == best and solution.gap.item() == 0.0
+        assert (solution.loads[0] <= capacity).all()
+        on_floats = solve(scores, topk, capacity=capacity, prices=prices)
+        assert on_floats.gap.item() <= 1e-9 and bool(on_floats.converged)
+
+
 def test_limits_are_named():
-    with pytest.raises(ValueError, match="at most 1024 experts, got 1025"):
-        solve(torch.zeros(2, 1025), 1)
+    with pytest.raises(ValueError, match="at most 4096 experts, got 4097"):
+        solve(torch.zeros(2, 4097), 1)
     with pytest.raises(ValueError, match=r"capacity must be an int or \(4,\) int64, got 2.5"):
         solve(torch.zeros(4, 4), 1, capacity=2.5)
