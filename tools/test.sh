@@ -19,7 +19,7 @@ ruff format --check .
 mypy
 if [ "$#" -eq 0 ]; then
   echo "== pytest, Triton kernels in the interpreter"
-  TRITON_INTERPRET=1 python -m pytest -n 2 --timeout 600 tests/kernels
+  TRITON_INTERPRET=1 python -m pytest -n 2 --timeout 3600 "${select[@]}" tests/kernels
 fi
 echo "== pytest"
 # Worksteal: tests differ from milliseconds to a minute.

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-_local = threading.local()
-
-
-def _forced() -> str | None:
-    return getattr(_local, "rule", None)
+from megatron_maxscore.moe.context import RUN
 
 
 def uses_flow(eval_routing: str) -> bool:
     """Return whether a module in evaluation mode routes by the flow now."""
-    return (_forced() or eval_routing) == "flow"
+    return (RUN.evaluation_rule or eval_routing) == "flow"
 
 
 @contextmanager
@@ -25,11 +20,11 @@ def evaluation_routing(rule: Literal["price", "flow"]) -> Iterator[None]:
 
     It concerns the thread that enters the block.
     """
-    before, _local.rule = _forced(), rule
+    before, RUN.evaluation_rule = RUN.evaluation_rule, rule
     try:
         yield
     finally:
-        _local.rule = before
+        RUN.evaluation_rule = before
 
 
 NO_FLOW_WITH_CACHE = (

@@ -1,17 +1,16 @@
 """What routers tell Megatron's tracker of MoE metrics, per layer.
 
-The training loop decides when (:data:`is_due`); without it nothing is computed. Values stay on the
-device of the scores, so nothing is synchronised. Each is a mean over the counted passes of a global
-batch (:mod:`counting`), and over the ranks that hold replicas of the router. Routers hand them in
-when an attempt at the batch ends, and the tracker gets them when it reports: what an attempt that
-is repeated has handed in is replaced.
+The training loop decides when (:attr:`RunContext.is_logging`); without it nothing is computed.
+Values stay on the device of the scores, so nothing is synchronised. Each is a mean over the counted
+passes of a global batch (:mod:`counting`), and over the ranks that hold replicas of the router.
+Routers hand them in when an attempt at the batch ends, and the tracker gets them when it reports:
+what an attempt that is repeated has handed in is replaced.
 
 Shape letters: T tokens of this rank, E experts, K experts per token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_maxscore.flow import FlowSolution
+from megatron_maxscore.moe.context import RUN
 from megatron_maxscore.releases import has_metrics_tracker
 
 if TYPE_CHECKING:
@@ -37,16 +37,13 @@ NAMES = tuple(
     )
 )  # fmt: skip
 
-# Set by the hooks into the training loop: whether values of the current iteration are logged.
-is_due: Callable[[], bool] | None = None
-
 # What routers have handed in since the last report.
 _waiting: WeakKeyDictionary[MaxScoreRouter, SolveStatistics] = WeakKeyDictionary()
 
 
 def are_due() -> bool:
     """Return whether values of the current iteration are logged."""
-    return is_due is not None and is_due()
+    return RUN.is_logging is not None and RUN.is_logging()
 
 
 def hand_in(router: MaxScoreRouter, statistics: SolveStatistics) -> None:

@@ -7,20 +7,12 @@ agree on it without communication. Replaced symbol: ``set_current_microbatch`` i
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 from megatron_maxscore._patches import PatchSet
+from megatron_maxscore.moe.context import RUN
 
-# Two models in one process may run in two threads.
-_local = threading.local()
 _patches = PatchSet("MaxScore microbatches")
-
-
-def current() -> int:
-    """Return the number of the microbatch in its global batch, from 0; 0 without a schedule."""
-    number: int = getattr(_local, "number", 0)
-    return number
 
 
 def install() -> None:
@@ -38,7 +30,7 @@ def uninstall() -> None:
 
 def _noting(original: Any) -> Any:
     def set_current_microbatch(model: Any, microbatch_id: int) -> Any:
-        _local.number = int(microbatch_id)
+        RUN.microbatch = int(microbatch_id)
         return original(model, microbatch_id)
 
     return set_current_microbatch

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-# Returns the number of the current iteration, from 1. A training loop that knows it sets this;
-# otherwise routers count the global batches they have seen.
-iteration_source: Callable[[], int] | None = None
 
 
 def parse_numbers(text: str) -> list[range]:

@@ -23,8 +23,9 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_maxscore.flow.places import is_device
-from megatron_maxscore.moe import metrics, microbatches, plan, recompute, recording
+from megatron_maxscore.moe import metrics, microbatches, plan, recompute
 from megatron_maxscore.moe.config import MaxScoreConfig, check_transformer_config
+from megatron_maxscore.moe.context import RUN
 from megatron_maxscore.moe.counting import Pass, SolveStatistics
 from megatron_maxscore.moe.evaluation import check_no_cache, uses_flow
 from megatron_maxscore.moe.plan import RoutingPlan
@@ -319,8 +320,8 @@ class MaxScoreRouter(TopKRouter):
         Without Megatron's training loop nobody keeps count but this router, since it was built; in
         evaluation it then counts as trained to the end.
         """
-        if recording.iteration_source is not None:
-            return recording.iteration_source() - 1
+        if RUN.iteration is not None:
+            return RUN.iteration() - 1
         return self._batches if self.training else math.inf
 
     def _objective(self, logits_TE: Tensor, scores_TE: Tensor) -> Tensor:
@@ -357,7 +358,7 @@ class MaxScoreRouter(TopKRouter):
         valid_T = None if call.padding_T is None else ~call.padding_T
         turn = None
         if self.training:
-            turn = self._iteration() + microbatches.current()
+            turn = self._iteration() + RUN.microbatch
             if self._recorder is not None and call.may_count:
                 self._recorder.record(
                     self.layer_number or 0, self._iteration(), scores_TE, self.topk,
@@ -392,8 +393,7 @@ class MaxScoreRouter(TopKRouter):
 
     def _iteration(self) -> int:
         """Return the number of the current global batch, the same on all ranks."""
-        source = recording.iteration_source
-        return self._batches + 1 if source is None else source()
+        return self._batches + 1 if RUN.iteration is None else RUN.iteration()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Save; minus the prices too, as a stock router's bias, if that is asked for."""

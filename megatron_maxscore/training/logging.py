@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_maxscore._patches import PatchSet
 from megatron_maxscore.moe import metrics
+from megatron_maxscore.moe.context import RUN
 from megatron_maxscore.releases import has_metrics_tracker
 
 # What the console shows; writers get everything.
@@ -23,7 +24,7 @@ _ACROSS_LAYERS = {metrics.PREFIX + "load_max": [0.5, 0.95]}
 
 def hook(patches: PatchSet) -> None:
     """Wrap the report of MoE metrics and tell routers when values are due."""
-    patches.set(metrics, "is_due", functools.partial(_is_due, 1))
+    patches.set(RUN, "is_logging", functools.partial(_is_due, 1))
     if has_metrics_tracker():
         from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 

@@ -14,7 +14,7 @@ import torch
 
 from megatron_maxscore._patches import PatchSet
 from megatron_maxscore._run import is_rank_zero
-from megatron_maxscore.moe import recording
+from megatron_maxscore.moe.context import RUN
 from megatron_maxscore.moe.step import (
     BadScoresError,
     end_attempt,
@@ -30,7 +30,7 @@ def hook(patches: PatchSet) -> None:
 
     patches.wrap(training, "finalize_model_grads", _ending_attempt)
     patches.wrap(training, "train_step", _ending_batch)
-    patches.set(recording, "iteration_source", _iteration)
+    patches.set(RUN, "iteration", _iteration)
 
 
 def _iteration() -> int:

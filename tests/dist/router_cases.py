@@ -84,7 +84,7 @@ def first_logits(rank, size, std):
 
 def shaped_gates(rank, size):
     """Softmax variant, annealed second gates and normalised gates, against their definitions."""
-    from megatron_maxscore.moe import recording
+    from megatron_maxscore.moe.context import RUN
 
     for step, normalise in ((1, False), (51, True), (151, False), (400, True)):
         layer = make_layer(
@@ -96,11 +96,11 @@ def shaped_gates(rank, size):
         hidden = own_input(rank, 20) * 5
         for training in (True, False):
             layer.train(training)
-            source, recording.iteration_source = recording.iteration_source, lambda s=step: s
+            source, RUN.iteration = RUN.iteration, lambda s=step: s
             try:
                 probs, routing_map = layer.router(hidden)
             finally:
-                recording.iteration_source = source
+                RUN.iteration = source
             experts_TK = routing_map.nonzero()[:, 1].reshape(20, TOPK)
             z_TE = layer.router.gating(hidden).reshape(20, EXPERTS).detach().double() / 0.7
             gates_TK = TOPK * z_TE.softmax(-1).gather(1, experts_TK)

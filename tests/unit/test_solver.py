@@ -241,9 +241,7 @@ def test_ranges_and_prices_of_extreme_sizes(scores, prices):
     assert solution.experts[-1].item() == 1, "the row with the larger gain"
 
 
-@pytest.mark.parametrize(
-    ("tokens", "experts", "topk"), [(120, 1500, 20), (40, 2304, 36), (60, 4096, 3)]
-)
+@pytest.mark.parametrize(("tokens", "experts", "topk"), [(256, 1500, 16), (256, 4096, 33)])
 def test_many_experts(tokens, experts, topk):
     # Transformer Engine's users route over 2,304 experts with k = 36.
     generator = torch.Generator().manual_seed(experts)
