@@ -24,6 +24,7 @@ from torch import Tensor
 from megatron_maxscore.flow import inputs, outliers, places
 from megatron_maxscore.flow.agreement import ANY_UNIT, Own, agree
 from megatron_maxscore.flow.exchange import Exchange
+from megatron_maxscore.flow.rank_quotas import quotas_of
 from megatron_maxscore.flow.solution import ROUNDING, FlowSolution
 
 # Rows of a problem on one rank and experts, which keys of offers have bits for, and assignments of
@@ -352,61 +353,3 @@ def _solve_together(
         scaled=found.scaled,
         order=engine.order[0],
     )
-
-
-def quotas_of(
-    loads_RE: Tensor, capacity_E: Tensor, rows_R: Tensor, topk: int, prices_E: Tensor
-) -> Tensor:
-    """Return how many of its rows each rank is to give each expert, near what it gives them now.
-
-    Sums over experts are ``rows * topk``, those over ranks at most the capacities, and no quota is
-    more than its rank's rows: so each rank alone can keep to its quotas.
-
-    Args:
-        loads_RE: (R, E) int64, rows that each rank gives each expert now, ``rows * topk`` in sum.
-        capacity_E: (E,) int64, of all ranks, at most all rows each and enough for them.
-        rows_R: (R,) int64 rows of each rank.
-        topk: K.
-        prices_E: (E,); with slack, what is idle should be at price 0.
-
-    Returns:
-        (R, E) int64, the same on every rank.
-    """
-    ranks, num_experts = loads_RE.shape
-    total_E = loads_RE.sum(0)
-    give_E, room_E = (total_E - capacity_E).clamp(min=0), (capacity_E - total_E).clamp(min=0)
-    is_free_E = (prices_E <= 0) & (capacity_E.sum() > total_E.sum())
-    wanted_E = torch.where(is_free_E, 0, room_E)
-    # Room at a price comes first; where overfull experts do not fill it, free ones give as well.
-    missing = (wanted_E.sum() - give_E.sum()).clamp(min=0)
-    spare_E = torch.where(is_free_E, torch.minimum(total_E, capacity_E), 0)
-    before_E = spare_E.cumsum(0) - spare_E
-    give_E = give_E + torch.minimum((missing - before_E).clamp(min=0), spare_E)
-    free_room_E = torch.where(is_free_E, room_E, 0)
-    end_E = torch.where(is_free_E, wanted_E.sum() + free_room_E.cumsum(0), wanted_E.cumsum(0))
-    # Expert e asks ranks in turn, from rank e on, for what it gives.
-    index_R = torch.arange(ranks, device=loads_RE.device)
-    order_RE = (index_R[:, None] + torch.arange(num_experts, device=loads_RE.device)) % ranks
-    asked_RE = loads_RE.gather(0, order_RE)
-    before_RE = asked_RE.cumsum(0) - asked_RE
-    asked_RE = torch.minimum((give_E - before_RE).clamp(min=0), asked_RE)
-    given_RE = torch.zeros_like(loads_RE).scatter_(0, order_RE, asked_RE)
-    # Units given stand in a line, rank by rank, and room in another, expert by expert.
-    last_R = given_RE.sum(1).cumsum(0)[:, None]
-    first_R = last_R - given_RE.sum(1)[:, None]
-    taken_RE = torch.minimum(last_R, end_E) - torch.maximum(first_R, end_E - room_E)
-    near_RE = loads_RE - given_RE + taken_RE.clamp(min=0)
-    # Always possible (McNaughton's wrap-around rule): experts' units, one after the other, go to
-    # rows in turn, so that an expert's rows are distinct.
-    rows, last_R = rows_R.sum(), rows_R.cumsum(0)
-    before_E = capacity_E.cumsum(0) - capacity_E
-    units_E = torch.minimum((rows * topk - before_E).clamp(min=0), capacity_E)
-    start_E = units_E.cumsum(0) - units_E
-
-    def rows_before(position_E: Tensor) -> Tensor:
-        turns_E = torch.div(position_E, rows.clamp(min=1), rounding_mode="floor")
-        within_RE = (position_E - turns_E * rows) - (last_R - rows_R)[:, None]
-        return turns_E * rows_R[:, None] + torch.minimum(within_RE.clamp(min=0), rows_R[:, None])
-
-    turn_RE = rows_before(start_E + units_E) - rows_before(start_E)
-    return torch.where((near_RE <= rows_R[:, None]).all(), near_RE, turn_RE)

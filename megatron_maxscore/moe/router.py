@@ -14,7 +14,6 @@ import functools
 import math
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +30,8 @@ from megatron_maxscore.moe.evaluation import check_no_cache, uses_flow
 from megatron_maxscore.moe.plan import RoutingPlan
 from megatron_maxscore.moe.recording import ScoreRecorder
 from megatron_maxscore.moe.scopes import Scope
-from megatron_maxscore.ops import finite, soft_topk, soft_topk_at
+from megatron_maxscore.moe.seam import Selector, with_pre_softmax, without_bad_scores
+from megatron_maxscore.ops import soft_topk, soft_topk_at
 
 # Name of the buffer of running average prices, also in checkpoints.
 PRICES_NAME = "expert_prices"
@@ -87,57 +87,6 @@ class _Call:
 _local = threading.local()
 
 
-def _with_pre_softmax(config: Any) -> Any:
-    """Return the same config seen with ``moe_router_pre_softmax``.
-
-    The config is shared by all layers and by whoever changes it later (an annealed loss
-    coefficient, padding in decoding): so not a copy, but an object with the same attributes.
-    """
-    name = "moe_router_pre_softmax"
-    # A property comes before the attribute of the same name.
-    seen = property(lambda self: True, lambda self, value: self.__dict__.update({name: value}))
-    # Copies and pickles are views again, of the copied config.
-    again = lambda self: (_with_pre_softmax, (config,))  # noqa: E731
-    members = {name: seen, "__reduce__": again, "__reduce_ex__": lambda self, _: again(self)}
-    view_class = type(type(config).__name__, (type(config),), members)
-    view: Any = object.__new__(view_class)
-    view.__dict__ = config.__dict__
-    return view
-
-
-class _Selector:
-    """Stands in ``router_replay``'s place and answers Megatron's question for the top k.
-
-    A genuine replay, if configured, is asked first and falls back on the flow.
-    """
-
-    def __init__(self, router: MaxScoreRouter, replay: Any) -> None:
-        self._select = router._select
-        self.replay = replay
-        self._layer_number: int | None = None
-
-    @property
-    def layer_number(self) -> int | None:
-        return self._layer_number
-
-    @layer_number.setter
-    def layer_number(self, value: int) -> None:
-        self._layer_number = value
-        if self.replay is not None:
-            self.replay.layer_number = value
-
-    def get_replay_topk(
-        self,
-        scores: Tensor,
-        topk: int,
-        num_groups: int | None = None,
-        group_topk: int | None = None,
-        default_compute_topk: Callable | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the gates (T, K) and the experts (T, K) int64 for Megatron's scores (T, E)."""
-        return self._select(scores, self.replay)
-
-
 class MaxScoreRouter(TopKRouter):
     """Router whose assignment is the maximum-score flow.
 
@@ -176,7 +125,7 @@ class MaxScoreRouter(TopKRouter):
         if options.gate == "soft_topk":
             # With softmax before the selection Megatron passes gates on as they are; otherwise it
             # renormalises them over the chosen experts.
-            config = _with_pre_softmax(config)
+            config = with_pre_softmax(config)
         super().__init__(config, pg_collection, is_mtp_layer, **kwargs)
         self.options = options
         self.temperature = options.temperature_for(config)
@@ -186,7 +135,7 @@ class MaxScoreRouter(TopKRouter):
         self.last_statistics = SolveStatistics()
         # Tokens in evaluation whose logits were not finite.
         self.evaluated_bad_tokens: int | Tensor = 0
-        self.router_replay = _Selector(self, self.router_replay)
+        self.router_replay = Selector(self._select, self.router_replay)
         zeros_E = torch.zeros(
             config.num_moe_experts, dtype=torch.float32, device=self.weight.device
         )
@@ -223,7 +172,7 @@ class MaxScoreRouter(TopKRouter):
         # A pass without gradients, which ends in no training step, is reported by nobody.
         may_count = recompute.is_first_run() or (torch.is_grad_enabled() and logits.requires_grad)
         is_reported = self.training and self.raises_bad_scores and may_count
-        logits, bad_T = _without_bad_scores(logits, padding_T)
+        logits, bad_T = without_bad_scores(logits, padding_T)
         call = _Call(padding_T, logits.shape[1], bad_T, may_count, is_reported)
         before, _local.call = getattr(_local, "call", None), call
         try:
@@ -444,23 +393,3 @@ class MaxScoreRouter(TopKRouter):
             self.expert_prices.copy_(self.pending_prices)
         self.pending_prices = None
         self._batches += 1
-
-
-def _without_bad_scores(logits: Tensor, padding_T: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Replace logits that are not finite by 0, so that experts can be chosen.
-
-    Raising here would leave the other ranks waiting in the all-to-all.
-
-    Args:
-        logits: (S, B, E).
-        padding_T: (T,) bool, padding, which may hold anything.
-
-    Returns:
-        The logits, and (T,) bool, which tokens had others; None if it is known that none had.
-    """
-    # On a device the answer stays there: waiting for it would hold up every layer.
-    if not is_device(logits) and bool(torch.isfinite(logits.detach()).all()):
-        return logits, None
-    clean, is_bad = finite(logits)
-    bad_T = is_bad.reshape(-1)
-    return clean, bad_T if padding_T is None else bad_T & ~padding_T

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_maxscore.flow.certified import quotas_of
+from megatron_maxscore.flow.rank_quotas import quotas_of
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import megatron_maxscore.cpu
-from megatron_maxscore.moe import counting
+from megatron_maxscore.moe import counting, seam
 from megatron_maxscore.moe import router as router_module
 from megatron_maxscore.ops.kernels import finite, soft_topk
 from tests.kernels.watching import Watch
@@ -29,8 +29,8 @@ def layer():
 @pytest.fixture
 def as_on_a_device(monkeypatch):
     """Let tensors on the CPU, where the interpreter works, count as a device's."""
-    monkeypatch.setattr(router_module, "is_device", lambda tensor: True)
-    monkeypatch.setattr(counting, "is_device", lambda tensor: True)
+    for module in (router_module, seam, counting):
+        monkeypatch.setattr(module, "is_device", lambda tensor: True)
     # The package's name for it is the function's.
     for name, kernels in (("soft_topk", soft_topk), ("finite", finite)):
         module = sys.modules[f"megatron_maxscore.ops.{name}"]
