@@ -66,7 +66,8 @@ class Shape:
         return {
             "E": self.experts, "K": self.topk, "BLOCK_E": block,
             "ROWS": min(_MOST_ROWS, _TILE // block),
-            "S": max(4, min(16, 512 // block)),
+            # More slots would spill registers with 1,024 experts.
+            "S": 2 if block > 512 else max(4, min(16, 512 // block)),
             "RESULTS": 8 + self.experts + (self.experts + 1) // 2,
         }  # fmt: skip
 
