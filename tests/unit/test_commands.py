@@ -137,6 +137,6 @@ def test_an_interrupted_demo_ends_with_one_line(tmp_path):
     second = command("demo", "--data", tmp_path / "data2", "--output", tmp_path / "demo")
     assert "another demo is writing to" in one_line(second)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=240)
     assert process.returncode == 130 and "Traceback" not in said
     assert "interrupted" in said
