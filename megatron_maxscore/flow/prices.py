@@ -47,7 +47,7 @@ _MOST_UNITS = 1 << 16
 SAMPLE_AIM = 0.015
 # Overflow from which warm prices are worth less than those of a sample.
 LOST = 0.1
-# Prices of a sample, and warm ones, are off by less than this share of the largest row range.
+# Prices of a sample, and warm ones, are off by less than the largest row range over 2 to this.
 _FIRST_WINDOW_BITS = 5
 
 
@@ -61,8 +61,6 @@ class PriceState:
         gaps_BL: (B, L + 1) int64 counts of all ranks' gaps by their level.
         gap_N: (N,) int64 k-th less (k+1)-th reduced score.
         x_NE: (N, E) bool.
-        threshold_N: (N,) int64 mean of the k-th and (k+1)-th reduced score.
-        passes: how often the scores were read.
     """
 
     prices_BE: IntArray
@@ -70,8 +68,6 @@ class PriceState:
     gaps_BL: IntArray
     gap_N: IntArray
     x_NE: BoolArray
-    threshold_N: IntArray
-    passes: int
 
 
 def improve(exchange: Exchange, problem: Problem, prices_BE: IntArray) -> PriceState:
@@ -89,10 +85,8 @@ def improve(exchange: Exchange, problem: Problem, prices_BE: IntArray) -> PriceS
         # Some problem is too small for a sample, so nothing is known of how far prices are off.
         num_buckets, window_BE = ALL_BUCKETS, np.full_like(prices_BE, EVERYTHING)
     else:
-        num_buckets, window_BE = (
-            WINDOW_BUCKETS,
-            np.full_like(prices_BE, 1 << (problem.score_bits - _FIRST_WINDOW_BITS)),
-        )
+        num_buckets = WINDOW_BUCKETS
+        window_BE = np.full_like(prices_BE, 1 << (problem.score_bits - _FIRST_WINDOW_BITS))
     rows = _Rows(exchange, problem, num_buckets)
     can_sample_B = size_B < problem.rows_B
     wants_B = can_sample_B & (prices_BE == prices_BE[:, :1]).all(1)
@@ -116,10 +110,7 @@ def improve(exchange: Exchange, problem: Problem, prices_BE: IntArray) -> PriceS
     # With a little slack the lowest may be anywhere; what is common to all changes no choice.
     level_B = np.where(problem.tight_B, 0, found.prices_BE.min(1))
     prices_BE = found.prices_BE - level_B[:, None]
-    return PriceState(
-        prices_BE, found.load_BE, rows.gaps_BL, rows.gap_N, rows.x_NE, rows.threshold_N,
-        found.passes,
-    )  # fmt: skip
+    return PriceState(prices_BE, found.load_BE, rows.gaps_BL, rows.gap_N, rows.x_NE)
 
 
 def aim_of(units: int, num_experts: int) -> float:

@@ -41,14 +41,10 @@ class Descent:
     Attributes:
         prices_BE: (B, E) int64.
         load_BE: (B, E) int64 at these prices.
-        window_BE: (B, E) int64, by how much prices may still be off.
-        passes: how often rows were read.
     """
 
     prices_BE: IntArray
     load_BE: IntArray
-    window_BE: IntArray
-    passes: int
 
 
 def overflow(
@@ -169,7 +165,7 @@ def sweep(
         prices_BE = np.where(active_B[:, None], next_BE, prices_BE)
         was_short_B = (2 * np.abs(step_BE) >= window_BE).any(1)
         window_BE = _next_window(step_BE, window_BE)
-    return Descent(prices_BE, load_BE, window_BE, passes)
+    return Descent(prices_BE, load_BE)
 
 
 def _exceeds(now_B: np.ndarray, ratio: tuple[int, int], before_B: np.ndarray) -> BoolArray:
