@@ -61,6 +61,46 @@ def _forbidden(z: Tensor, fixed: torch.Generator, fresh: torch.Generator, topk: 
     return z.masked_fill(is_forbidden, -math.inf)
 
 
+def _softmax(scale: float, sigma: float) -> Callable[..., Tensor]:
+    logits = _skewed(sigma)
+
+    def make(z: Tensor, fixed: torch.Generator, fresh: torch.Generator, topk: int) -> Tensor:
+        return torch.softmax(scale * logits(z, fixed, fresh, topk), -1)
+
+    return make
+
+
+def _repeated_softmax(noise: float) -> Callable[..., Tensor]:
+    def make(z: Tensor, fixed: torch.Generator, fresh: torch.Generator, topk: int) -> Tensor:
+        tokens = torch.randn(31, z.shape[1], generator=fixed)
+        tokens += torch.randn(z.shape[1], generator=fixed)
+        kind = torch.randint(31, (z.shape[0],), generator=fresh)
+        return torch.softmax(tokens, -1)[kind] + noise * z
+
+    return make
+
+
+def _hot_softmax(z: Tensor, fixed: torch.Generator, fresh: torch.Generator, topk: int) -> Tensor:
+    z = z.clone()
+    z[:, 0] += 12.0
+    return torch.softmax(z, -1)
+
+
+def _low_rank_softmax(
+    z: Tensor, fixed: torch.Generator, fresh: torch.Generator, topk: int
+) -> Tensor:
+    embedding = torch.randn(4, z.shape[1], generator=fixed)
+    return torch.softmax(2.0 * (torch.randn(z.shape[0], 4, generator=fresh) @ embedding), -1)
+
+
+def _scaled_rows(z: Tensor, fixed: torch.Generator, fresh: torch.Generator, topk: int) -> Tensor:
+    return z * torch.exp(2.0 * torch.randn(z.shape[0], 1, generator=fresh))
+
+
+def _sorted_alike(z: Tensor, fixed: torch.Generator, fresh: torch.Generator, topk: int) -> Tensor:
+    return z.sort(0).values
+
+
 FAMILIES: dict[str, Callable[..., Tensor]] = {
     "iid": lambda z, *_: z,
     "skewed, sigma 1": _skewed(1.0),
@@ -77,6 +117,16 @@ FAMILIES: dict[str, Callable[..., Tensor]] = {
     "capacity factor 1.25": lambda z, *_: z,
     "unequal capacities": lambda z, *_: z,
     "forbidden arcs": _forbidden,
+    "softmax, offsets 1": _softmax(1.0, 1.0),
+    "softmax, offsets 4": _softmax(1.0, 4.0),
+    "softmax at 1/6": _softmax(6.0, 1.0),
+    "softmax at 1/90": _softmax(90.0, 1.0),
+    "31 tokens, softmax": _repeated_softmax(0.0),
+    "31 tokens, softmax, noise": _repeated_softmax(1e-6),
+    "softmax, hot expert": _hot_softmax,
+    "softmax, low rank": _low_rank_softmax,
+    "rows of many scales": _scaled_rows,
+    "columns sorted alike": _sorted_alike,
 }
 GENERIC = ("iid", "skewed, sigma 1", "skewed, sigma 4", "sigmoid", "bf16-rounded")
 PLATEAUS = ("two-hot, underflow", "40 repeated tokens", "all equal")

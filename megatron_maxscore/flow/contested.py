@@ -57,45 +57,10 @@ class Contested:
         )
 
     @property
-    def problem_A(self) -> IntArray:
-        """(A,) int64, the problem of each arc."""
-        return np.repeat(self.problem_R, np.diff(self.first_R))
-
-    def reprice(self, moved_BE: IntArray) -> None:
-        """Lower reduced scores by what prices, (B, E) int64, have risen."""
-        np.subtract(self.value_A, moved_BE[self.problem_A, self.expert_A], out=self.value_A)
-
-    def within(self, reach_B: IntArray) -> tuple[Contested, IntArray]:
-        """Return the rows and arcs within a shorter reach, and which arcs these are.
-
-        Problems with a negative reach have none.
-        """
-        starts_R, arcs_R = self.first_R[:-1], np.diff(self.first_R)
-        least_R = np.zeros(starts_R.size, np.int64)
-        most_R = np.zeros(starts_R.size, np.int64)
-        if starts_R.size:
-            np.minimum.reduceat(np.where(self.held_A, self.value_A, _HUGE), starts_R, out=least_R)
-            np.maximum.reduceat(np.where(self.held_A, -_HUGE, self.value_A), starts_R, out=most_R)
-        reach_R = reach_B[self.problem_R]
-        stays_R = (least_R - most_R <= reach_R) & (reach_R >= 0)
-        limit_A = np.where(
-            self.held_A, np.repeat(most_R + reach_R, arcs_R), -np.repeat(least_R - reach_R, arcs_R)
-        )
-        stays_A = np.where(self.held_A, self.value_A, -self.value_A) <= limit_A
-        stays_A &= np.repeat(stays_R, arcs_R)
-        arc_A = np.flatnonzero(stays_A)
-        ends_R = np.concatenate([[0], stays_A.cumsum()])[self.first_R[1:][stays_R]]
-        problem_R = self.problem_R[stays_R]
-        near = Contested(
-            self.row_R[stays_R],
-            problem_R,
-            np.searchsorted(problem_R, np.arange(self.first_B.size)),
-            np.concatenate([[0], ends_R]),
-            self.expert_A[arc_A],
-            self.value_A[arc_A],
-            self.held_A[arc_A],
-        )
-        return near, arc_A
+    def swaps_B(self) -> IntArray:
+        """(B,) int64, how many swaps each problem has."""
+        held_R = _sums(self.held_A, self.first_R)
+        return _sums(held_R * (np.diff(self.first_R) - held_R), self.first_B)
 
     def apply(self, x_NE: BoolArray) -> None:
         """Write what the rows have now into an assignment."""
@@ -147,6 +112,12 @@ class Contested:
                 above_A.astype(np.int64 if is_wide else np.int32).tobytes(),
             ]
         )
+
+
+def _sums(values: np.ndarray, first: IntArray) -> IntArray:
+    """Return int64 sums of parts, each from one of ``first`` to the next."""
+    ends = np.concatenate([[0], values.cumsum(dtype=np.int64)])[first]
+    return np.asarray(np.diff(ends))
 
 
 def _index_type(num_experts: int) -> type:

@@ -12,13 +12,19 @@ capacities leave slack, a sink of price 0 that stands for the unused units. All 
 x stays optimal for its own loads. When no imbalance is left, x and the prices satisfy complementary
 slackness, hence both are optimal.
 
-Only contested rows take part: those whose best swap costs at most ``reach``, and of them the
-experts within it. Arcs that were left out cost more than reach, so their reduced costs stay
-positive while prices differ from those at the start by less. Where that does not suffice, rows are
-contested again at the new prices, with a longer reach. On a plateau, where more rows than needed
-swap at no cost, a first attempt makes do with such swaps of some of the rows.
+Only some swaps take part: for each pair of experts those up to a limit of their cost. What is left
+out costs at least the limit, so the limit stands for it as an arc that leads nowhere, and no path
+is taken that might be longer than one over such arcs. When units are left, prices have risen
+and limits are set anew.
 
-Shape letters: B problems, N rows (as an axis of prices: N nodes), E experts.
+The first limit is the same for all pairs: a reach within which there are enough rows, by the
+counts of gaps that the sweeps have made. It is all that most problems need. From then on every row
+is looked at for the cheapest swap of each pair of experts. Paths over these tell how far the units
+that are left have to go, which is the reach now, and a pair has no more than its few cheapest swaps
+within it. So each stage moves units, and no stage builds large heaps to move the last ones.
+
+Shape letters: B problems, L problems that a stage looks at, N rows (as an axis of prices: N nodes),
+E experts, P experts padded to whole vectors, G groups of rows.
 """
 
 from __future__ import annotations
@@ -26,38 +32,51 @@ from __future__ import annotations
 import functools
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_maxscore.flow import passes
 from megatron_maxscore.flow.buckets import gap_within
 from megatron_maxscore.flow.contested import Contested
 from megatron_maxscore.flow.exchange import Exchange
+from megatron_maxscore.flow.kernels.vectors import padded
 from megatron_maxscore.flow.prices import PriceState
-from megatron_maxscore.flow.problem import BoolArray, IntArray, Problem
+from megatron_maxscore.flow.problem import FAR, WHOLE, BoolArray, IntArray, Problem
 
 # Contested rows for each unit out of balance, and at least; at most half of all to begin with.
 _ROWS_PER_UNIT = 32
 _MIN_ROWS = 64
 # The same on a plateau, where every row offers many swaps at no cost.
 _PLATEAU_ROWS_PER_UNIT = 2
-# The next reach relative to one that did not suffice, and to one that left most units as they were.
-_LONGER, _MUCH_LONGER = 2, 4
+# All swaps take part where an expert has so few rows, and there are so few altogether.
+_ROWS_PER_EXPERT, _ALL_SWAPS = 16, 1 << 22
+# The next reach relative to one that did not suffice: in general, where most units are left, and
+# where all of them are.
+_LONGER, _MUCH_LONGER, _LONGEST = 2, 4, 16
 _MOST_LEFT = 0.9
-# Where contested rows have to be sent, they are contested within this times the reach that seems
-# enough, so that it can grow. That changes what is sent, and nothing that is decided.
-_SPARE = 2
-# Longer than any path, so that every allowed arc takes part; shorter than to a forbidden one.
-_WHOLE = 1 << 49
+# Limits are the same for all pairs of experts as long as there are no more swaps than this for each
+# assignment, or for each pair, whichever is more, and more units are left.
+_SWAPS_PER_ASSIGNMENT, _SWAPS_PER_PAIR = 4, 64
+_FEW_UNITS = 64
+# From then on, about how many swaps a pair should have, and how many more for each unit that one of
+# its experts has too many or too few; and by how much more where they did not suffice.
+_SWAPS, _SWAPS_PER_UNIT = 16, 0.5
+_MORE = 4
+# Groups of rows of which the cheapest swaps of each pair are found, and how many swaps cost no more
+# than the dearest of these, on average.
+_GROUPS = 8
+_EXPECTED = _GROUPS * sum(1 / (1 + group) for group in range(_GROUPS))
+# The longest limit relative to the way that units have to go.
+_FARTHEST = 64
+# Pairs of experts of the problems that go through stages together.
+_PAIRS_AT_ONCE = 1 << 20
 
 
-def finish(
-    exchange: Exchange,
-    problem: Problem,
-    state: PriceState,
-) -> IntArray:
+def finish(exchange: Exchange, problem: Problem, state: PriceState) -> IntArray:
     """Move units until nothing is out of balance.
 
     Args:
-        exchange: between the ranks that hold the rows; two rounds each time rows are contested.
+        exchange: between the ranks that hold the rows; two rounds for each stage, three where
+            limits differ.
         problem: the problems.
         state: prices and the assignment at them; ``x_NE`` is changed in place.
 
@@ -67,78 +86,193 @@ def finish(
     Raises:
         ValueError: forbidden arcs leave units that no expert can take; says how many.
     """
-    has_sink_B = ~problem.tight_B
-    prices_BE = state.prices_BE
-    excess_BN, slack_BE = imbalance(problem, prices_BE, state.load_BE)
-    reach_B, stride_B, beyond_B = _first_reach(problem, state.gaps_BL, excess_BN)
-    drift_B = np.zeros_like(reach_B)
-    while (reach_B >= 0).any():
-        room_B = reach_B.copy()
-        if exchange.size > 1:
-            room_B = np.where(reach_B > 0, np.minimum(_SPARE * reach_B, _WHOLE), reach_B)
-        own = passes.contested(
-            problem, prices_BE, state.x_NE, room_B, stride_B, state.gap_N, drift_B
+    at_once = max(1, _PAIRS_AT_ONCE // problem.num_experts**2)
+    prices = [
+        _Finish(
+            exchange,
+            problem.part(first, first + at_once),
+            state.part(problem, first, first + at_once),
+        ).run()
+        for first in range(0, problem.num_problems, at_once)
+    ]
+    return np.concatenate(prices)
+
+
+class _Finish:
+    """The finish of problems that go through its stages together.
+
+    Attributes:
+        prices_BE: (B, E) int64.
+        excess_BN: (B, E + 1) int64 units above capacity, the sink last.
+        slack_BE: (B, E) int64 unused units that the sink has placed.
+        left_B: (B,) int64 units that are left to be moved.
+        reach_B: (B,) int64 the limit of all swaps, or the least of those that differ.
+        is_far_B: (B,) bool, whether limits differ.
+    """
+
+    def __init__(self, exchange: Exchange, problem: Problem, state: PriceState) -> None:
+        self.exchange, self.problem, self.state = exchange, problem, state
+        self.has_sink_B = ~problem.tight_B
+        self.prices_BE = state.prices_BE
+        self.excess_BN, self.slack_BE = imbalance(problem, self.prices_BE, state.load_BE)
+        self.left_B = np.maximum(self.excess_BN, 0).sum(1)
+        self.is_far_B = np.zeros(self.left_B.size, np.bool_)
+        # By how much gaps may have fallen since the rows were read.
+        self.drift_B = np.zeros_like(self.left_B)
+        # How many times more swaps pairs should have, of problems whose limits differ.
+        self.more: dict[int, NDArray] = {}
+
+    def run(self) -> IntArray:
+        """Return (B, E) int64 optimal prices."""
+        if ((self.left_B > 0) & (self.state.gaps_BL[:, 0] > 0)).any():
+            self.reach_B = np.zeros_like(self.left_B)
+            self._level_out()
+        self.reach_B = _first_reach(self.problem, self.state.gaps_BL, self.left_B)
+        while self.left_B.any():
+            self._stage()
+        return self.prices_BE
+
+    def _level_out(self) -> None:
+        """Let rows that do not care give experts above capacity for others below."""
+        ties_B, units_B = self.state.gaps_BL[:, 0], self.left_B
+        slot_B = _slots((ties_B > 0) & (units_B > 0))
+        enough_B = _PLATEAU_ROWS_PER_UNIT * units_B + 4 * self.problem.num_experts
+        limit_LEP = self._even_limits(np.zeros(int(slot_B.max()) + 1, np.int64))
+        stride_B = np.maximum(1, ties_B // enough_B)
+        found, own, own_A = self._contested(slot_B, limit_LEP, stride_B)
+
+        def level() -> tuple[BoolArray, IntArray]:
+            excess_BN = self.excess_BN.copy()
+            passes.level_out(found, excess_BN)
+            return found.held_A, excess_BN
+
+        held_A, self.excess_BN = self.exchange.same(level)
+        self._apply(own, own_A, held_A)
+        self.left_B = np.maximum(self.excess_BN, 0).sum(1)
+
+    def _stage(self) -> None:
+        """Set limits, move units within them, and raise prices."""
+        active_B, is_far_B = self.left_B > 0, self.is_far_B
+        slot_B = _slots(active_B)
+        limit_LEP = self._even_limits(self.reach_B[active_B])
+        if is_far_B.any():
+            limit_LEP[slot_B[is_far_B], :, : self.problem.num_experts] = self._limits()
+        found, own, own_A = self._contested(slot_B, limit_LEP, np.ones_like(slot_B))
+        units_B = self.problem.rows_B * self.problem.topk
+        most_B = np.maximum(
+            _SWAPS_PER_ASSIGNMENT * units_B, _SWAPS_PER_PAIR * self.problem.num_experts**2
         )
-        found, own_A = own.of_all_ranks(exchange, problem)
-        status_B = np.where(reach_B < 0, 0, 1)
-        tries_B = reach_B >= 0
-        while tries_B.any():
-            units_B = np.maximum(excess_BN, 0).sum(1)
-            # Ranks have the same rows now, and move the same units.
-            found, excess_BN, slack_BE, moved_BE, spread_B, now_B = exchange.same(
-                functools.partial(
-                    _augment, found, prices_BE, excess_BN, slack_BE, has_sink_B,
-                    np.where(tries_B, reach_B, -1), (reach_B == room_B).all(),
-                )
-            )  # fmt: skip
-            status_B = np.where(tries_B, now_B, status_B)
-            prices_BE = prices_BE + moved_BE
-            drift_B = drift_B + spread_B
-            room_B = room_B - spread_B
-            stuck_B = tries_B & (reach_B >= _WHOLE) & (status_B == 1)
-            if stuck_B.any():
-                left = int(np.maximum(excess_BN, 0).sum(1)[stuck_B][0])
-                raise ValueError(
-                    f"no assignment exists: forbidden arcs leave {left} assignments without an "
-                    "expert that has room; allow more experts or raise the capacities"
-                )
-            left_B = np.maximum(excess_BN, 0).sum(1)
-            factor_B = np.where(left_B > _MOST_LEFT * units_B, _MUCH_LONGER, _LONGER)
-            longer_B = np.minimum(np.where(reach_B > 0, factor_B * reach_B, beyond_B), _WHOLE)
-            # Problems that wait for rows to be contested again keep theirs.
-            reach_B = np.where(tries_B & (status_B == 1), longer_B, reach_B)
-            tries_B &= (status_B == 1) & (reach_B <= room_B)
-        if own_A is not None:
-            own.held_A[:] = found.held_A[own_A]
-        own.apply(state.x_NE)
-        reach_B = np.where(status_B == 0, -1, reach_B)
-        stride_B = np.ones_like(reach_B)
-    return prices_BE
+        is_far_B = active_B & (is_far_B | (found.swaps_B > most_B))
+        wanted_LEE = np.full(
+            limit_LEP.shape[:2] + limit_LEP.shape[1:2], np.iinfo(np.int32).max, np.int32
+        )
+        for b in np.flatnonzero(is_far_B).tolist():
+            wanted_LEE[slot_B[b]] = self._wanted_swaps(b)
+
+        # Ranks have the same rows now, and move the same units.
+        held_A, self.excess_BN, self.slack_BE, potential_BN, lacks_LEE = self.exchange.same(
+            functools.partial(self._augment, found, slot_B, limit_LEP, wanted_LEE)
+        )
+        for b in np.flatnonzero(is_far_B).tolist():
+            self.more[b] = np.where(lacks_LEE[slot_B[b]], _MORE, 1) * self.more.get(b, 1)
+        self._apply(own, own_A, held_A)
+        level_B = np.where(self.has_sink_B, potential_BN[:, -1], 0)
+        self.prices_BE = self.prices_BE + potential_BN[:, :-1] - level_B[:, None]
+        # Without a sink its potential is 0, which only makes this bound looser.
+        self.drift_B += potential_BN.max(1) - potential_BN.min(1)
+        before_B, self.left_B = self.left_B, np.maximum(self.excess_BN, 0).sum(1)
+        is_far_B |= (self.left_B <= _FEW_UNITS) | (self.reach_B >= WHOLE)
+        self.is_far_B = is_far_B & (self.left_B > 0)
+        factor_B = np.where(self.left_B > _MOST_LEFT * before_B, _MUCH_LONGER, _LONGER)
+        factor_B = np.where(self.left_B == before_B, _LONGEST, factor_B)
+        self.reach_B = np.minimum(factor_B * self.reach_B, WHOLE)
+
+    def _contested(
+        self, slot_B: IntArray, limit_LEP: IntArray, stride_B: IntArray
+    ) -> tuple[Contested, Contested, IntArray | None]:
+        """Return the contested rows of all ranks, those of this rank, and which arcs are own."""
+        own = passes.contested(
+            self.problem, self.prices_BE, self.state.x_NE, slot_B, limit_LEP, self.state.gap_N,
+            np.where(self.is_far_B, FAR, self.reach_B + self.drift_B), stride_B,
+        )  # fmt: skip
+        found, own_A = own.of_all_ranks(self.exchange, self.problem)
+        return found, own, own_A
+
+    def _apply(self, own: Contested, own_A: IntArray | None, held_A: BoolArray) -> None:
+        """Write what rows have now into the assignment."""
+        own.held_A[:] = held_A if own_A is None else held_A[own_A]
+        own.apply(self.state.x_NE)
+
+    def _augment(
+        self, found: Contested, slot_B: IntArray, limit_LEP: IntArray, wanted_LEE: NDArray
+    ) -> tuple[BoolArray, IntArray, IntArray, IntArray, BoolArray]:
+        """Move units among contested rows; return what they have now, and what changes.
+
+        That is excess, slack, (B, E + 1) potentials, and which pairs of experts had too few swaps.
+        """
+        excess_BN, slack_BE = self.excess_BN.copy(), self.slack_BE.copy()
+        potential_BN, lacks_LEE = passes.augment(
+            found, self.prices_BE, slot_B, limit_LEP, wanted_LEE, excess_BN, slack_BE,
+            self.has_sink_B,
+        )  # fmt: skip
+        return found.held_A, excess_BN, slack_BE, potential_BN, lacks_LEE
+
+    def _even_limits(self, reach_L: IntArray) -> IntArray:
+        """Return (L, E, P) int64 limits that are the same for all pairs of experts."""
+        num_experts = self.problem.num_experts
+        limit_LEP = np.empty((reach_L.size, num_experts, padded(num_experts)), np.int64)
+        limit_LEP[:] = reach_L[:, None, None]
+        return limit_LEP
+
+    def _limits(self) -> IntArray:
+        """Return (L, E, E) int64 limits of problems whose limits differ.
+
+        One round.
+
+        Raises:
+            ValueError: units that are left cannot be moved at all.
+        """
+        far_B = _slots(self.is_far_B)
+        least_LGEE = passes.cheapest(self.problem, self.prices_BE, self.state.x_NE, far_B, _GROUPS)
+        received = self.exchange.gather(least_LGEE.tobytes(), phase="cheapest swaps")
+
+        def limits() -> IntArray:
+            parts = [np.frombuffer(data, np.int64).reshape(least_LGEE.shape) for data in received]
+            return self._limits_of(functools.reduce(np.minimum, parts), far_B)
+
+        return self.exchange.same(limits)
+
+    def _limits_of(self, least_LGEE: IntArray, far_B: IntArray) -> IntArray:
+        least_LEE = least_LGEE.min(1)
+        last_L = passes.nearest(
+            least_LEE, self.prices_BE, self.excess_BN, self.slack_BE, self.has_sink_B, far_B
+        )
+        far = np.flatnonzero(far_B >= 0)
+        if (last_L >= FAR).any():
+            left = self.left_B[far[(last_L >= FAR).argmax()]]
+            raise ValueError(
+                f"no assignment exists: forbidden arcs leave {left} assignments without an expert "
+                "that has room; allow more experts or raise the capacities"
+            )
+        wanted_LEE = np.stack([self._wanted_swaps(b) for b in far.tolist()])
+        dearest_LEE = np.where(least_LGEE < WHOLE, least_LGEE, -1).max(1)
+        dearer_LEE = np.maximum(dearest_LEE - least_LEE, 0) * (wanted_LEE / _EXPECTED)
+        limit_LEE = least_LEE + np.minimum(dearer_LEE, WHOLE).astype(np.int64)
+        limit_LEE = np.where(dearest_LEE < 0, WHOLE, limit_LEE)
+        return np.minimum(limit_LEE, _FARTHEST * last_L[:, None, None])
+
+    def _wanted_swaps(self, b: int) -> NDArray:
+        """Return (E, E) int32 about how many swaps each pair of experts should have."""
+        excess_E = self.excess_BN[b, :-1]
+        gives_E, takes_E = np.maximum(excess_E, 0), np.maximum(-excess_E, 0)
+        few = min(_SWAPS, 4 + int(gives_E.sum()))
+        wanted_EE = few + _SWAPS_PER_UNIT * np.maximum(gives_E[:, None], takes_E)
+        return np.minimum(wanted_EE * self.more.get(b, 1), 1 << 20).astype(np.int32)
 
 
-def _augment(
-    found: Contested,
-    prices_BE: IntArray,
-    excess_BN: IntArray,
-    slack_BE: IntArray,
-    has_sink_B: BoolArray,
-    reach_B: IntArray,
-    is_whole: bool,
-) -> tuple[Contested, IntArray, IntArray, IntArray, IntArray, IntArray]:
-    """Move units among contested rows; returns what changes, and the status of each problem."""
-    num_experts = prices_BE.shape[1]
-    excess_BN, slack_BE = excess_BN.copy(), slack_BE.copy()
-    near, arc_A = (found, slice(None)) if is_whole else found.within(reach_B)
-    potential_BN, status_B = passes.augment(
-        near, prices_BE, excess_BN, slack_BE, has_sink_B, reach_B
-    )
-    level_B = np.where(has_sink_B, potential_BN[:, num_experts], 0)
-    moved_BE = potential_BN[:, :num_experts] - level_B[:, None]
-    found.held_A[arc_A] = near.held_A
-    found.reprice(moved_BE)
-    # Without a sink its potential is 0, which only makes this bound looser.
-    spread_B = potential_BN.max(1) - potential_BN.min(1)
-    return found, excess_BN, slack_BE, moved_BE, spread_B, status_B
+def _slots(is_in_B: BoolArray) -> IntArray:
+    """Return (B,) int64 the place of each problem among those that take part, -1 for others."""
+    return np.asarray(np.where(is_in_B, is_in_B.cumsum() - 1, -1))
 
 
 def imbalance(
@@ -157,23 +291,19 @@ def imbalance(
     return np.concatenate([excess_BE, sink_B[:, None]], 1), slack_BE
 
 
-def _first_reach(
-    problem: Problem, gaps_BL: IntArray, excess_BN: IntArray
-) -> tuple[IntArray, IntArray, IntArray]:
-    """Return (B,) int64 reach, -1 for problems in balance, stride of rows, and a reach beyond 0.
-
-    A reach of 0 admits only moves at no cost, which stay right when rows are left out.
-    """
-    units_B = np.maximum(excess_BN, 0).sum(1)
-    reach_B = np.full(units_B.size, -1, np.int64)
-    stride_B, beyond_B = np.ones_like(reach_B), np.ones_like(reach_B)
-    for b in np.flatnonzero(units_B).tolist():
-        ties = int(gaps_BL[b, 0])
-        rank = _ROWS_PER_UNIT * int(units_B[b]) + _MIN_ROWS
-        reach_B[b] = gap_within(gaps_BL[b], min(int(problem.rows_B[b]) // 2, rank))
-        if reach_B[b] == 0:
-            enough = _PLATEAU_ROWS_PER_UNIT * int(units_B[b]) + 4 * problem.num_experts
-            stride_B[b] = max(1, ties // enough)
-            rest = int(problem.rows_B[b]) - ties
-            beyond_B[b] = max(1, gap_within(gaps_BL[b], ties + min(rest // 2, rank)))
-    return reach_B, stride_B, beyond_B
+def _first_reach(problem: Problem, gaps_BL: IntArray, left_B: IntArray) -> IntArray:
+    """Return (B,) int64 a first limit for all swaps, > 0."""
+    reach_B = np.ones_like(left_B)
+    for b in np.flatnonzero(left_B).tolist():
+        rows, ties = int(problem.rows_B[b]), int(gaps_BL[b, 0])
+        if rows * problem.topk <= _ROWS_PER_EXPERT * problem.num_experts and (
+            rows * problem.topk * problem.num_experts <= _ALL_SWAPS
+        ):
+            reach_B[b] = WHOLE
+            continue
+        rank = _ROWS_PER_UNIT * int(left_B[b]) + _MIN_ROWS
+        reach = gap_within(gaps_BL[b], min(rows // 2, rank))
+        if reach == 0:
+            reach = gap_within(gaps_BL[b], ties + min((rows - ties) // 2, rank))
+        reach_B[b] = max(reach, 1)
+    return reach_B

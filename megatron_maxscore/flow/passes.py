@@ -4,7 +4,7 @@ Kernels (:mod:`kernels`) are compiled with numba and run on as many threads as t
 :mod:`threads`). Their decisions are integers, so threads change no bit.
 
 Shape letters: B problems, N rows of all problems, E experts, K experts per token, H buckets, L
-levels.
+levels (in the finish: problems that are looked at).
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_maxscore.flow.buckets import EDGE_L, NUM_LEVELS, base_of
 from megatron_maxscore.flow.contested import Contested
+from megatron_maxscore.flow.kernels import augment as augmenting
+from megatron_maxscore.flow.kernels import contested as rows_of_finish
 from megatron_maxscore.flow.kernels import rows
-from megatron_maxscore.flow.kernels.augment import augment_problems
-from megatron_maxscore.flow.problem import BoolArray, FloatArray, IntArray, Problem
+from megatron_maxscore.flow.problem import FAR, BoolArray, FloatArray, IntArray, Problem
 from megatron_maxscore.flow.threads import run, spans
 
 
@@ -112,38 +114,106 @@ def price_step(bids_BEH: np.ndarray, capacity_BE: np.ndarray, window_BE: IntArra
     return step_BE
 
 
+def cheapest(
+    problem: Problem, prices_BE: IntArray, x_NE: BoolArray, slot_B: IntArray, groups: int
+) -> IntArray:
+    """Return the cost of the cheapest swap from each expert to each other, in groups of rows.
+
+    A group has the rows whose index in the problem has one remainder.
+
+    Args:
+        problem: the problems.
+        prices_BE: (B, E) int64.
+        x_NE: (N, E) bool, each row's experts.
+        slot_B: (B,) int64 place of each problem in the result, -1 for those to leave out.
+        groups: G.
+
+    Returns:
+        (L, G, E, E) int64; FAR or more where there is no swap.
+    """
+    num_experts = problem.num_experts
+    shape = int(slot_B.max()) + 1, groups, num_experts, num_experts
+    # Threads that work on different problems share the array; others have room for their own.
+    pieces = problem.pieces
+    own = len(pieces) if pieces[0][1] == problem.num_problems else 1
+    least = np.full((own, *shape), FAR)
+    run(
+        [
+            lambda i=i, piece=piece: rows_of_finish.cheapest(  # type: ignore[misc]
+                problem.scores_NE, problem.low_N, problem.factor_B, prices_BE, x_NE, slot_B,
+                problem.origin_B, *piece, least[i if own > 1 else 0],
+            )
+            for i, piece in enumerate(pieces)
+        ]
+    )  # fmt: skip
+    return least[0] if own == 1 else least.min(0)
+
+
+def nearest(
+    least_LEE: IntArray,
+    prices_BE: IntArray,
+    excess_BN: IntArray,
+    slack_BE: IntArray,
+    has_sink_B: BoolArray,
+    slot_B: IntArray,
+) -> IntArray:
+    """Return (L,) int64 distance within which there is room for all excess, FAR if there is none.
+
+    Args:
+        least_LEE: (L, E, E) int64 cost of the cheapest swap of each pair.
+        prices_BE: (B, E) int64.
+        excess_BN: (B, E + 1) int64 units above capacity, the sink last.
+        slack_BE: (B, E) int64 unused units that the sink has placed.
+        has_sink_B: (B,) bool, whether capacities leave slack.
+        slot_B: (B,) int64 place of each problem in ``least``, -1 for those to leave out.
+    """
+    found_L = np.empty(least_LEE.shape[0], np.int64)
+    for b in np.flatnonzero(slot_B >= 0).tolist():
+        nodes = prices_BE.shape[1] + int(has_sink_B[b])
+        found_L[slot_B[b]] = augmenting.nearest(
+            least_LEE[slot_B[b]], prices_BE[b], excess_BN[b, :nodes], slack_BE[b]
+        )
+    return found_L
+
+
 def contested(
     problem: Problem,
     prices_BE: IntArray,
     x_NE: BoolArray,
-    reach_B: IntArray,
-    stride_B: IntArray,
+    slot_B: IntArray,
+    limit_LEP: IntArray,
     gap_N: IntArray,
-    drift_B: IntArray,
+    gap_limit_B: IntArray,
+    stride_B: IntArray,
 ) -> Contested:
-    """Collect the rows whose cheapest swap costs at most ``reach``, and their arcs within it.
+    """Collect the rows that have a swap within its limit, and the arcs of such swaps.
 
     Args:
         problem: the problems.
         prices_BE: (B, E) int64.
         x_NE: (N, E) bool, each row's experts, top-k at the prices.
-        reach_B: (B,) int64; problems with a negative reach are left out.
+        slot_B: (B,) int64 place of each problem in ``limit``, -1 for those to leave out.
+        limit_LEP: (L, E, P) int64 largest cost of a swap from each expert to each other; P is E
+            padded to whole vectors.
+        gap_N: (N,) int64.
+        gap_limit_B: (B,) int64; rows with a larger gap are not looked at.
         stride_B: (B,) int64; only rows whose index in the problem divides by it are looked at.
-        gap_N: (N,) int64 cost of each row's cheapest swap at earlier prices.
-        drift_B: (B,) int64 by how much these costs may have fallen since then.
     """
     num_words = -(-problem.num_experts // 64)
     count_N = np.empty(x_NE.shape[0], np.int64)
     arcs_NW = np.empty((x_NE.shape[0], num_words), np.int64)
     scores = (problem.scores_NE, problem.low_N, problem.factor_B, prices_BE, x_NE)
+    widest_LE = limit_LEP[:, :, : problem.num_experts].max(2)
     run(
         [
-            lambda piece=piece: rows.find_contested(  # type: ignore[misc]
+            lambda piece=piece: rows_of_finish.find_contested(  # type: ignore[misc]
                 *scores,
-                reach_B,
-                stride_B,
+                slot_B,
+                limit_LEP,
+                widest_LE,
                 gap_N,
-                drift_B,
+                gap_limit_B,
+                stride_B,
                 problem.origin_B,
                 *piece,
                 count_N,
@@ -155,70 +225,69 @@ def contested(
     found = Contested.allocate(count_N, problem)
     run(
         [
-            lambda a=a, b=b: rows.extract(  # type: ignore[misc]
-                *scores,
-                arcs_NW,
-                found.problem_R,
-                found.row_R,
-                found.first_R,
-                a,
-                b,
-                found.expert_A,
-                found.value_A,
-                found.held_A,
+            lambda a=a, b=b: rows_of_finish.extract(  # type: ignore[misc]
+                *scores, arcs_NW, found.problem_R, found.row_R, found.first_R, a, b,
+                found.expert_A, found.value_A, found.held_A,
             )
             for a, b in spans(found.row_R.size)
         ]
-    )
+    )  # fmt: skip
     return found
+
+
+def level_out(found: Contested, excess_BN: IntArray) -> None:
+    """Let rows give experts above capacity for equal ones below, one row after the other.
+
+    Args:
+        found: contested rows; ``held_A`` is changed in place.
+        excess_BN: (B, E + 1) int64 units above capacity; changed in place.
+    """
+    augmenting.level_out_problems(
+        0, excess_BN.shape[0], found.first_B, found.first_R, found.expert_A, found.value_A,
+        found.held_A, excess_BN,
+    )  # fmt: skip
 
 
 def augment(
     found: Contested,
     prices_BE: IntArray,
+    slot_B: IntArray,
+    limit_LEP: IntArray,
+    wanted_LEE: NDArray,
     excess_BN: IntArray,
     slack_BE: IntArray,
     has_sink_B: BoolArray,
-    reach_B: IntArray,
-) -> tuple[IntArray, IntArray]:
-    """Move units along shortest paths until nothing is out of balance, within reach.
+) -> tuple[IntArray, BoolArray]:
+    """Move units along shortest paths until nothing is out of balance, within the limits.
 
     Args:
         found: contested rows; ``held_A`` is changed in place.
         prices_BE: (B, E) int64 prices at which they were collected.
+        slot_B: (B,) int64 place of each problem in ``limit``, -1 for those to leave alone.
+        limit_LEP: (L, E, P) int64 with which rows were collected.
+        wanted_LEE: (L, E, E) int32, about how many of the cheapest swaps within the limits take
+            part.
         excess_BN: (B, E + 1) int64 units above capacity, the sink last; changed in place.
         slack_BE: (B, E) int64 unused units that the sink has placed; changed in place.
         has_sink_B: (B,) bool, whether capacities leave slack.
-        reach_B: (B,) int64 with which rows were collected, negative for problems to leave alone.
 
     Returns:
-        (B, E + 1) int64 by how much prices rise, and (B,) int64: 0 done, 1 the contested rows do
-        not reach far enough.
+        (B, E + 1) int64 by how much prices rise, and (L, E, E) bool, which pairs of experts had
+        too few swaps to go on.
     """
     potential_BN = np.zeros_like(excess_BN)
-    status_B = np.zeros(prices_BE.shape[0], np.int64)
+    lacks_LEE = np.zeros(wanted_LEE.shape, np.bool_)
     run(
         [
-            lambda a=a, b=b: augment_problems(  # type: ignore[misc]
-                a,
-                b,
-                found.first_B,
-                found.first_R,
-                found.expert_A,
-                found.value_A,
-                found.held_A,
-                prices_BE,
-                excess_BN,
-                slack_BE,
-                has_sink_B,
-                reach_B,
-                potential_BN,
-                status_B,
+            lambda a=a, b=b: augmenting.augment_problems(  # type: ignore[misc]
+                a, b, found.first_B, found.first_R, found.expert_A, found.value_A, found.held_A,
+                prices_BE, slot_B, limit_LEP, wanted_LEE, excess_BN, slack_BE, has_sink_B,
+                potential_BN, lacks_LEE,
             )
             for a, b in spans(prices_BE.shape[0], found.row_R.size)
         ]
-    )
-    return potential_BN, status_B
+    )  # fmt: skip
+    return potential_BN, lacks_LEE
 
 
 def conclude(

@@ -27,13 +27,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_maxscore.flow import passes
-from megatron_maxscore.flow.buckets import ALL_BUCKETS, NUM_LEVELS, WINDOW_BUCKETS
+from megatron_maxscore.flow.buckets import ALL_BUCKETS, MANTISSA_BITS, NUM_LEVELS, WINDOW_BUCKETS
 from megatron_maxscore.flow.exchange import Exchange
 from megatron_maxscore.flow.problem import BoolArray, IntArray, Problem
 from megatron_maxscore.flow.sample import sample_size, take_sample
 from megatron_maxscore.flow.sweeps import EVERYTHING, Descent, Reading, is_tight, overflow, sweep
 
-MAX_PASSES = 8
+MAX_PASSES = 24
 SAMPLE_PASSES = 10
 # Overflow at which the finish is cheaper than another sweep: units per expert, or a share of all
 # units, which is smaller beyond some units, since the cost of the finish is in units.
@@ -49,6 +49,9 @@ SAMPLE_AIM = 0.015
 LOST = 0.1
 # Prices of a sample, and warm ones, are off by less than the largest row range over 2 to this.
 _FIRST_WINDOW_BITS = 5
+# All buckets are counted where one row in so many has a gap smaller than this many octaves below
+# the first window, since prices as fine as that matter then.
+_FINE, _WINDOW_OCTAVES = 8, 13
 
 
 @dataclass
@@ -68,6 +71,15 @@ class PriceState:
     gaps_BL: IntArray
     gap_N: IntArray
     x_NE: BoolArray
+
+    def part(self, problem: Problem, first: int, last: int) -> PriceState:
+        """Return that of the problems from ``first`` to before ``last``; nothing is copied."""
+        start_B = problem.start_B[first : last + 1]
+        rows = slice(int(start_B[0]), int(start_B[-1]))
+        return PriceState(
+            self.prices_BE[first:last], self.load_BE[first:last], self.gaps_BL[first:last],
+            self.gap_N[rows], self.x_NE[rows],
+        )  # fmt: skip
 
 
 def improve(exchange: Exchange, problem: Problem, prices_BE: IntArray) -> PriceState:
@@ -102,10 +114,13 @@ def improve(exchange: Exchange, problem: Problem, prices_BE: IntArray) -> PriceS
         everything_BE = np.full_like(prices_BE, EVERYTHING)
         aim_of_sample_B = SAMPLE_AIM * sample.rows_B * sample.topk
 
-        found = exchange.same(
-            lambda: sampled.sweep(prices_BE, everything_BE, SAMPLE_PASSES, aim_of_sample_B)
-        )
-        prices_BE = found.prices_BE
+        def of_sample() -> tuple[IntArray, bool]:
+            found = sampled.sweep(prices_BE, everything_BE, SAMPLE_PASSES, aim_of_sample_B)
+            return found.prices_BE, _are_fine(sampled.gaps_BL, problem.score_bits)
+
+        prices_BE, are_fine = exchange.same(of_sample)
+        if are_fine:
+            rows.num_buckets = ALL_BUCKETS
     found = rows.sweep(prices_BE, window_BE, MAX_PASSES + (first is not None), aim_B, first)
     # With a little slack the lowest may be anywhere; what is common to all changes no choice.
     level_B = np.where(problem.tight_B, 0, found.prices_BE.min(1))
@@ -117,6 +132,12 @@ def aim_of(units: int, num_experts: int) -> float:
     """Return the overflow of so many units at which sweeps end."""
     aim = min(_SHARE_OF_UNITS * units, _UNITS_BEYOND + _SHARE_BEYOND * units)
     return max(min(aim, _MOST_UNITS / num_experts), _UNITS_PER_EXPERT * num_experts)
+
+
+def _are_fine(gaps_BL: IntArray, score_bits: int) -> bool:
+    """Return whether many rows have gaps that the buckets of the first window do not tell apart."""
+    level = (score_bits - _FIRST_WINDOW_BITS - _WINDOW_OCTAVES) << MANTISSA_BITS
+    return bool((_FINE * gaps_BL[:, :level].sum(1) > gaps_BL.sum(1)).any())
 
 
 class _Rows:
@@ -163,4 +184,6 @@ class _Rows:
             )
             count_bids = lambda: bids_BEH  # noqa: E731
         self.gaps_BL = np.where(active_B[:, None], gaps_BL, self.gaps_BL)
+        if _are_fine(gaps_BL, self.problem.score_bits):
+            self.num_buckets = ALL_BUCKETS
         return loads_BE, count_bids

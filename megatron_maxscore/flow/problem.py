@@ -18,6 +18,7 @@ R ranks.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -43,6 +44,8 @@ ROUNDER_BITS = int(np.float64(ROUNDER).view(np.int64))
 FORBIDDEN = -(1 << 61)
 # No arc, and farther than any path.
 FAR = 1 << 60
+# Longer than any path over allowed arcs, shorter than to a forbidden one.
+WHOLE = 1 << 49
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,20 @@ class Problem:
     def tight_B(self) -> BoolArray:
         """(B,) bool, whether the capacities sum to exactly what the tokens demand."""
         return np.asarray(self.capacity_BE.sum(1) == self.rows_B * self.topk)
+
+    def part(self, first: int, last: int) -> Problem:
+        """Return the problems from ``first`` to before ``last`` alone; nothing is copied."""
+        start_B = self.start_B[first : last + 1]
+        rows = slice(int(start_B[0]), int(start_B[-1]))
+        return dataclasses.replace(
+            self,
+            scores_NE=self.scores_NE[rows],
+            start_B=start_B - start_B[0],
+            rows_RB=self.rows_RB[:, first:last],
+            capacity_BE=self.capacity_BE[first:last],
+            low_N=self.low_N[rows],
+            shift_B=self.shift_B[first:last],
+        )
 
     @property
     def problem_N(self) -> IntArray:

@@ -13,7 +13,7 @@ from tools.workloads import FAMILIES
 
 # Tokens of all ranks, experts, k: where every rank gets all rows, and where rows stay apart.
 SMALL, LARGE = (384, 12, 3), (4608, 32, 4)
-DEGENERATE = {"peaked softmax", "two-hot, underflow", "40 clusters", "40 repeated tokens"}
+DEGENERATE = {"31 tokens, softmax", "31 tokens, softmax, noise"}
 
 
 def together(results):

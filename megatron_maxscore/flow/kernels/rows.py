@@ -3,8 +3,7 @@
 Scores are scaled to integers on the fly (see :mod:`problem`), so that a pass is one read of the
 score matrix and writes little.
 
-Shape letters: B problems, N rows of all problems, E experts, K experts per token, H buckets,
-R contested rows, A arcs.
+Shape letters: B problems, N rows of all problems, E experts, K experts per token, H buckets.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from megatron_maxscore.flow.kernels.vectors import (
     LANES,
     aligned,
     bits,
-    count_bits,
     exceeding,
     lowest_bit,
     padded,
@@ -28,7 +26,7 @@ _HUGE = 1 << 62
 
 
 @jit
-def _integer(score, low, factor):
+def integer(score, low, factor):
     """Return a score as an integer; see :mod:`problem`."""
     return bits((np.float64(score) - low) * factor + ROUNDER) - ROUNDER_BITS
 
@@ -37,7 +35,7 @@ def _integer(score, low, factor):
 def reduced_row(scores_NE, low, factor, price_E, row, out_E):
     """Write a row's integer scores minus prices."""
     for expert in range(out_E.shape[0]):
-        out_E[expert] = _integer(scores_NE[row, expert], low, factor) - price_E[expert]
+        out_E[expert] = integer(scores_NE[row, expert], low, factor) - price_E[expert]
 
 
 @jit
@@ -242,76 +240,6 @@ def _edges(bucket, base, half, edge_L):
     near = edge_L[base + step] if step > 1 else 1.0 + step
     far = edge_L[base + step + 1] if step > 0 else 2.0
     return (near, far) if bucket >= half else (1.0 - far, 1.0 - near)
-
-
-@jit
-def find_contested(
-    scores_NE, low_N, factor_B, prices_BE, x_NE, reach_B, stride_B, gap_N, drift_B, origin_B,
-    first_problem, last_problem, first_row_B, last_row_B, count_N, arcs_NW,
-):  # fmt: skip
-    """Find the entries of each contested row, those whose loss in a swap is within reach.
-
-    Writes how many, and which as bits of one int64 for every 64 experts.
-    """
-    num_experts = scores_NE.shape[1]
-    width = padded(num_experts)
-    r_P, none_P = aligned(width), aligned(width)
-    r_P[:], none_P[:] = 2 * FORBIDDEN, 0
-    r_E, price_E = r_P[:num_experts], aligned(num_experts)
-    for problem in range(first_problem, last_problem):
-        price_E[:] = prices_BE[problem]
-        reach, stride = reach_B[problem], stride_B[problem]
-        limit = reach + drift_B[problem]
-        for row in range(first_row_B[problem], last_row_B[problem]):
-            count_N[row] = 0
-            if reach < 0 or gap_N[row] > limit or (row - origin_B[problem]) % stride:
-                continue
-            reduced_row(scores_NE, low_N[row], factor_B[problem], price_E, row, r_E)
-            least, most = _held_and_other(r_E, x_NE, row)
-            if least - most > reach:
-                continue
-            # What the row has lies above the first limit anyway, what it has not below the second.
-            for word in range(arcs_NW.shape[1]):
-                arcs = np.int64(0)
-                for place in range(64 * word, min(64 * word + 64, num_experts), LANES):
-                    near = exceeding(r_P, none_P, place, least - reach - 1)
-                    far = exceeding(r_P, none_P, place, most + reach)
-                    arcs |= (near & ~far) << (place - 64 * word)
-                arcs_NW[row, word] = arcs
-                count_N[row] += count_bits(arcs)
-
-
-@jit
-def _held_and_other(r_E, x_NE, row):
-    """Return the least reduced score that the row has, and the greatest that it has not."""
-    least, most = np.int64(_HUGE), np.int64(-_HUGE)
-    for expert in range(r_E.shape[0]):
-        has = x_NE[row, expert]
-        least = min(least, r_E[expert] if has else np.int64(_HUGE))
-        most = max(most, np.int64(-_HUGE) if has else r_E[expert])
-    return least, most
-
-
-@jit
-def extract(
-    scores_NE, low_N, factor_B, prices_BE, x_NE, arcs_NW, problem_R, row_R, first_R, first, last,
-    expert_A, value_A, held_A,
-):  # fmt: skip
-    """Write down the arcs of contested rows."""
-    for index in range(first, last):
-        row, problem = row_R[index], problem_R[index]
-        low, factor = low_N[row], factor_B[problem]
-        arc = first_R[index]
-        for word in range(arcs_NW.shape[1]):
-            arcs = arcs_NW[row, word]
-            while arcs:
-                expert = 64 * word + lowest_bit(arcs)
-                arcs &= arcs - 1
-                expert_A[arc] = expert
-                value_A[arc] = _integer(scores_NE[row, expert], low, factor)
-                value_A[arc] -= prices_BE[problem, expert]
-                held_A[arc] = x_NE[row, expert]
-                arc += 1
 
 
 @jit
