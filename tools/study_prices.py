@@ -14,13 +14,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import pretrain_gpt  # noqa: E402
 
-from megatron_maxscore.moe.plan import UNKNOWN  # noqa: E402
+from megatron_maxscore.moe.plan import RoutingPlan  # noqa: E402
 from megatron_maxscore.moe.router import MaxScoreRouter  # noqa: E402
 
-_decide = MaxScoreRouter._decide
+_assign = MaxScoreRouter.assign
 
 
-def decide_by_prices(self, scores, call):
+def assign_by_prices(self, scores, call):
     """Solve for the prices, and choose by those of the batches before.
 
     Args:
@@ -28,14 +28,14 @@ def decide_by_prices(self, scores, call):
         scores: (T, E).
         call: as for the router.
     """
-    decision = _decide(self, scores, call)
+    decision = _assign(self, scores, call)
     if not self.training:
         return decision
     experts = (scores - self.expert_prices.to(scores.dtype)).topk(self.topk, dim=1).indices
-    return replace(decision, experts_TK=experts, plan=UNKNOWN)
+    return replace(decision, plan=RoutingPlan(experts))
 
 
-MaxScoreRouter._decide = decide_by_prices
+MaxScoreRouter.assign = assign_by_prices
 
 if __name__ == "__main__":
     pretrain_gpt.main()

@@ -19,7 +19,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from megatron_maxscore.flow import FlowSolution
 from megatron_maxscore.flow.places import is_device
+from megatron_maxscore.moe.plan import RoutingPlan
 
 
 @dataclass
@@ -43,6 +45,26 @@ class Pass:
     lost_tokens: int = 0
     values: dict[str, Tensor] = field(default_factory=dict)
     has_counted: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        solution: FlowSolution,
+        seconds: float,
+        bad_T: Tensor | None,
+        plan: RoutingPlan,
+        values: dict[str, Tensor],
+    ) -> Pass:
+        """Return the pass of a solve; arguments are the attributes, and what it gave."""
+        assert plan.experts_TK is not None
+        return cls(
+            prices_E=solution.prices if solution.prices.dim() == 1 else solution.prices.mean(0),
+            gap=solution.gap if solution.gap.dim() == 0 else solution.gap.max(),
+            seconds=seconds,
+            bad_T=bad_T,
+            lost_tokens=0 if plan.fits else plan.experts_TK.shape[0],
+            values=values,
+        )
 
 
 @dataclass

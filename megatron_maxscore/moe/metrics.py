@@ -11,7 +11,8 @@ Shape letters: T tokens of this rank, E experts, K experts per token.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,11 +20,9 @@ from torch import Tensor
 
 from megatron_maxscore.flow import FlowSolution
 from megatron_maxscore.moe.context import RUN
+from megatron_maxscore.moe.counting import SolveStatistics
+from megatron_maxscore.moe.plan import RoutingPlan
 from megatron_maxscore.releases import has_metrics_tracker
-
-if TYPE_CHECKING:
-    from megatron_maxscore.moe.counting import SolveStatistics
-    from megatron_maxscore.moe.router import MaxScoreRouter
 
 PREFIX = "maxscore/"
 # objective, unconstrained: score per token, as routed and if every token had its k best experts;
@@ -37,19 +36,37 @@ NAMES = tuple(
     )
 )  # fmt: skip
 
+
+@dataclass(frozen=True)
+class Place:
+    """Where a router's values belong in Megatron's tracker.
+
+    Attributes:
+        number: of the layer, from 1; None for a router without one, which is not reported.
+        num_layers: of the model, those of multi-token prediction included.
+        group: process group over which values are averaged.
+        device: of the values.
+    """
+
+    number: int | None
+    num_layers: int
+    group: Any
+    device: torch.device
+
+
 # What routers have handed in since the last report.
-_waiting: WeakKeyDictionary[MaxScoreRouter, SolveStatistics] = WeakKeyDictionary()
+_waiting: WeakKeyDictionary[torch.nn.Module, tuple[Place, SolveStatistics]] = WeakKeyDictionary()
 
 
-def are_due() -> bool:
+def _are_due() -> bool:
     """Return whether values of the current iteration are logged."""
     return RUN.is_logging is not None and RUN.is_logging()
 
 
-def hand_in(router: MaxScoreRouter, statistics: SolveStatistics) -> None:
+def hand_in(router: torch.nn.Module, place: Place, statistics: SolveStatistics) -> None:
     """Keep a router's values of a global batch for the next report, if they are due."""
-    if are_due():
-        _waiting[router] = statistics
+    if _are_due():
+        _waiting[router] = place, statistics
 
 
 def give_to_tracker(loss_scale: float) -> None:
@@ -60,31 +77,45 @@ def give_to_tracker(loss_scale: float) -> None:
     Args:
         loss_scale: what the tracker multiplies values by: they are sums over microbatches to it.
     """
-    for router, statistics in list(_waiting.items()):
-        config = router.config
-        num_layers = config.num_layers + (config.mtp_num_layers or 0)
-        number = router.layer_number
-        if number is not None and router.is_mtp_layer:
-            number += config.num_layers
-        zero = torch.zeros((), device=router.expert_prices.device)
+    for place, statistics in list(_waiting.values()):
+        zero = torch.zeros((), device=place.device)
         for name in NAMES:
             total = statistics.values.get(name.removeprefix(PREFIX), zero)
             value = total.to(device=zero.device, dtype=torch.float32, non_blocking=True)
             value = value / (max(statistics.measured, 1) * loss_scale)
-            _store(name, value, number, num_layers, router.tp_dp_cp_group)
+            _store(name, value, place)
     _waiting.clear()
 
 
-def measured(
-    scores_TE: Tensor, experts_TK: Tensor, valid_T: Tensor | None, solution: FlowSolution
+def values_of(
+    scores_TE: Tensor,
+    plan: RoutingPlan,
+    valid_T: Tensor | None,
+    solution: FlowSolution,
+    seconds: float,
 ) -> dict[str, Tensor]:
-    """Return the values of one solve, without its time.
+    """Return :func:`measured` values of a call with this plan; none if they are not due."""
+    if not _are_due():
+        return {}
+    assert plan.experts_TK is not None
+    return measured(scores_TE, plan.experts_TK, valid_T, solution, seconds)
+
+
+def measured(
+    scores_TE: Tensor,
+    experts_TK: Tensor,
+    valid_T: Tensor | None,
+    solution: FlowSolution,
+    seconds: float,
+) -> dict[str, Tensor]:
+    """Return the values of one solve.
 
     Args:
         scores_TE: (T, E) what the flow maximised.
         experts_TK: (T, K) int64, padding rows too.
         valid_T: (T,) bool, False = padding, which does not count.
         solution: of the problem that these tokens are part of.
+        seconds: of the host in the solve.
 
     Returns:
         0-dim tensors by the names in :data:`NAMES`, without prefix.
@@ -115,22 +146,28 @@ def measured(
         "load_p05": low,
         "load_p95": high,
         "load_max": loads_E.max(),
+        "solve_ms": torch.tensor(1e3 * seconds),
     }
 
 
-def _store(name: str, value: Tensor, number: int | None, num_layers: int, group: object) -> None:
-    """Add to the tracker, however the release calls it; replicas are averaged over ``group``."""
-    if number is None:
+def _store(name: str, value: Tensor, place: Place) -> None:
+    """Add to the tracker, however the release calls it; replicas are averaged over its group."""
+    if place.number is None:
         return
     if has_metrics_tracker():
         from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
         get_moe_metrics_tracker().record(
-            name, value, number, num_layers, avg_group=group, needs_dp_avg=False
+            name, value, place.number, place.num_layers, avg_group=place.group, needs_dp_avg=False
         )
     else:
         from megatron.core.transformer.moe.moe_utils import save_to_aux_losses_tracker
 
         save_to_aux_losses_tracker(
-            name, value, number, num_layers, avg_group=group, reduce_group_has_dp=True
+            name,
+            value,
+            place.number,
+            place.num_layers,
+            avg_group=place.group,
+            reduce_group_has_dp=True,
         )

@@ -9,8 +9,9 @@ Shape letters: T tokens of this rank, E experts, K experts per token, R ranks of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 _ATTRIBUTE = "maxscore_plan"
@@ -53,6 +54,16 @@ class RoutingPlan:
     num_tokens: int | None = None
     fits: bool = True
     is_reported: bool = False
+
+    def small(self) -> RoutingPlan:
+        """Return it as it is kept until a checkpointed pass is recomputed: experts as int16."""
+        assert self.experts_TK is not None
+        return replace(self, experts_TK=self.experts_TK.to(torch.int16), order=None)
+
+    def whole(self) -> RoutingPlan:
+        """Undo :meth:`small`, but for the order."""
+        assert self.experts_TK is not None
+        return replace(self, experts_TK=self.experts_TK.long())
 
 
 # What is known of a map that the router has not made.

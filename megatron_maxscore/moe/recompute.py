@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, Protocol, Self
 
 import torch
 from megatron.core.tensor_parallel import random
@@ -79,7 +79,17 @@ class _Run:
         return decider, number
 
 
-def decide_once(decider: Hashable, decide: Callable[[], Any]) -> Any:
+class Decision(Protocol):
+    """What is kept for a region that runs again."""
+
+    def small(self) -> Self:
+        """Return it in the form in which it is kept."""
+
+    def whole(self) -> Self:
+        """Return what was kept as it is used."""
+
+
+def decide_once[D: Decision](decider: Hashable, decide: Callable[[], D]) -> D:
     """Return ``decide()``, or what it gave when the running region ran for the first time.
 
     A decider may be asked several times in one region, as a layer is that occurs several times. A
@@ -93,19 +103,16 @@ def decide_once(decider: Hashable, decide: Callable[[], Any]) -> Any:
     calls = [(run, run.next_call(decider)) for run in _running()]
     for run, call in reversed(calls):
         if run.is_repeated and call in run.region.decided:
-            decision = run.region.decided[call]
+            kept = run.region.decided[call]
+            decision = kept.whole()
             break
     else:
         decision = decide()
+        kept = decision.small() if calls else None
     for run, call in calls:
         if not run.is_repeated:
-            run.region.decided[call] = decision
+            run.region.decided[call] = kept
     return decision
-
-
-def is_in_region() -> bool:
-    """Return whether a region runs in this thread."""
-    return bool(_running())
 
 
 def is_first_run() -> bool:

@@ -40,28 +40,8 @@ BIAS_NAME = "expert_bias"
 
 
 @dataclass(frozen=True)
-class _Decision:
-    """The experts of a routing call's tokens.
-
-    Attributes:
-        experts_TK: (T, K) int64; int16 while a checkpointed pass waits to be recomputed.
-        plan: for the dispatcher, without the experts.
-        pass_: what it adds to prices and statistics; None outside of training.
-    """
-
-    experts_TK: Tensor
-    plan: RoutingPlan
-    pass_: Pass | None = None
-
-    def small(self) -> _Decision:
-        """Return it as it is kept until the pass is recomputed."""
-        small = self.experts_TK.to(torch.int16)
-        return _Decision(small, dataclasses.replace(self.plan, order=None), self.pass_)
-
-
-@dataclass
-class _Call:
-    """A routing call that is under way, for what Megatron calls back.
+class RoutingCall:
+    """One call of :meth:`MaxScoreRouter.routing`.
 
     Attributes:
         padding_T: (T,) bool, True = padding.
@@ -70,8 +50,6 @@ class _Call:
         may_count: whether a backward pass may follow.
         is_reported: whether someone will raise an error if there are bad tokens. Otherwise their
             gates are NaN, so that they are seen in the output.
-        logits_TE: (T, E) with the z-loss in its graph.
-        decision: what was chosen, None if a replay has chosen.
     """
 
     padding_T: Tensor | None
@@ -79,11 +57,49 @@ class _Call:
     bad_T: Tensor | None
     may_count: bool
     is_reported: bool
+
+    @property
+    def valid_T(self) -> Tensor | None:
+        """(T,) bool, False = padding."""
+        return None if self.padding_T is None else ~self.padding_T
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was chosen in a routing call.
+
+    Attributes:
+        plan: for the dispatcher, with the experts.
+        pass_: what the call adds to prices and statistics; None outside of training.
+    """
+
+    plan: RoutingPlan
+    pass_: Pass | None = None
+
+    def small(self) -> Decision:
+        """Return it as it is kept until the pass is recomputed."""
+        return Decision(self.plan.small(), self.pass_)
+
+    def whole(self) -> Decision:
+        """Return what was kept as it is used."""
+        return Decision(self.plan.whole(), self.pass_)
+
+
+@dataclass
+class _UnderWay:
+    """A routing call while Megatron's routing function runs, which passes nothing on.
+
+    Attributes:
+        call: the call.
+        logits_TE: (T, E) with the z-loss in its graph.
+        decision: what was chosen, None if a replay has chosen.
+    """
+
+    call: RoutingCall
     logits_TE: Tensor | None = None
-    decision: _Decision | None = None
+    decision: Decision | None = None
 
 
-# Megatron's routing function passes nothing on to what it calls back.
 _local = threading.local()
 
 
@@ -135,7 +151,7 @@ class MaxScoreRouter(TopKRouter):
         self.last_statistics = SolveStatistics()
         # Tokens in evaluation whose logits were not finite.
         self.evaluated_bad_tokens: int | Tensor = 0
-        self.router_replay = Selector(self._select, self.router_replay)
+        self.router_replay = Selector(self.select, self.router_replay)
         zeros_E = torch.zeros(
             config.num_moe_experts, dtype=torch.float32, device=self.weight.device
         )
@@ -159,40 +175,136 @@ class MaxScoreRouter(TopKRouter):
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """Route (S, B, E) logits; see the base class.
 
+        1. Note what is known of the call, and replace logits that are not finite.
+        2. Let Megatron route: it applies jitter and losses, and asks :meth:`select` for the experts
+           and their gates, which asks :meth:`assign` for the experts. It makes probs and map.
+        3. Attach the plan to the map, for the dispatcher.
+        4. Count the call towards prices and statistics when its backward pass runs.
+
         Returns:
             probs (T, E) of the logits' dtype, 0 where not routed, and routing_map (T, E) bool with
             exactly k per row. Probabilities of tokens whose logits are not finite are NaN, unless
             the training step raises an error for them.
         """
-        # The first pipeline stage slices the mask for sequence parallelism, others get it whole.
-        num_tokens = logits.shape[0] * logits.shape[1]
-        if padding_mask is not None and padding_mask.numel() != num_tokens:
-            padding_mask = self._own_part(padding_mask, num_tokens)
+        # 1. A pass without gradients, which ends in no training step, is reported by nobody.
+        if padding_mask is not None:
+            padding_mask = self._own_part(padding_mask, logits.shape[0] * logits.shape[1])
         padding_T = None if padding_mask is None else padding_mask.reshape(-1)
-        # A pass without gradients, which ends in no training step, is reported by nobody.
         may_count = recompute.is_first_run() or (torch.is_grad_enabled() and logits.requires_grad)
-        is_reported = self.training and self.raises_bad_scores and may_count
         logits, bad_T = without_bad_scores(logits, padding_T)
-        call = _Call(padding_T, logits.shape[1], bad_T, may_count, is_reported)
-        before, _local.call = getattr(_local, "call", None), call
-        try:
-            probs, routing_map = super().routing(logits, padding_mask=padding_mask, **kwargs)
-        finally:
-            _local.call = before
-        if call.decision is not None:
-            self._conclude(call.decision, probs, routing_map)
         if bad_T is not None and not self.training:
             self.evaluated_bad_tokens = self.evaluated_bad_tokens + bad_T.sum()
-        return probs, routing_map
-
-    def _conclude(self, decision: _Decision, probs: Tensor, routing_map: Tensor) -> None:
-        """Tell the dispatcher what is known, and count the pass when its backward pass runs."""
-        # Megatron's dropping, which inference may switch on, changes the map.
+        is_reported = self.training and self.raises_bad_scores and may_count
+        call = RoutingCall(padding_T, logits.shape[1], bad_T, may_count, is_reported)
+        # 2.
+        before, _local.under_way = getattr(_local, "under_way", None), _UnderWay(call)
+        try:
+            probs, routing_map = super().routing(logits, padding_mask=padding_mask, **kwargs)
+            decision = _local.under_way.decision
+        finally:
+            _local.under_way = before
+        if decision is None:
+            return probs, routing_map
+        # 3. Megatron's dropping, which inference may switch on, changes the map.
         if self.config.moe_expert_capacity_factor is None:
-            known = decision.plan
-            plan.attach(routing_map, dataclasses.replace(known, experts_TK=decision.experts_TK))
+            plan.attach(routing_map, decision.plan)
+        # 4.
         if decision.pass_ is not None and torch.is_grad_enabled() and probs.requires_grad:
             probs.register_hook(functools.partial(self._count, decision.pass_))
+        return probs, routing_map
+
+    def apply_z_loss(self, logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Note the logits that carry the z-loss: gates must be made of them, or it is lost."""
+        logits = super().apply_z_loss(logits, *args, **kwargs)
+        under_way: _UnderWay | None = getattr(_local, "under_way", None)
+        if under_way is not None:
+            under_way.logits_TE = logits
+        return logits
+
+    def select(self, scores_TE: Tensor, replay: Any) -> tuple[Tensor, Tensor]:
+        """Return gates (T, K) and experts (T, K) int64 when Megatron's routing function asks.
+
+        1. Choose the experts: by the flow of the objective, or by a replay.
+        2. Make their gates of the logits, or of Megatron's scores.
+        3. Give tokens with bad logits NaN, if nobody will report them.
+
+        Args:
+            scores_TE: Megatron's scores, or its logits without pre-softmax.
+            replay: Megatron's, None if there is none.
+        """
+        under_way: _UnderWay = _local.under_way
+        call, logits_TE = under_way.call, under_way.logits_TE
+        assert logits_TE is not None
+        # Kernels on a device read narrow logits as they are.
+        is_wide = logits_TE.dtype == torch.float64 or is_device(logits_TE)
+        wide_TE = logits_TE if is_wide else logits_TE.float()
+
+        def choose(*_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+            with torch.no_grad():
+                objective_TE = self._objective(wide_TE, scores_TE)
+                under_way.decision = recompute.decide_once(
+                    self, lambda: self.assign(objective_TE, call)
+                )
+            experts_TK = under_way.decision.plan.experts_TK
+            assert experts_TK is not None
+            return scores_TE, experts_TK  # gates are made below
+
+        # 1. Replayed experts need not meet the quotas; choose() says so when it is asked instead.
+        if replay is None:
+            _, experts_TK = choose()
+        else:
+            _, experts_TK = replay.get_replay_topk(scores_TE, self.topk, None, None, choose)
+        # 2.
+        if self.options.gate == "soft_topk":
+            gates_TK = soft_topk_at(wide_TE, experts_TK, self.temperature, self.options.variant)
+            # Up to 0.17 gates are scattered into a tensor of the logits' dtype.
+            if scores_TE.dtype in (torch.bfloat16, torch.float16):
+                gates_TK = gates_TK.to(scores_TE.dtype)
+        else:
+            gates_TK = scores_TE.gather(1, experts_TK)
+        gates_TK = self._shaped(gates_TK)
+        # 3.
+        if call.bad_T is not None and not call.is_reported:
+            gates_TK = gates_TK.masked_fill(call.bad_T[:, None], math.nan)
+        return gates_TK, experts_TK
+
+    def assign(self, scores_TE: Tensor, call: RoutingCall) -> Decision:
+        """Return the experts of (T, E) scores by the rule in force: prices, or the flow."""
+        if not self.training and not uses_flow(self.options.eval_routing):
+            biased_TE = scores_TE - self.expert_prices.to(scores_TE.dtype)
+            return Decision(RoutingPlan(biased_TE.topk(self.topk, dim=1).indices))
+        if not self.training:
+            check_no_cache()
+        turn = self._iteration() + RUN.microbatch if self.training else None
+        if turn is not None and self._recorder is not None and call.may_count:
+            self._recorder.record(
+                self.layer_number or 0, self._iteration(), scores_TE, self.topk,
+                self.scope.capacity(scores_TE, self.topk, turn), self.expert_prices, call.valid_T,
+            )  # fmt: skip
+        started = time.perf_counter()
+        routed, solution = self.scope.solve(
+            scores_TE, call.batch_size, self.topk, self.expert_prices, call.valid_T, turn
+        )
+        seconds = time.perf_counter() - started
+        routed = dataclasses.replace(routed, is_reported=call.is_reported)
+        if not self.training:
+            return Decision(routed)
+        values = metrics.values_of(scores_TE, routed, call.valid_T, solution, seconds)
+        return Decision(routed, Pass.of(solution, seconds, call.bad_T, routed, values))
+
+    def _own_part(self, padding_mask: Tensor, num_tokens: int) -> Tensor:
+        """Return the mask of this rank's tokens.
+
+        The first pipeline stage slices it for sequence parallelism, others get it whole.
+        """
+        ranks = self.tp_group.size()
+        if padding_mask.numel() not in (num_tokens, num_tokens * ranks):
+            raise ValueError(
+                f"padding_mask has {padding_mask.numel()} tokens, the router {num_tokens}"
+            )
+        if padding_mask.numel() == num_tokens:
+            return padding_mask
+        return padding_mask.chunk(ranks, dim=0)[self.tp_group.rank()]
 
     def _count(self, pass_: Pass, gradient: Tensor) -> None:
         """Add a pass, whose backward pass runs, to prices and statistics, once."""
@@ -203,52 +315,6 @@ class MaxScoreRouter(TopKRouter):
         with torch.no_grad():
             self.price_sum += pass_.prices_E
             self.price_count += 1
-
-    def apply_z_loss(self, logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Note the logits that carry the z-loss: gates must be made of them, or it is lost."""
-        logits = super().apply_z_loss(logits, *args, **kwargs)
-        call = getattr(_local, "call", None)
-        if call is not None:
-            call.logits_TE = logits
-        return logits
-
-    def _own_part(self, padding_mask: Tensor, num_tokens: int) -> Tensor:
-        ranks = self.tp_group.size()
-        if padding_mask.numel() != num_tokens * ranks:
-            raise ValueError(
-                f"padding_mask has {padding_mask.numel()} tokens, the router {num_tokens}"
-            )
-        return padding_mask.chunk(ranks, dim=0)[self.tp_group.rank()]
-
-    def _select(self, scores_TE: Tensor, replay: Any) -> tuple[Tensor, Tensor]:
-        call: _Call = _local.call
-        logits_TE = call.logits_TE
-        assert logits_TE is not None
-        # Kernels on a device read narrow logits as they are.
-        is_wide = logits_TE.dtype == torch.float64 or is_device(logits_TE)
-        wide_TE = logits_TE if is_wide else logits_TE.float()
-
-        def choose(*_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-            with torch.no_grad():
-                call.decision = self._decision(self._objective(wide_TE, scores_TE), call)
-            return scores_TE, call.decision.experts_TK  # gates are made below
-
-        if replay is None:
-            _, experts_TK = choose()
-        else:
-            # Replayed experts need not meet the quotas; choose() says so when it is asked instead.
-            _, experts_TK = replay.get_replay_topk(scores_TE, self.topk, None, None, choose)
-        if self.options.gate == "soft_topk":
-            gates_TK = soft_topk_at(wide_TE, experts_TK, self.temperature, self.options.variant)
-            # Up to 0.17 gates are scattered into a tensor of the logits' dtype.
-            if scores_TE.dtype in (torch.bfloat16, torch.float16):
-                gates_TK = gates_TK.to(scores_TE.dtype)
-        else:
-            gates_TK = scores_TE.gather(1, experts_TK)
-        gates_TK = self._shaped(gates_TK)
-        if call.bad_T is not None and not call.is_reported:
-            gates_TK = gates_TK.masked_fill(call.bad_T[:, None], math.nan)
-        return gates_TK, experts_TK
 
     def _shaped(self, gates_TK: Tensor) -> Tensor:
         """Return the chosen experts' gates, annealed and normalised if that is asked for."""
@@ -283,62 +349,6 @@ class MaxScoreRouter(TopKRouter):
             # Without pre-softmax the seam hands over logits.
             return torch.softmax(logits_TE, dim=-1)
         return scores_TE
-
-    def _decision(self, scores_TE: Tensor, call: _Call) -> _Decision:
-        """Return the experts for (T, E) scores; when a pass is recomputed, those it had."""
-        if not recompute.is_in_region():
-            return self._decide(scores_TE, call)
-        made: list[_Decision] = []
-
-        def decide() -> _Decision:
-            made.append(self._decide(scores_TE, call))
-            return made[0].small()
-
-        kept: _Decision = recompute.decide_once(self, decide)
-        return made[0] if made else dataclasses.replace(kept, experts_TK=kept.experts_TK.long())
-
-    def _decide(self, scores_TE: Tensor, call: _Call) -> _Decision:
-        """Return the experts by the rule in force."""
-        if not self.training and not uses_flow(self.options.eval_routing):
-            biased_TE = scores_TE - self.expert_prices.to(scores_TE.dtype)
-            return _Decision(biased_TE.topk(self.topk, dim=1).indices, plan.UNKNOWN)
-        if not self.training:
-            check_no_cache()
-        valid_T = None if call.padding_T is None else ~call.padding_T
-        turn = None
-        if self.training:
-            turn = self._iteration() + RUN.microbatch
-            if self._recorder is not None and call.may_count:
-                self._recorder.record(
-                    self.layer_number or 0, self._iteration(), scores_TE, self.topk,
-                    self.scope.capacity(scores_TE, self.topk, turn), self.expert_prices, valid_T,
-                )  # fmt: skip
-        started = time.perf_counter()
-        routed, solution = self.scope.solve(
-            scores_TE, call.batch_size, self.topk, self.expert_prices, valid_T, turn
-        )
-        seconds = time.perf_counter() - started
-        known = RoutingPlan(
-            static=routed.static,
-            loads_RE=routed.loads_RE,
-            order=routed.order,
-            num_tokens=routed.num_tokens,
-            fits=routed.fits,
-            is_reported=call.is_reported,
-        )
-        if not self.training:
-            return _Decision(routed.experts_TK, known)
-        pass_ = Pass(
-            prices_E=solution.prices if solution.prices.dim() == 1 else solution.prices.mean(0),
-            gap=solution.gap if solution.gap.dim() == 0 else solution.gap.max(),
-            seconds=seconds,
-            bad_T=call.bad_T,
-            lost_tokens=0 if routed.fits else scores_TE.shape[0],
-        )
-        if metrics.are_due():
-            pass_.values = metrics.measured(scores_TE, routed.experts_TK, valid_T, solution)
-            pass_.values["solve_ms"] = torch.tensor(1e3 * seconds)
-        return _Decision(routed.experts_TK, known, pass_)
 
     def _iteration(self) -> int:
         """Return the number of the current global batch, the same on all ranks."""
@@ -381,11 +391,18 @@ class MaxScoreRouter(TopKRouter):
         """
         self.pending_prices = None if self.is_frozen else pending_E
         self.last_statistics = self.statistics.take()
-        metrics.hand_in(self, self.last_statistics)
+        metrics.hand_in(self, self._place(), self.last_statistics)
         self.price_sum.zero_()
         self.price_count.zero_()
         if self._recorder is not None:
             self._recorder.end_attempt()
+
+    def _place(self) -> metrics.Place:
+        number = self.layer_number
+        num_layers = self.config.num_layers + (self.config.mtp_num_layers or 0)
+        if number is not None and self.is_mtp_layer:
+            number += self.config.num_layers
+        return metrics.Place(number, num_layers, self.tp_dp_cp_group, self.expert_prices.device)
 
     def end_batch(self, has_stepped: bool = True) -> None:
         """End a global batch: take the pending prices, if the optimizer has taken its step."""

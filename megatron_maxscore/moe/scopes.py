@@ -16,7 +16,6 @@ experts per token, R ranks of ``tp_ep``.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,29 +26,8 @@ from torch import Tensor
 from megatron_maxscore.flow import FlowSolution, solve
 from megatron_maxscore.flow.exchange import Exchange, exchange_of
 from megatron_maxscore.moe.config import MaxScoreConfig
-from megatron_maxscore.moe.plan import StaticLoads
+from megatron_maxscore.moe.plan import RoutingPlan, StaticLoads
 from megatron_maxscore.moe.quotas import capacities, has_quotas, own_quotas, quotas
-
-
-@dataclass(frozen=True)
-class Routed:
-    """What a solve gave this rank.
-
-    Attributes:
-        experts_TK: (T, K) int64.
-        static: what every rank of ``tp_ep`` sends, if that is known without communication.
-        loads_RE: (R, E) int64 what every rank of ``tp_ep`` sends, None if not known.
-        fits: whether this rank's tokens fit into what the others expect of it.
-        num_tokens: how many tokens' assignments the others expect; None for as many as it has.
-        order: (2, T * K) int64 the assignments in order of their expert; None if not known.
-    """
-
-    experts_TK: Tensor
-    static: StaticLoads | None
-    loads_RE: Tensor | None
-    fits: bool = True
-    num_tokens: int | None = None
-    order: Tensor | None = None
 
 
 class Scope:
@@ -108,7 +86,7 @@ class Scope:
         prices: Tensor,
         valid_T: Tensor | None,
         turn: int | None,
-    ) -> tuple[Routed, FlowSolution]:
+    ) -> tuple[RoutingPlan, FlowSolution]:
         """Assign this rank's tokens; every rank of the scope's group must call it.
 
         Args:
@@ -119,6 +97,9 @@ class Scope:
             valid_T: (T,) bool, False = padding, which gets experts too.
             turn: number of the microbatch, the same on all ranks; None outside of training, where
                 lengths may differ whatever the configuration says.
+
+        Returns:
+            The plan for the dispatcher, and the solution of the problem with these tokens.
         """
         num_tokens, num_experts = scores_TE.shape
         static = self._static(topk, num_experts, turn)
@@ -131,7 +112,7 @@ class Scope:
             capacity_E = self.capacity(scores_TE, topk, turn)
             solution = solve(scores_TE, topk, capacity=capacity_E, valid=valid_T, **common)
             fits = static is None or num_tokens <= static.num_tokens
-            return self._routed(solution.experts, static, None, fits, solution.order), solution
+            return self._plan(solution.experts, static, None, fits, solution.order), solution
         solution = self._solve_together(scores_TE, batch_size, topk, valid_T, common)
         experts_TK = solution.experts
         if self.options.scope == "sequence":
@@ -144,18 +125,18 @@ class Scope:
             most = batch_size * math.ceil(length * topk / num_experts)
             fits = most <= static.num_tokens * topk // num_experts
         order = None if self._has_copies else solution.order
-        return self._routed(experts_TK, static, self._loads(solution), fits, order), solution
+        return self._plan(experts_TK, static, self._loads(solution), fits, order), solution
 
     @staticmethod
-    def _routed(
+    def _plan(
         experts_TK: Tensor,
         static: StaticLoads | None,
         loads_RE: Tensor | None,
         fits: bool,
         order: Tensor | None,
-    ) -> Routed:
+    ) -> RoutingPlan:
         num_tokens = None if static is None else static.num_tokens
-        return Routed(experts_TK, static, loads_RE, fits, num_tokens, order)
+        return RoutingPlan(experts_TK, order, static, loads_RE, num_tokens, fits)
 
     def capacity(self, scores_TE: Tensor, topk: int, turn: int | None) -> Tensor:
         """Return the (E,) int64 capacities of this rank's own problem.

@@ -18,8 +18,9 @@ def test_values_are_those_of_a_loop(with_padding, factor):
     scores[:, 0] += 1.0
     valid = torch.arange(40) % 5 != 0 if with_padding else None
     solution = solve(scores, 2, capacity_factor=factor, valid=valid, fill_padding=True)
-    values = measured(scores, solution.experts, valid, solution)
-    assert {PREFIX + name for name in values} | {PREFIX + "solve_ms"} == set(NAMES)
+    values = measured(scores, solution.experts, valid, solution, 0.25)
+    assert {PREFIX + name for name in values} == set(NAMES)
+    assert float(values["solve_ms"]) == 250.0
     objective = best = firsts = 0.0
     rows = [t for t in range(40) if valid is None or valid[t]]
     for t in rows:
@@ -42,5 +43,5 @@ def test_values_are_those_of_a_loop(with_padding, factor):
 
 def test_no_tokens():
     solution = solve(torch.zeros(0, 4), 2)
-    values = measured(torch.zeros(0, 4), solution.experts, None, solution)
+    values = measured(torch.zeros(0, 4), solution.experts, None, solution, 0.0)
     assert all(torch.isfinite(value) for value in values.values())
