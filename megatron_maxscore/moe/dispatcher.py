@@ -142,15 +142,23 @@ class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
     ) -> tuple[Tensor, Tensor]:
         """Prepare for dispatch; see the base class.
 
+        1. Add rows of zeros where the others expect more than this rank has, or where its tokens do
+           not fit. How it was filled waits on the dispatcher for :meth:`combine_postprocess`, as
+           Megatron's own splits do: its combine gets nothing else.
+        2. Let Megatron permute tokens; it asks :meth:`preprocess` for the splits, and finds the
+           order in the map's plan (:mod:`permutation`).
+
         Args:
             hidden_states: (S, B, H).
             routing_map: (T, E) bool.
             probs: (T, E) gates.
         """
+        # 1.
         plan = plan_of(routing_map)
         self._filled = None
         if plan.num_tokens not in (None, routing_map.shape[0]) or not plan.fits:
             hidden_states, routing_map, probs = self._fill(hidden_states, routing_map, probs, plan)
+        # 2.
         dispatched: tuple[Tensor, Tensor] = super().dispatch_preprocess(
             hidden_states, routing_map, probs
         )
