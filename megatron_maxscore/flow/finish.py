@@ -49,14 +49,16 @@ _MIN_ROWS = 64
 _PLATEAU_ROWS_PER_UNIT = 2
 # All swaps take part where an expert has so few rows, and there are so few altogether.
 _ROWS_PER_EXPERT, _ALL_SWAPS = 16, 1 << 22
-# The next reach relative to one that did not suffice: in general, where most units are left, and
-# where all of them are.
-_LONGER, _MUCH_LONGER, _LONGEST = 2, 4, 16
+# The next reach relative to one that did not suffice: where the swaps within it are many already;
+# in general; and how much more where most units are left, or all of them.
+_LITTLE_LONGER, _LONGER = 2, 4
+_MORE_FOR_MOST, _MORE_FOR_ALL = 2, 8
 _MOST_LEFT = 0.9
 # Limits are the same for all pairs of experts as long as there are no more swaps than this for each
 # assignment, or for each pair, whichever is more, and more units are left.
 _SWAPS_PER_ASSIGNMENT, _SWAPS_PER_PAIR = 4, 64
-_FEW_UNITS = 64
+# And with so few units only as long as there are no more swaps than this for each pair.
+_FEW_UNITS, _FEW_SWAPS = 64, 2
 # From then on, about how many swaps a pair should have, and how many more for each unit that one of
 # its experts has too many or too few; and by how much more where they did not suffice.
 _SWAPS, _SWAPS_PER_UNIT = 16, 0.5
@@ -181,10 +183,12 @@ class _Finish:
         # Without a sink its potential is 0, which only makes this bound looser.
         self.drift_B += potential_BN.max(1) - potential_BN.min(1)
         before_B, self.left_B = self.left_B, np.maximum(self.excess_BN, 0).sum(1)
-        is_far_B |= (self.left_B <= _FEW_UNITS) | (self.reach_B >= WHOLE)
+        has_many_B = found.swaps_B > _FEW_SWAPS * self.problem.num_experts**2
+        is_far_B |= (self.left_B <= _FEW_UNITS) & has_many_B | (self.reach_B >= WHOLE)
         self.is_far_B = is_far_B & (self.left_B > 0)
-        factor_B = np.where(self.left_B > _MOST_LEFT * before_B, _MUCH_LONGER, _LONGER)
-        factor_B = np.where(self.left_B == before_B, _LONGEST, factor_B)
+        factor_B = np.where(8 * found.swaps_B > most_B, _LITTLE_LONGER, _LONGER)
+        factor_B *= np.where(self.left_B > _MOST_LEFT * before_B, _MORE_FOR_MOST, 1)
+        factor_B *= np.where(self.left_B == before_B, _MORE_FOR_ALL // _MORE_FOR_MOST, 1)
         self.reach_B = np.minimum(factor_B * self.reach_B, WHOLE)
 
     def _contested(

@@ -184,6 +184,6 @@ class _Rows:
             )
             count_bids = lambda: bids_BEH  # noqa: E731
         self.gaps_BL = np.where(active_B[:, None], gaps_BL, self.gaps_BL)
-        if _are_fine(gaps_BL, self.problem.score_bits):
+        if self.num_buckets < ALL_BUCKETS and _are_fine(gaps_BL, self.problem.score_bits):
             self.num_buckets = ALL_BUCKETS
         return loads_BE, count_bids

@@ -40,6 +40,7 @@ def draw(seed):
         "_ROWS_PER_UNIT": int(rng.integers(8)),
         "_MIN_ROWS": 1,
         "_FEW_UNITS": int(rng.choice([0, 1000])),
+        "_FEW_SWAPS": 0,
         "_SWAPS": int(rng.integers(1, 8)),
         "_SWAPS_PER_ASSIGNMENT": int(rng.integers(3)),
         "_SWAPS_PER_PAIR": 0,

@@ -70,11 +70,12 @@ def find_contested(
     held_W = np.empty(num_words, np.int64)
     for problem in range(first_problem, last_problem):
         price_E[:] = prices_BE[problem]
-        slot = slot_B[problem]
+        slot, stride, gap_limit = slot_B[problem], stride_B[problem], gap_limit_B[problem]
         for row in range(first_row_B[problem], last_row_B[problem]):
             count_N[row] = 0
-            is_left_out = (row - origin_B[problem]) % stride_B[problem] != 0
-            if slot < 0 or gap_N[row] > gap_limit_B[problem] or is_left_out:
+            if slot < 0 or gap_N[row] > gap_limit:
+                continue
+            if stride > 1 and (row - origin_B[problem]) % stride:
                 continue
             reduced_row(scores_NE, low_N[row], factor_B[problem], price_E, row, r_E)
             limit_EP, widest_E, arcs_W = limit_LEP[slot], widest_LE[slot], arcs_NW[row]
