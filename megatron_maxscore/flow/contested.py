@@ -56,17 +56,6 @@ class Contested:
             np.empty(arcs, np.bool_),
         )
 
-    @property
-    def swaps_B(self) -> IntArray:
-        """(B,) int64, how many swaps each problem has."""
-        held_R = _sums(self.held_A, self.first_R)
-        return _sums(held_R * (np.diff(self.first_R) - held_R), self.first_B)
-
-    def apply(self, x_NE: BoolArray) -> None:
-        """Write what the rows have now into an assignment."""
-        rows_A = np.repeat(self.row_R, np.diff(self.first_R))
-        x_NE[rows_A, self.expert_A] = self.held_A
-
     def of_all_ranks(
         self, exchange: Exchange, problem: Problem
     ) -> tuple[Contested, IntArray | None]:
@@ -112,12 +101,6 @@ class Contested:
                 above_A.astype(np.int64 if is_wide else np.int32).tobytes(),
             ]
         )
-
-
-def _sums(values: np.ndarray, first: IntArray) -> IntArray:
-    """Return int64 sums of parts, each from one of ``first`` to the next."""
-    ends = np.concatenate([[0], values.cumsum(dtype=np.int64)])[first]
-    return np.asarray(np.diff(ends))
 
 
 def _index_type(num_experts: int) -> type:

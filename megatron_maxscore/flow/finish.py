@@ -164,7 +164,8 @@ class _Finish:
         most_B = np.maximum(
             _SWAPS_PER_ASSIGNMENT * units_B, _SWAPS_PER_PAIR * self.problem.num_experts**2
         )
-        is_far_B = active_B & (is_far_B | (found.swaps_B > most_B))
+        swaps_B = passes.count_swaps(found)
+        is_far_B = active_B & (is_far_B | (swaps_B > most_B))
         wanted_LEE = np.full(
             limit_LEP.shape[:2] + limit_LEP.shape[1:2], np.iinfo(np.int32).max, np.int32
         )
@@ -183,10 +184,10 @@ class _Finish:
         # Without a sink its potential is 0, which only makes this bound looser.
         self.drift_B += potential_BN.max(1) - potential_BN.min(1)
         before_B, self.left_B = self.left_B, np.maximum(self.excess_BN, 0).sum(1)
-        has_many_B = found.swaps_B > _FEW_SWAPS * self.problem.num_experts**2
+        has_many_B = swaps_B > _FEW_SWAPS * self.problem.num_experts**2
         is_far_B |= (self.left_B <= _FEW_UNITS) & has_many_B | (self.reach_B >= WHOLE)
         self.is_far_B = is_far_B & (self.left_B > 0)
-        factor_B = np.where(8 * found.swaps_B > most_B, _LITTLE_LONGER, _LONGER)
+        factor_B = np.where(8 * swaps_B > most_B, _LITTLE_LONGER, _LONGER)
         factor_B *= np.where(self.left_B > _MOST_LEFT * before_B, _MORE_FOR_MOST, 1)
         factor_B *= np.where(self.left_B == before_B, _MORE_FOR_ALL // _MORE_FOR_MOST, 1)
         self.reach_B = np.minimum(factor_B * self.reach_B, WHOLE)
@@ -205,7 +206,7 @@ class _Finish:
     def _apply(self, own: Contested, own_A: IntArray | None, held_A: BoolArray) -> None:
         """Write what rows have now into the assignment."""
         own.held_A[:] = held_A if own_A is None else held_A[own_A]
-        own.apply(self.state.x_NE)
+        passes.apply(own, self.state.x_NE)
 
     def _augment(
         self, found: Contested, slot_B: IntArray, limit_LEP: IntArray, wanted_LEE: NDArray

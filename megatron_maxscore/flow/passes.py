@@ -235,6 +235,23 @@ def contested(
     return found
 
 
+def count_swaps(found: Contested) -> IntArray:
+    """Return (B,) int64, how many swaps the contested rows of each problem have."""
+    return np.asarray(rows_of_finish.count_swaps(found.first_B, found.first_R, found.held_A))
+
+
+def apply(found: Contested, x_NE: BoolArray) -> None:
+    """Write what contested rows have now into an assignment, (N, E) bool."""
+    run(
+        [
+            lambda a=a, b=b: rows_of_finish.apply(  # type: ignore[misc]
+                found.row_R, found.first_R, found.expert_A, found.held_A, a, b, x_NE
+            )
+            for a, b in spans(found.row_R.size)
+        ]
+    )
+
+
 def level_out(found: Contested, excess_BN: IntArray) -> None:
     """Let rows give experts above capacity for equal ones below, one row after the other.
 

@@ -129,3 +129,25 @@ def extract(
                 value_A[arc] -= prices_BE[problem, expert]
                 held_A[arc] = x_NE[row, expert]
                 arc += 1
+
+
+@jit
+def count_swaps(first_B, first_R, held_A):
+    """Return (B,) int64 how many swaps rows have: pairs of an arc they hold and one they do not."""
+    swaps_B = np.zeros(first_B.shape[0] - 1, np.int64)
+    for problem in range(swaps_B.shape[0]):
+        for row in range(first_B[problem], first_B[problem + 1]):
+            held = 0
+            for arc in range(first_R[row], first_R[row + 1]):
+                held += np.int64(held_A[arc])
+            swaps_B[problem] += held * (first_R[row + 1] - first_R[row] - held)
+    return swaps_B
+
+
+@jit
+def apply(row_R, first_R, expert_A, held_A, first, last, x_NE):
+    """Write what contested rows have into the assignment."""
+    for index in range(first, last):
+        row = row_R[index]
+        for arc in range(first_R[index], first_R[index + 1]):
+            x_NE[row, expert_A[arc]] = held_A[arc]
