@@ -214,16 +214,18 @@ def arguments(rank, size):
 
 
 def config_is_shared(rank, size):
-    """What is changed in the layer's config later counts; only softmax before selection is ours."""
+    """Return pre-softmax and hidden size of a layer's config, its router's, and copies of that.
+
+    And the size of the z-loss's gradient, whose coefficient is set after the layer was built.
+    """
     layer = make_layer(ep=size)
     config = layer.config
-    assert not config.moe_router_pre_softmax and layer.router.config.moe_router_pre_softmax
     assert isinstance(layer.router.config, type(config))
-    for again in (copy.deepcopy, lambda view: pickle.loads(pickle.dumps(view))):
-        view = again(layer.router.config)
-        assert view.moe_router_pre_softmax and view.hidden_size == config.hidden_size
+    view = layer.router.config
+    copies = [copy.deepcopy(view), pickle.loads(pickle.dumps(view))]
     config.moe_z_loss_coeff = 1.0
     layer.train()
     probs, _ = layer.router(own_input(rank, 16))
     (probs.sum() * 0.0).backward()
-    return bool(layer.router.weight.grad.abs().sum() > 0)
+    values = [(c.moe_router_pre_softmax, c.hidden_size) for c in (config, view, *copies)]
+    return values[0], values[1], values[2:], float(layer.router.weight.grad.abs().sum())

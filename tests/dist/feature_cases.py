@@ -10,9 +10,10 @@ from tests.dist.cases import EXPERTS, HIDDEN, TOPK, groups, make_layer, own_inpu
 
 
 def permute_fusion(rank, size, **layout):
-    """The flag takes fused kernels for the same work; Transformer Engine has them, not we.
+    """Run a layer without and with fused permutation, which Transformer Engine has, not we.
 
-    Stand-ins check that they were asked for, and do it unfused.
+    Stand-ins note whether it was asked for, and do it unfused. Returns for both the output, the
+    gradient of the input, and the calls.
     """
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
@@ -40,15 +41,12 @@ def permute_fusion(rank, size, **layout):
             asked.clear()
             output, _ = layer(hidden)
             output.sum().backward()
-        assert {name for name, _ in asked} >= {"permute", "unpermute"}
-        assert all(fused == fusion for _, fused in asked)
-        outputs.append((output.detach(), hidden.grad))
-    assert torch.equal(outputs[0][0], outputs[1][0]) and torch.equal(outputs[0][1], outputs[1][1])
-    return True
+        outputs.append((output.detach(), hidden.grad, list(asked)))
+    return outputs
 
 
 def upcycling(rank, size, scope):
-    """A dense model's weights make a MoE model of the same output, its gates summing to 1."""
+    """Upcycle a dense model; return both outputs, the router's prices, and its counted solves."""
     from megatron.core.models.gpt import GPTModel, gpt_layer_specs
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer import TransformerConfig
@@ -86,8 +84,7 @@ def upcycling(rank, size, scope):
     positions = torch.arange(16).expand(2, 16)
     mask = torch.ones(16, 16).triu(1).bool()[None, None]
     outputs = [model.train()(tokens, positions, mask) for model in (dense, moe)]
-    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-5)
     outputs[1].sum().backward()
     router = moe.decoder.layers[0].mlp.router
-    assert not router.expert_prices.any() and router.statistics.solves == 1
-    return True
+    outputs = [output.detach() for output in outputs]
+    return outputs, router.expert_prices, router.statistics.solves

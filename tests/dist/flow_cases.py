@@ -194,7 +194,7 @@ def extreme_scales(rank, size):
         with small_samples():
             together = outcome(scores[own].contiguous(), None, {"topk": 2}, dist.group.WORLD)
             alone = outcome(scores, None, {"topk": 2})
-        results.append(torch.equal(together["experts"], alone["experts"][own]))
+        results.append((exponents, together["experts"], alone["experts"][own]))
     return results
 
 

@@ -52,7 +52,7 @@ def pair(size):
 
 
 def with_cache(rank, size):
-    """Decoding token by token gives what a forward pass over all of them gives, in both models."""
+    """Return logits of ours and stock: of one pass over all tokens, and decoded one by one."""
     from megatron.core.inference.contexts import StaticInferenceContext
 
     models = pair(size)
@@ -78,9 +78,7 @@ def with_cache(rank, size):
                 )  # fmt: skip
                 context.sequence_len_offset += last - first
             decoded.append(torch.stack(parts, dim=1))
-    assert torch.equal(whole[0], whole[1]) and torch.equal(decoded[0], decoded[1])
-    torch.testing.assert_close(decoded[0], whole[0][:, LENGTH // 2 - 1 :], rtol=1e-4, atol=1e-5)
-    return True
+    return whole, decoded
 
 
 def in_engine(rank, size):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from tests.dist import cpu_cases as cases
 from tests.dist.training_runs import MAXSCORE, MODEL, ROOT, run, succeed
@@ -51,11 +52,19 @@ def test_a_strategy_that_is_not_installed_ends_every_rank(tmp_path):
 
 
 def test_devices_by_index(ranks):
-    assert ranks(2, cases.devices_by_index) == [True, True]
+    """The current device is an index, as with CUDA, and every way to name it gives the CPU."""
+    for index, own, devices, gradient in ranks(2, cases.devices_by_index):
+        assert type(index) is int and index == own
+        assert devices == ["cpu"] * 9 and torch.equal(gradient, torch.zeros(2))
 
 
 def test_uneven_collectives_take_all_arguments(ranks):
-    assert ranks(2, cases.positional_and_asynchronous) == [True, True]
+    for found, returned, is_same in ranks(2, cases.positional_and_asynchronous):
+        assert len(found) == 7
+        for received, expected in found:
+            assert torch.equal(received, expected)
+        assert returned == [True, None] * 2
+        assert is_same, "two groups of all ranks should be one in CPU mode"
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 
 import pytest
+import torch
 from megatron.core.transformer.moe import moe_utils
 
 from tests.dist import config_cases
 from tests.dist import router_cases as cases
+from tests.dist.cases import HIDDEN
 
 # docs/routing.md has this table: score function, softmax before selection, gate, flow objective,
 # and whether what reaches the experts sums to 1 per token.
@@ -58,7 +60,10 @@ def test_default_temperature_is_half_of_what_logits_start_with(ranks, std):
 
 
 def test_shaped_gates(ranks):
-    assert all(ranks(2, cases.shaped_gates))
+    for found in ranks(2, cases.shaped_gates):
+        assert len(found) == 8
+        for probs, expected in found:
+            torch.testing.assert_close(probs, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("balancing", ["aux_loss", "seq_aux_loss", "global_aux_loss"])
@@ -107,11 +112,21 @@ def test_arguments(ranks):
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_exported_bias_serves_stock(ranks, function):
-    assert ranks(2, cases.exported_bias, score_function=function) == [True, True]
+    """Stock's biased routing with the exported bias chooses and weighs as price routing."""
+    for bias, prices, (ours, stock, plain) in ranks(
+        2, cases.exported_bias, score_function=function
+    ):
+        assert torch.equal(bias, -prices)
+        assert torch.equal(ours[0], stock[0]) and torch.equal(ours[1], stock[1])
+        assert not torch.equal(ours[1], plain[1]), "the bias changes nothing"
 
 
 def test_router_sees_changes_of_the_config(ranks):
-    assert ranks(2, config_cases.config_is_shared) == [True, True]
+    """What is changed in the layer's config later counts; only softmax before selection is ours."""
+    for config, seen, copies, gradient in ranks(2, config_cases.config_is_shared):
+        assert config == (False, HIDDEN) and seen == (True, HIDDEN)
+        assert copies == [(True, HIDDEN)] * 2
+        assert gradient > 0.0, "the z-loss that was switched on later has no gradient"
 
 
 def test_gates_in_double_precision(ranks):
