@@ -60,9 +60,9 @@ _SWAPS_PER_ASSIGNMENT, _SWAPS_PER_PAIR = 4, 64
 # And with so few units only as long as there are no more swaps than this for each pair.
 _FEW_UNITS, _FEW_SWAPS = 64, 2
 # From then on, about how many swaps a pair should have, and how many more for each unit that one of
-# its experts has too many or too few; and by how much more where they did not suffice.
+# its experts has too many or too few; how many times more where they did not suffice, and at most.
 _SWAPS, _SWAPS_PER_UNIT = 16, 0.5
-_MORE = 4
+_MORE, _MOST_WANTED = 4, 1 << 20
 # Groups of rows of which the cheapest swaps of each pair are found, and how many swaps cost no more
 # than the dearest of these, on average.
 _GROUPS = 8
@@ -177,7 +177,7 @@ class _Finish:
             functools.partial(self._augment, found, slot_B, limit_LEP, wanted_LEE)
         )
         for b in np.flatnonzero(is_far_B).tolist():
-            self.more[b] = np.where(lacks_LEE[slot_B[b]], _MORE, 1) * self.more.get(b, 1)
+            self.more[b] = more_wanted(self.more.get(b, 1), lacks_LEE[slot_B[b]])
         self._apply(own, own_A, held_A)
         level_B = np.where(self.has_sink_B, potential_BN[:, -1], 0)
         self.prices_BE = self.prices_BE + potential_BN[:, :-1] - level_B[:, None]
@@ -272,7 +272,19 @@ class _Finish:
         gives_E, takes_E = np.maximum(excess_E, 0), np.maximum(-excess_E, 0)
         few = min(_SWAPS, 4 + int(gives_E.sum()))
         wanted_EE = few + _SWAPS_PER_UNIT * np.maximum(gives_E[:, None], takes_E)
-        return np.minimum(wanted_EE * self.more.get(b, 1), 1 << 20).astype(np.int32)
+        return np.minimum(wanted_EE * self.more.get(b, 1), _MOST_WANTED).astype(np.int32)
+
+
+def more_wanted(more_EE: int | NDArray, lacks_EE: BoolArray) -> NDArray:
+    """Return (E, E) int64 how many times more swaps pairs should have; more for those in need.
+
+    However many stages there are it stays within int32.
+
+    Args:
+        more_EE: what it was before, (E, E) int64 or 1.
+        lacks_EE: (E, E) bool, which pairs had too few swaps.
+    """
+    return np.asarray(np.minimum(np.where(lacks_EE, _MORE, 1) * more_EE, _MOST_WANTED))
 
 
 def _slots(is_in_B: BoolArray) -> IntArray:

@@ -79,7 +79,7 @@ class _Run:
         return decider, number
 
 
-class Decision(Protocol):
+class Keepable(Protocol):
     """What is kept for a region that runs again."""
 
     def small(self) -> Self:
@@ -89,7 +89,7 @@ class Decision(Protocol):
         """Return what was kept as it is used."""
 
 
-def decide_once[D: Decision](decider: Hashable, decide: Callable[[], D]) -> D:
+def decide_once[D: Keepable](decider: Hashable, decide: Callable[[], D]) -> D:
     """Return ``decide()``, or what it gave when the running region ran for the first time.
 
     A decider may be asked several times in one region, as a layer is that occurs several times. A

@@ -269,7 +269,18 @@ class MaxScoreRouter(TopKRouter):
         return gates_TK, experts_TK
 
     def assign(self, scores_TE: Tensor, call: RoutingCall) -> Decision:
-        """Return the experts of (T, E) scores by the rule in force: prices, or the flow."""
+        """Return the experts by the rule in force: prices, or the flow.
+
+        By the flow in scopes ``group`` and ``sequence`` every rank of the scope must call it; the
+        solve communicates as :func:`megatron_maxscore.flow.solve` does.
+
+        Args:
+            scores_TE: (T, E) what the flow maximises.
+            call: the routing call.
+
+        Raises:
+            ValueError: flow routing in evaluation while a key-value cache is in use.
+        """
         if not self.training and not uses_flow(self.options.eval_routing):
             biased_TE = scores_TE - self.expert_prices.to(scores_TE.dtype)
             return Decision(RoutingPlan(biased_TE.topk(self.topk, dim=1).indices))

@@ -100,6 +100,13 @@ def test_ranks_go_through_the_same_stages(seed):
     assert torch.equal(solutions[0].prices, alone.prices)
 
 
+def test_wishes_for_more_swaps_end():
+    more = 1
+    for _ in range(100):
+        more = finish.more_wanted(more, np.eye(2, dtype=np.bool_))
+    assert more.tolist() == [[1 << 20, 1], [1, 1 << 20]]
+
+
 def test_problems_in_parts_are_solved_as_together():
     generator = torch.Generator().manual_seed(3)
     scores = torch.softmax(6.0 * torch.randn(5, 300, 12, generator=generator), -1)
