@@ -18,10 +18,11 @@ is taken that might be longer than one over such arcs. When units are left, pric
 and limits are set anew.
 
 The first limit is the same for all pairs: a reach within which there are enough rows, by the
-counts of gaps that the sweeps have made. It is all that most problems need. From then on every row
-is looked at for the cheapest swap of each pair of experts. Paths over these tell how far the units
-that are left have to go, which is the reach now, and a pair has no more than its few cheapest swaps
-within it. So each stage moves units, and no stage builds large heaps to move the last ones.
+counts of gaps that the sweeps have made. It is all that most problems need. Where too many swaps
+are within it, or few units are left, each pair gets a limit of its own. Every row is looked at for
+the cheapest swap of each pair of experts. Paths over these tell how far the units that are left
+have to go, and a pair has only its few cheapest swaps, up to a multiple of that. So each stage
+moves units, and no stage builds large heaps to move the last ones.
 
 Shape letters: B problems, L problems that a stage looks at, N rows (as an axis of prices: N nodes),
 E experts, P experts padded to whole vectors, G groups of rows.
