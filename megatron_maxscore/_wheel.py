@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-from megatron_maxscore._patches import PatchSet
+from megatron_maxscore._replacements import Replacements
 
 
-def answer_dataset_helpers(patches: PatchSet) -> None:
+def answer_dataset_helpers(replacements: Replacements) -> None:
     """Do not run make for the index builder that the wheel ships compiled, without a makefile.
 
     CPU mode and the training hooks both need it; the second call changes nothing.
@@ -26,4 +26,4 @@ def answer_dataset_helpers(patches: PatchSet) -> None:
         compile_helpers.only_if_missing = True  # type: ignore[attr-defined]
         return compile_helpers
 
-    patches.wrap(utils, "compile_helpers", make)
+    replacements.wrap(utils, "compile_helpers", make)

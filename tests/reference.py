@@ -38,29 +38,29 @@ def _bucket_of_bits() -> IntArray:
 _BUCKET_OF_BITS = _bucket_of_bits()
 
 
-def within_windows(count_HS: np.ndarray, window_BE: IntArray, num_buckets: int) -> np.ndarray:
+def within_windows(count_US: np.ndarray, window_BE: IntArray, num_buckets: int) -> np.ndarray:
     """Return counts by each expert's own buckets from counts by all levels.
 
     Args:
-        count_HS: (ALL_BUCKETS, B * E) of bids above minus the window.
+        count_US: (ALL_BUCKETS, B * E) of bids above minus the window.
         window_BE: (B, E) int64; bids above it count as equal to it.
         num_buckets: H.
 
     Returns:
-        (B, E, H) int32.
+        (B, E, U) int32.
     """
     half = num_buckets // 2
     window_S, base_S = window_BE.ravel(), base_of(window_BE, num_buckets).ravel()
-    level_LS = np.minimum(np.arange(NUM_LEVELS)[:, None], level_of(window_S))
+    level_DS = np.minimum(np.arange(NUM_LEVELS)[:, None], level_of(window_S))
     # Only the innermost buckets hold bids of size 1, which are those of level 0.
-    step_LS = np.where(level_LS > 0, np.clip(level_LS - base_S, 1, half - 1), 0)
-    bucket_HS = np.concatenate([(half - 1 - step_LS)[::-1], half + step_LS])
-    bucket_HS += np.arange(window_S.size) * num_buckets
-    used = np.flatnonzero(count_HS)
-    bids_H = np.bincount(
-        bucket_HS.ravel()[used], count_HS.ravel()[used], window_S.size * num_buckets
+    step_DS = np.where(level_DS > 0, np.clip(level_DS - base_S, 1, half - 1), 0)
+    bucket_US = np.concatenate([(half - 1 - step_DS)[::-1], half + step_DS])
+    bucket_US += np.arange(window_S.size) * num_buckets
+    used = np.flatnonzero(count_US)
+    bids_U = np.bincount(
+        bucket_US.ravel()[used], count_US.ravel()[used], window_S.size * num_buckets
     )
-    return bids_H.astype(np.int32).reshape(*window_BE.shape, num_buckets)
+    return bids_U.astype(np.int32).reshape(*window_BE.shape, num_buckets)
 
 
 def _edges_of(
@@ -79,11 +79,11 @@ def _edges_of(
     )
 
 
-def price_step(bids_BEH: np.ndarray, capacity_BE: np.ndarray, window_BE: IntArray) -> IntArray:
-    """Return (B, E) int64 by how much each price must rise for C of its bids to stay positive.
+def price_step(bids_BEU: np.ndarray, capacity_BE: np.ndarray, window_BE: IntArray) -> IntArray:
+    """Return (B, E) int64 by how much each price must rise for loads to become the capacities.
 
     Args:
-        bids_BEH: (B, E, H) counts of bids by bucket.
+        bids_BEU: (B, E, U) counts of bids by bucket.
         capacity_BE: (B, E) capacities, int64 or float64.
         window_BE: (B, E) int64; bids at or below minus this were not counted.
 
@@ -96,22 +96,22 @@ def price_step(bids_BEH: np.ndarray, capacity_BE: np.ndarray, window_BE: IntArra
         >>> price_step(bids, np.array([[2]]), window)
         array([[3]])
     """
-    num_buckets = bids_BEH.shape[-1]
+    num_buckets = bids_BEU.shape[-1]
     base_BE = base_of(window_BE, num_buckets)
     # Bids in this bucket and in those above it.
-    reach_BEH = bids_BEH[..., ::-1].cumsum(-1, dtype=np.int64)[..., ::-1]
-    has_too_many_BE = reach_BEH[..., 0] > capacity_BE
+    reach_BEU = bids_BEU[..., ::-1].cumsum(-1, dtype=np.int64)[..., ::-1]
+    has_too_many_BE = reach_BEU[..., 0] > capacity_BE
     # The highest bucket whose bids and all above are more than C.
-    exceeds_BEH = reach_BEH > capacity_BE[..., None]
-    bucket_BE = np.where(has_too_many_BE, exceeds_BEH.sum(-1) - 1, 0)
-    inside_BE = np.take_along_axis(bids_BEH, bucket_BE[..., None], -1)[..., 0]
-    above_BE = np.take_along_axis(reach_BEH, bucket_BE[..., None], -1)[..., 0] - inside_BE
+    exceeds_BEU = reach_BEU > capacity_BE[..., None]
+    bucket_BE = np.where(has_too_many_BE, exceeds_BEU.sum(-1) - 1, 0)
+    inside_BE = np.take_along_axis(bids_BEU, bucket_BE[..., None], -1)[..., 0]
+    above_BE = np.take_along_axis(reach_BEU, bucket_BE[..., None], -1)[..., 0] - inside_BE
     low_BE, high_BE = _edges_of(bucket_BE, base_BE, num_buckets)
     share_BE = (capacity_BE - above_BE) / np.maximum(inside_BE, 1)
     step_BE = np.floor(high_BE - (high_BE - low_BE) * share_BE)
     # All bids counted may stay: lower the price until the lowest of them is barely positive.
-    any_BE = reach_BEH[..., 0] > 0
-    lowest_BE = _edges_of((bids_BEH > 0).argmax(-1), base_BE, num_buckets)[0]
+    any_BE = reach_BEU[..., 0] > 0
+    lowest_BE = _edges_of((bids_BEU > 0).argmax(-1), base_BE, num_buckets)[0]
     lowest_BE = np.where(any_BE, lowest_BE, -window_BE.astype(np.float64))
     return np.where(has_too_many_BE, step_BE, lowest_BE).astype(np.int64)
 

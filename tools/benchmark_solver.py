@@ -44,6 +44,7 @@ from tools.workloads import (  # noqa: E402
     FAMILIES,
     GENERIC,
     PLATEAUS,
+    PROBABILITIES,
     Workload,
     as_integers,
     size_of,
@@ -267,6 +268,21 @@ def soft_topk_share() -> float:
     return medians[0] / medians[1]
 
 
+def batch_share() -> float:
+    """Return the time of 16 problems of 1024 rows in one call over that of 16 calls."""
+    scores = torch.randn(16, 1024, 64, generator=torch.Generator().manual_seed(0))
+    prices = solve(scores, 8).prices
+
+    def one_by_one() -> None:
+        for problem, warm in zip(scores, prices, strict=True):
+            solve(problem, 8, prices=warm)
+
+    runs = [lambda: solve(scores, 8, prices=prices), one_by_one]
+    pairs = [[timed(run, 0.0, 1)[0][0] for run in runs] for _ in range(21)]
+    together, alone = (statistics.median(column) for column in zip(*pairs, strict=True))
+    return together / alone
+
+
 def demo_share(directory: Path) -> float | None:
     """Return the time inside solve over that of the step in the demo's MaxScore run."""
     path = directory / "maxscore.jsonl"
@@ -323,6 +339,10 @@ def bars(rows: list[Row], demo: Path) -> list[tuple[str, str, bool | None]]:
         middle = statistics.median(generic)
         plateau = {f: t / middle for f in PLATEAUS if (t := at(BAR_SIZE, f, "cold")) is not None}
         add(f"cold, {BAR_SIZE}: repeated tokens and plateaus / generic <= 4", plateau, 4.0)
+    iid = at(BAR_SIZE, "iid", "cold")
+    for solver, unit in (("cold", iid), ("warm", at(BAR_SIZE, "iid", "warm"))):
+        share = {f: t / unit for f in PROBABILITIES if unit and (t := at(BAR_SIZE, f, solver))}
+        add(f"{solver}, {BAR_SIZE}: probabilities / iid <= 4 (aim)", share, 4.0)
     warm = {
         row.family: row.median / topk
         for row in rows
@@ -354,6 +374,7 @@ def bars(rows: list[Row], demo: Path) -> list[tuple[str, str, bool | None]]:
         {"k=8": soft_topk_share()},
         4.0,
     )
+    add("16 problems of 1024x64x8: one call / 16 calls <= 1", {"iid": batch_share()}, 1.0)
     share = demo_share(demo)
     if share is None:
         found.append(("demo: time in solve <= 5 % of the step", "not measured: run tools/demo.sh",

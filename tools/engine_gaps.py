@@ -32,7 +32,7 @@ from tests.kernels.engine_model import Model  # noqa: E402
 from tools.workloads import FAMILIES, size_of, workload  # noqa: E402
 
 SIZES = ("512x16x2", "512x64x6", "1024x48x4", "2048x64x4", "8192x64x8", "4096x256x8")
-DEGENERATE = ("peaked", "two-hot", "repeated", "clusters", "31 tokens", "1/90")
+DEGENERATE = ("peaked", "two-hot", "repeated", "clusters", "31 tokens", "1/90", "sorted alike")
 FACTORS = (1.0, 1.02, 1.25)
 
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_maxscore.flow.device.kernel import solve_kernel
 from megatron_maxscore.flow.engine import REGISTERS, WARPS, Shape
 from megatron_maxscore.ops.kernels import soft_topk
-from megatron_maxscore.ops.kernels.variants import Variant
+from megatron_maxscore.ops.kernels.compilations import Compilation
 
 TARGETS = (80, 90, 100)
 # Experts and k of the engine's kernel.
@@ -52,12 +52,12 @@ class Usage:
     shared: int
 
 
-def all_variants() -> list[Variant]:
+def all_compilations() -> list[Compilation]:
     """Return every kernel in every form in which it is launched."""
-    return [*soft_topk.variants(), *engine_variants()]
+    return [*soft_topk.compilations(), *engine_compilations()]
 
 
-def engine_variants() -> list[Variant]:
+def engine_compilations() -> list[Compilation]:
     """Return the engine's kernel for common sizes."""
     pointers = {
         "warm_ptr": "*fp32", "capacity_ptr": "*i64", "quota_ptr": "*i64", "experts_ptr": "*i64",
@@ -77,14 +77,14 @@ def engine_variants() -> list[Variant]:
             }
             name = f"solve, {dtype}, {experts} experts, top-{topk}"
             options = {"maxnreg": REGISTERS}
-            found.append(Variant(name, solve_kernel, signature, constants, WARPS, options))
+            found.append(Compilation(name, solve_kernel, signature, constants, WARPS, options))
     return found
 
 
-def usage(variant: Variant, target: int) -> Usage:
+def usage(compilation: Compilation, target: int) -> Usage:
     """Compile a kernel for ``sm_<target>`` and read what it needs."""
-    source = ASTSource(variant.kernel, variant.signature, constexprs=variant.constants)
-    options = {"num_warps": variant.num_warps, **variant.options}
+    source = ASTSource(compilation.kernel, compilation.signature, constexprs=compilation.constants)
+    options = {"num_warps": compilation.num_warps, **compilation.options}
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -116,13 +116,13 @@ def main() -> int:
     )
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     spilled = []
-    for variant in all_variants():
-        cells = [variant.name, str(variant.num_warps)]
+    for compilation in all_compilations():
+        cells = [compilation.name, str(compilation.num_warps)]
         for target in arguments.targets:
-            found = usage(variant, target)
+            found = usage(compilation, target)
             cells.append(f"{found.registers}, {found.stack}, {found.spills}, {found.shared}")
             if found.spills:
-                spilled.append(f"{variant.name} on sm_{target}")
+                spilled.append(f"{compilation.name} on sm_{target}")
         table.add_row(*cells)
         lines.append("| " + " | ".join(cells) + " |")
     console.print(table)

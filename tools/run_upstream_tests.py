@@ -85,12 +85,12 @@ def session(tree: Path, router: str, file: str, output: Path) -> None:
     if router == "maxscore":
         from megatron.core.transformer import TransformerConfig
 
-        from megatron_maxscore._patches import PatchSet
+        from megatron_maxscore._replacements import Replacements
         from megatron_maxscore.moe import router as our_router
         from megatron_maxscore.moe.fields import install_config_fields
         from megatron_maxscore.moe.layer import install_layer_hook
 
-        install_config_fields(PatchSet("upstream tests"))
+        install_config_fields(Replacements("upstream tests"))
         install_layer_hook()
         TransformerConfig.moe_router_type = "maxscore"
         our_router.check_transformer_config = lambda config, options: None

@@ -129,6 +129,8 @@ FAMILIES: dict[str, Callable[..., Tensor]] = {
     "columns sorted alike": _sorted_alike,
 }
 GENERIC = ("iid", "skewed, sigma 1", "skewed, sigma 4", "sigmoid", "bf16-rounded")
+# Softmax-ed logits, whose rows care at very different scales.
+PROBABILITIES = tuple(name for name in FAMILIES if "softmax" in name and "peaked" not in name)
 PLATEAUS = ("two-hot, underflow", "40 repeated tokens", "all equal")
 
 

@@ -25,7 +25,7 @@ import sys
 
 import torch
 
-from megatron_maxscore._patches import PatchSet
+from megatron_maxscore._replacements import Replacements
 from megatron_maxscore.cpu import (
     arguments,
     collectives,
@@ -36,7 +36,7 @@ from megatron_maxscore.cpu import (
     streams,
 )
 
-_patches = PatchSet("CPU mode")
+_replacements = Replacements("CPU mode")
 
 # Asked for before any answer is installed: afterwards is_available() says True.
 _cuda_is_available = torch.cuda.is_available
@@ -44,7 +44,7 @@ _cuda_is_available = torch.cuda.is_available
 
 def is_enabled() -> bool:
     """Return whether CPU mode is on in this process."""
-    return bool(_patches)
+    return bool(_replacements)
 
 
 def enable() -> None:
@@ -59,14 +59,14 @@ def enable() -> None:
     _compile(False)
     for part in (devices, streams, rng, collectives, processes, megatron_fixes):
         for answer in part.ANSWERS:
-            answer(_patches)
+            answer(_replacements)
 
 
 def disable() -> None:
     """Remove every answer; a second call does nothing."""
     if is_enabled():
         _compile(True)
-    _patches.undo()
+    _replacements.undo()
 
 
 def _compile(allowed: bool) -> None:
@@ -143,4 +143,4 @@ def answer_arguments() -> None:
     Call it once ``megatron.training`` may be imported.
     """
     if is_enabled():
-        arguments.answer_arguments(_patches)
+        arguments.answer_arguments(_replacements)

@@ -9,7 +9,7 @@ import os
 import sys
 from typing import Any
 
-from megatron_maxscore._patches import PatchSet
+from megatron_maxscore._replacements import Replacements
 
 # What Megatron needs to hear there; its defaults take kernels of Transformer Engine and Apex.
 WITHOUT_TRANSFORMER_ENGINE = (
@@ -18,7 +18,7 @@ WITHOUT_TRANSFORMER_ENGINE = (
 ).split()
 
 
-def answer_arguments(patches: PatchSet) -> None:
+def answer_arguments(replacements: Replacements) -> None:
     """Make these flags the defaults of Megatron's parser, where Transformer Engine is missing.
 
     Imports ``megatron.training``, so it comes after whatever must be there before that.
@@ -27,7 +27,7 @@ def answer_arguments(patches: PatchSet) -> None:
         return
     from megatron.training import arguments
 
-    patches.wrap(arguments, "add_megatron_arguments", _with_defaults)
+    replacements.wrap(arguments, "add_megatron_arguments", _with_defaults)
 
 
 def _with_defaults(original: Any) -> Any:

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_maxscore._patches import PatchSet
+from megatron_maxscore._replacements import Replacements
 
 
 def _gloo(backend: Any) -> Any:
     return "gloo" if isinstance(backend, str) and "nccl" in backend else backend
 
 
-def answer_init(patches: PatchSet) -> None:
+def answer_init(replacements: Replacements) -> None:
     """``init_process_group('nccl')`` makes a gloo group on no device."""
 
     def make(original: Any) -> Any:
@@ -29,10 +29,10 @@ def answer_init(patches: PatchSet) -> None:
 
         return init_process_group
 
-    patches.wrap(dist, "init_process_group", make)
+    replacements.wrap(dist, "init_process_group", make)
 
 
-def answer_new_group(patches: PatchSet) -> None:
+def answer_new_group(replacements: Replacements) -> None:
     """Groups of the same ranks share one gloo communicator.
 
     Megatron makes several hundred groups over few distinct rank lists. Each gloo communicator has
@@ -63,11 +63,11 @@ def answer_new_group(patches: PatchSet) -> None:
 
         return destroy_process_group
 
-    patches.wrap(dist, "new_group", make)
-    patches.wrap(dist, "destroy_process_group", make_destroy)
+    replacements.wrap(dist, "new_group", make)
+    replacements.wrap(dist, "destroy_process_group", make_destroy)
 
 
-def answer_barrier(patches: PatchSet) -> None:
+def answer_barrier(replacements: Replacements) -> None:
     """Barriers take no device."""
 
     def make(original: Any) -> Any:
@@ -80,10 +80,10 @@ def answer_barrier(patches: PatchSet) -> None:
 
         return barrier
 
-    patches.wrap(dist, "barrier", make)
+    replacements.wrap(dist, "barrier", make)
 
 
-def answer_splits(patches: PatchSet) -> None:
+def answer_splits(replacements: Replacements) -> None:
     """``all_to_all_single`` takes split sizes as lists; Megatron passes CPU tensors."""
 
     def as_list(splits: Any) -> Any:
@@ -109,10 +109,10 @@ def answer_splits(patches: PatchSet) -> None:
 
         return all_to_all_single
 
-    patches.wrap(dist, "all_to_all_single", make)
+    replacements.wrap(dist, "all_to_all_single", make)
 
 
-def answer_uneven(patches: PatchSet) -> None:
+def answer_uneven(replacements: Replacements) -> None:
     """``all_gather`` and ``reduce_scatter`` of lists with unequal sizes, which gloo lacks.
 
     Both become one ``all_to_all_single`` with unequal splits along the first dimension. Sums are
@@ -161,8 +161,8 @@ def answer_uneven(patches: PatchSet) -> None:
 
         return reduce_scatter
 
-    patches.wrap(dist, "all_gather", make_gather)
-    patches.wrap(dist, "reduce_scatter", make_scatter)
+    replacements.wrap(dist, "all_gather", make_gather)
+    replacements.wrap(dist, "reduce_scatter", make_scatter)
 
 
 class _Done:

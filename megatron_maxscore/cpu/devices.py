@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils import _device as device_contexts
 
-from megatron_maxscore._patches import PatchSet
+from megatron_maxscore._replacements import Replacements
 
 CPU = torch.device("cpu")
 
@@ -30,7 +30,7 @@ def _names_cuda(device: Any) -> bool:
     return isinstance(device, int) and not isinstance(device, bool)
 
 
-def answer_queries(patches: PatchSet) -> None:
+def answer_queries(replacements: Replacements) -> None:
     """One device per local rank, which is the CPU.
 
     Compute capability 10.0: from there on Megatron does not ask for CUDA_DEVICE_MAX_CONNECTIONS=1,
@@ -59,35 +59,35 @@ def answer_queries(patches: PatchSet) -> None:
         "_lazy_call": lambda function, **kwargs: function(),
     }
     for name, answer in answers.items():
-        patches.set(torch.cuda, name, answer)
+        replacements.set(torch.cuda, name, answer)
 
 
-def answer_memory(patches: PatchSet) -> None:
+def answer_memory(replacements: Replacements) -> None:
     """Memory statistics are 0: there is no caching allocator."""
     for name in (
         "memory_allocated max_memory_allocated memory_reserved max_memory_reserved "
         "device_memory_used"
     ).split():
-        patches.set(torch.cuda, name, lambda device=None: 0)
+        replacements.set(torch.cuda, name, lambda device=None: 0)
     # Callers read single keys by name.
-    patches.set(torch.cuda, "memory_stats", lambda device=None: _Zeros())
-    patches.set(torch.cuda, "mem_get_info", lambda device=None: (0, 0))
+    replacements.set(torch.cuda, "memory_stats", lambda device=None: _Zeros())
+    replacements.set(torch.cuda, "mem_get_info", lambda device=None: (0, 0))
     for name in ("empty_cache", "reset_peak_memory_stats", "ipc_collect"):
-        patches.set(torch.cuda, name, lambda *args, **kwargs: None)
+        replacements.set(torch.cuda, name, lambda *args, **kwargs: None)
 
 
-def answer_profilers(patches: PatchSet) -> None:
+def answer_profilers(replacements: Replacements) -> None:
     """CUDA's profiler and the history of its allocator do nothing."""
     runtime = SimpleNamespace(cudaProfilerStart=lambda: 0, cudaProfilerStop=lambda: 0)
-    patches.set(torch.cuda, "cudart", lambda: runtime)
-    patches.set(torch.cuda, "check_error", lambda code: None)
+    replacements.set(torch.cuda, "cudart", lambda: runtime)
+    replacements.set(torch.cuda, "check_error", lambda code: None)
     for name in ("start", "stop"):
-        patches.set(torch.cuda.profiler, name, lambda: None)
-    patches.set(torch.autograd.profiler, "emit_nvtx", lambda *args, **kwargs: nullcontext())
-    patches.set(torch.cuda.memory, "_record_memory_history", lambda *args, **kwargs: None)
-    patches.set(torch.cuda.memory, "_snapshot", lambda device=None: {})
+        replacements.set(torch.cuda.profiler, name, lambda: None)
+    replacements.set(torch.autograd.profiler, "emit_nvtx", lambda *args, **kwargs: nullcontext())
+    replacements.set(torch.cuda.memory, "_record_memory_history", lambda *args, **kwargs: None)
+    replacements.set(torch.cuda.memory, "_snapshot", lambda device=None: {})
     # An observer of exhausted memory, which is not met here.
-    patches.set(torch._C, "_cuda_attach_out_of_memory_observer", lambda observer: None)
+    replacements.set(torch._C, "_cuda_attach_out_of_memory_observer", lambda observer: None)
 
 
 class _Zeros(dict):
@@ -95,12 +95,12 @@ class _Zeros(dict):
         return 0
 
 
-def answer_device_contexts(patches: PatchSet) -> None:
+def answer_device_contexts(replacements: Replacements) -> None:
     """``with torch.cuda.device(...)`` does nothing."""
-    patches.set(torch.cuda, "device", lambda device=None: nullcontext())
+    replacements.set(torch.cuda, "device", lambda device=None: nullcontext())
 
 
-def answer_factories(patches: PatchSet) -> None:
+def answer_factories(replacements: Replacements) -> None:
     """Tensor factories called with a CUDA device make CPU tensors.
 
     Plain wrappers and not a TorchFunctionMode: a mode is per thread and absent in the threads and
@@ -121,10 +121,10 @@ def answer_factories(patches: PatchSet) -> None:
     # originals, which the wrappers call.
     device_contexts._device_constructors()
     for name in _FACTORIES:
-        patches.wrap(torch, name, make)
+        replacements.wrap(torch, name, make)
 
 
-def answer_tensor_moves(patches: PatchSet) -> None:
+def answer_tensor_moves(replacements: Replacements) -> None:
     """``.cuda()``, ``.to('cuda')``, ``.pin_memory()`` leave tensors and modules where they are."""
 
     def make_to(original: Any) -> Any:
@@ -145,16 +145,16 @@ def answer_tensor_moves(patches: PatchSet) -> None:
 
         return new
 
-    patches.wrap(torch.Tensor, "to", make_to)
-    patches.wrap(torch.nn.Module, "to", make_to)
+    replacements.wrap(torch.Tensor, "to", make_to)
+    replacements.wrap(torch.nn.Module, "to", make_to)
     for name in ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"):
-        patches.wrap(torch.Tensor, name, make_new)
-    patches.set(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
-    patches.set(torch.nn.Module, "cuda", lambda self, *args, **kwargs: self)
-    patches.set(torch.Tensor, "pin_memory", lambda self, *args, **kwargs: self)
+        replacements.wrap(torch.Tensor, name, make_new)
+    replacements.set(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
+    replacements.set(torch.nn.Module, "cuda", lambda self, *args, **kwargs: self)
+    replacements.set(torch.Tensor, "pin_memory", lambda self, *args, **kwargs: self)
 
 
-def answer_tensor_type(patches: PatchSet) -> None:
+def answer_tensor_type(replacements: Replacements) -> None:
     """``Tensor.type()`` says ``torch.cuda.FloatTensor``: the optimizer compares such strings."""
 
     def make(original: Any) -> Any:
@@ -165,7 +165,7 @@ def answer_tensor_type(patches: PatchSet) -> None:
 
         return type_
 
-    patches.wrap(torch.Tensor, "type", make)
+    replacements.wrap(torch.Tensor, "type", make)
 
 
 ANSWERS = (

@@ -5,18 +5,18 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from megatron_maxscore._patches import PatchSet
+from megatron_maxscore._replacements import Replacements
 from megatron_maxscore._wheel import answer_dataset_helpers
 
 
-def answer_jit(patches: PatchSet) -> None:
+def answer_jit(replacements: Replacements) -> None:
     """``jit_fuser`` compiles nothing; must come before modules that bind it by name."""
     from megatron.core import jit
 
-    patches.set(jit, "jit_fuser", jit.noop_decorator)
+    replacements.set(jit, "jit_fuser", jit.noop_decorator)
 
 
-def answer_torch_norm(patches: PatchSet) -> None:
+def answer_torch_norm(replacements: Replacements) -> None:
     """``WrappedTorchNorm`` under sequence parallelism.
 
     It refuses sequence parallelism because a plain torch norm's parameters lack the mark that
@@ -36,7 +36,7 @@ def answer_torch_norm(patches: PatchSet) -> None:
             parameter.sequence_parallel = True
         return norm
 
-    patches.set(WrappedTorchNorm, "__new__", new)
+    replacements.set(WrappedTorchNorm, "__new__", new)
 
 
 ANSWERS = (answer_jit, answer_dataset_helpers, answer_torch_norm)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.utils import data
 
-from megatron_maxscore._patches import PatchSet
+from megatron_maxscore._replacements import Replacements
 
 
 def run_in_cpu_mode(target: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> None:
@@ -23,7 +23,7 @@ def run_in_cpu_mode(target: Callable[..., Any], args: tuple, kwargs: dict[str, A
     target(*args, **kwargs)
 
 
-def answer_spawn(patches: PatchSet) -> None:
+def answer_spawn(replacements: Replacements) -> None:
     """Spawned processes enable CPU mode before they begin."""
 
     def make(original: Any) -> Any:
@@ -36,10 +36,10 @@ def answer_spawn(patches: PatchSet) -> None:
         return init
 
     for kind in (context.SpawnProcess, context.ForkServerProcess):
-        patches.wrap(kind, "__init__", make)
+        replacements.wrap(kind, "__init__", make)
 
 
-def answer_pinned_memory(patches: PatchSet) -> None:
+def answer_pinned_memory(replacements: Replacements) -> None:
     """Data loaders do not pin memory, for which their thread needs a CUDA device."""
 
     def make(original: Any) -> Any:
@@ -49,7 +49,7 @@ def answer_pinned_memory(patches: PatchSet) -> None:
 
         return init
 
-    patches.wrap(data.DataLoader, "__init__", make)
+    replacements.wrap(data.DataLoader, "__init__", make)
 
 
 ANSWERS = (answer_spawn, answer_pinned_memory)

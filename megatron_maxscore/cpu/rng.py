@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch.utils.data import dataloader
 
-from megatron_maxscore._patches import PatchSet
+from megatron_maxscore._replacements import Replacements
 
 
-def answer_generator(patches: PatchSet) -> None:
+def answer_generator(replacements: Replacements) -> None:
     """Seeding, reading and setting the CUDA generator's state."""
 
     def seed(value: int) -> None:
@@ -23,11 +23,11 @@ def answer_generator(patches: PatchSet) -> None:
         torch.set_rng_state(state)
 
     for owner in (torch.cuda, torch.cuda.random):
-        patches.set(owner, "manual_seed", seed)
-        patches.set(owner, "manual_seed_all", seed)
-        patches.set(owner, "get_rng_state", get_state)
-        patches.set(owner, "set_rng_state", set_state)
-    patches.set(torch.cuda, "default_generators", (torch.default_generator,))
+        replacements.set(owner, "manual_seed", seed)
+        replacements.set(owner, "manual_seed_all", seed)
+        replacements.set(owner, "get_rng_state", get_state)
+        replacements.set(owner, "set_rng_state", set_state)
+    replacements.set(torch.cuda, "default_generators", (torch.default_generator,))
 
 
 _Generator = torch.Generator
@@ -49,12 +49,12 @@ class Generator(_Generator, metaclass=_AnyGenerator):
         return generator
 
 
-def answer_generator_class(patches: PatchSet) -> None:
+def answer_generator_class(replacements: Replacements) -> None:
     """``torch.Generator(device="cuda")`` makes one on the CPU."""
-    patches.set(torch, "Generator", Generator)
+    replacements.set(torch, "Generator", Generator)
 
 
-def answer_tracker(patches: PatchSet) -> None:
+def answer_tracker(replacements: Replacements) -> None:
     """Megatron's RNG tracker binds the CUDA functions by name when it is imported."""
     from megatron.core.tensor_parallel import random
 
@@ -64,13 +64,13 @@ def answer_tracker(patches: PatchSet) -> None:
     def set_state(new_state: Any, device: Any = -1, graph_safe: bool = False) -> None:
         torch.set_rng_state(new_state)
 
-    patches.set(random, "_get_cuda_rng_state", get_state)
-    patches.set(random, "_set_cuda_rng_state", set_state)
-    patches.set(random, "_lazy_init", lambda: None)
-    patches.set(random, "_lazy_call", lambda function, **kwargs: function())
+    replacements.set(random, "_get_cuda_rng_state", get_state)
+    replacements.set(random, "_set_cuda_rng_state", set_state)
+    replacements.set(random, "_lazy_init", lambda: None)
+    replacements.set(random, "_lazy_call", lambda function, **kwargs: function())
 
 
-def answer_dataloader_seed(patches: PatchSet) -> None:
+def answer_dataloader_seed(replacements: Replacements) -> None:
     """Making a data iterator draws a seed from the CPU generator.
 
     On a GPU that leaves the stream that dropout uses alone. Here both are one generator, so its
@@ -87,7 +87,7 @@ def answer_dataloader_seed(patches: PatchSet) -> None:
 
         return init
 
-    patches.wrap(dataloader._BaseDataLoaderIter, "__init__", make)
+    replacements.wrap(dataloader._BaseDataLoaderIter, "__init__", make)
 
 
 ANSWERS = (answer_generator, answer_generator_class, answer_tracker, answer_dataloader_seed)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_maxscore._patches import PatchSet
+from megatron_maxscore._replacements import Replacements
 
 
 class Stream:
@@ -73,31 +73,31 @@ class Event:
 _STREAM = Stream()
 
 
-def answer_streams(patches: PatchSet) -> None:
+def answer_streams(replacements: Replacements) -> None:
     """One stream, which is always the current one."""
-    patches.set(torch.cuda, "Stream", Stream)
-    patches.set(torch.cuda, "Event", Event)
-    patches.set(torch.cuda, "current_stream", lambda device=None: _STREAM)
-    patches.set(torch.cuda, "default_stream", lambda device=None: _STREAM)
-    patches.set(torch.cuda, "set_stream", lambda stream: None)
-    patches.set(torch.cuda, "stream", lambda stream: nullcontext())
-    patches.set(torch.Tensor, "record_stream", lambda self, stream: None)
+    replacements.set(torch.cuda, "Stream", Stream)
+    replacements.set(torch.cuda, "Event", Event)
+    replacements.set(torch.cuda, "current_stream", lambda device=None: _STREAM)
+    replacements.set(torch.cuda, "default_stream", lambda device=None: _STREAM)
+    replacements.set(torch.cuda, "set_stream", lambda stream: None)
+    replacements.set(torch.cuda, "stream", lambda stream: nullcontext())
+    replacements.set(torch.Tensor, "record_stream", lambda self, stream: None)
 
 
-def answer_synchronisation(patches: PatchSet) -> None:
+def answer_synchronisation(replacements: Replacements) -> None:
     """Synchronising returns at once; no CUDA graph is being captured."""
-    patches.set(torch.cuda, "synchronize", lambda device=None: None)
-    patches.set(torch.cuda, "is_current_stream_capturing", lambda: False)
-    patches.set(torch.accelerator, "synchronize", lambda device=None: None)
-    patches.set(torch.accelerator, "current_stream", lambda device=None: _STREAM)
-    patches.set(torch.accelerator, "is_available", lambda: True)
-    patches.set(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+    replacements.set(torch.cuda, "synchronize", lambda device=None: None)
+    replacements.set(torch.cuda, "is_current_stream_capturing", lambda: False)
+    replacements.set(torch.accelerator, "synchronize", lambda device=None: None)
+    replacements.set(torch.accelerator, "current_stream", lambda device=None: _STREAM)
+    replacements.set(torch.accelerator, "is_available", lambda: True)
+    replacements.set(torch.accelerator, "current_accelerator", lambda check_available=False: None)
 
 
-def answer_nvtx(patches: PatchSet) -> None:
+def answer_nvtx(replacements: Replacements) -> None:
     """Profiler ranges are ignored."""
-    patches.set(torch.cuda.nvtx, "range_push", lambda message: 0)
-    patches.set(torch.cuda.nvtx, "range_pop", lambda: 0)
+    replacements.set(torch.cuda.nvtx, "range_push", lambda message: 0)
+    replacements.set(torch.cuda.nvtx, "range_pop", lambda: 0)
 
 
 ANSWERS = (answer_streams, answer_synchronisation, answer_nvtx)

@@ -4,7 +4,7 @@ A rank that raised alone would leave the others waiting in the next collective. 
 wrong travels with its arguments in the first exchange, whose size depends on no argument, and all
 ranks raise the same error.
 
-Shape letters: B problems, R ranks, C classes of row ranges, W words sent for each problem.
+Shape letters: see :mod:`megatron_maxscore`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Own:
         rows_B: (B,) int64 its rows.
         largest_B: (B,) float64 the largest range of its rows.
         unit_B: (B,) int64, these ranges are scores times ``2.0 ** unit``.
-        classes_BC: (B, C) uint32 its rows by the size of their range, see :mod:`outliers`.
+        classes_BX: (B, X) uint32 its rows by the size of their range, see :mod:`outliers`.
     """
 
     arguments: tuple[Any, ...]
@@ -59,16 +59,16 @@ class Own:
     rows_B: IntArray
     largest_B: FloatArray
     unit_B: IntArray
-    classes_BC: NDArray
+    classes_BX: NDArray
 
     @classmethod
     def wrong(cls, error: str) -> Own:
         """Return what a rank says whose arguments are wrong."""
         none_B = np.zeros(0, np.int64)
-        classes_BC = np.zeros((0, outliers.CLASSES), np.uint32)
+        classes_BX = np.zeros((0, outliers.CLASSES), np.uint32)
         return cls(
             ("?",) * len(ARGUMENTS), error, "", False, none_B, none_B.astype(float), none_B,
-            classes_BC,
+            classes_BX,
         )  # fmt: skip
 
 
@@ -130,10 +130,10 @@ def _compared(headers: list[bytes]) -> tuple[bool, list[bytes]]:
 
 
 def _agreed(counts: list[bytes], num_problems: int, has_forbidden: bool) -> Agreed:
-    table_RWB = np.stack([np.frombuffer(data, np.int64).reshape(_WORDS, -1) for data in counts])
-    table_RWB = table_RWB[:, :, :num_problems]
-    rows_RB, unit_RB = table_RWB[:, 0], table_RWB[:, 2]
-    largest_RB = np.ascontiguousarray(table_RWB[:, 1]).view(np.float64)
+    table_RYB = np.stack([np.frombuffer(data, np.int64).reshape(_WORDS, -1) for data in counts])
+    table_RYB = table_RYB[:, :, :num_problems]
+    rows_RB, unit_RB = table_RYB[:, 0], table_RYB[:, 2]
+    largest_RB = np.ascontiguousarray(table_RYB[:, 1]).view(np.float64)
     # The rank with the largest scores decides on the unit, the smallest shift.
     unit_B = np.where(rows_RB > 0, unit_RB, ANY_UNIT).min(0)
     unit_B = np.where(unit_B == ANY_UNIT, 0, unit_B)
@@ -143,9 +143,9 @@ def _agreed(counts: list[bytes], num_problems: int, has_forbidden: bool) -> Agre
     # Ranges are classed in each rank's own unit. Scores at the ends of float64's range, where
     # units differ, are left as they are.
     if (shift_RB * (rows_RB > 0) * (unit_RB != ANY_UNIT) == 0).all():
-        words_RBW = np.ascontiguousarray(table_RWB[:, 3:].transpose(0, 2, 1))
-        classes_BC = words_RBW.view(np.uint32).astype(np.int64).sum(0)
-        limit_B, largest_B = outliers.limits(classes_BC, largest_B)
+        words_RBY = np.ascontiguousarray(table_RYB[:, 3:].transpose(0, 2, 1))
+        classes_BX = words_RBY.view(np.uint32).astype(np.int64).sum(0)
+        limit_B, largest_B = outliers.limits(classes_BX, largest_B)
     return Agreed(has_forbidden, rows_RB, largest_B, unit_B, limit_B)
 
 
@@ -190,9 +190,9 @@ def _header(own: Own) -> bytes:
 
 def _counts(own: Own) -> bytes:
     problems = own.rows_B.size
-    table_WB = np.zeros((_WORDS, max(_INLINE, problems)), np.int64)
-    table_WB[0, :problems] = own.rows_B
-    table_WB[1, :problems] = own.largest_B.astype(np.float64).view(np.int64)
-    table_WB[2, :problems] = own.unit_B
-    table_WB[3:, :problems] = np.ascontiguousarray(own.classes_BC).view(np.int64).T
-    return table_WB.tobytes()
+    table_YB = np.zeros((_WORDS, max(_INLINE, problems)), np.int64)
+    table_YB[0, :problems] = own.rows_B
+    table_YB[1, :problems] = own.largest_B.astype(np.float64).view(np.int64)
+    table_YB[2, :problems] = own.unit_B
+    table_YB[3:, :problems] = np.ascontiguousarray(own.classes_BX).view(np.int64).T
+    return table_YB.tobytes()

@@ -9,7 +9,7 @@ Where it is known how far a price may be off, its window, only some octaves belo
 apart: bids nearer to zero share one bucket of their sign. Bids of 0 and 1 have the innermost ones
 to themselves: many bids of 0 are a plateau, which no price step may cross.
 
-Shape letters: B problems, E experts, H buckets, L levels.
+Shape letters: see :mod:`megatron_maxscore`.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def base_of(window_BE: IntArray, num_buckets: int) -> IntArray:
     return np.asarray(np.maximum(level_of(window_BE + 1) - (num_buckets // 2 - 1), 0))
 
 
-def gap_within(gaps_L: IntArray, rank: int) -> int:
+def gap_within(gaps_D: IntArray, rank: int) -> int:
     """Return a gap such that more than ``rank`` rows have no larger one, from counts by level.
 
     That is the upper edge of a level, as an integer.
     """
-    level = int(np.searchsorted(gaps_L.cumsum(), rank, side="right"))
+    level = int(np.searchsorted(gaps_D.cumsum(), rank, side="right"))
     return 0 if level == 0 else int(EDGE_L[min(level, NUM_LEVELS)])

@@ -3,7 +3,7 @@
 Ranks that solve one problem exchange per-expert counts, then their loads; each of them works out
 every rank's quota of every expert, and moves its own units until it keeps to it.
 
-Shape letters: B problems, T tokens of this rank, E experts, K experts per token, R ranks.
+Shape letters: see :mod:`megatron_maxscore`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Rows that the finish may have to change, with the few experts that matter to them.
 
-Shape letters: B problems, N rows of all problems, R contested rows, A arcs.
+Shape letters: see :mod:`megatron_maxscore`.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ class Contested:
     """Contested rows in order of their index, and their arcs in order of the expert.
 
     Attributes:
-        row_R: (R,) int64 row of the problem's scores.
-        problem_R: (R,) int64 its problem.
+        row_C: (C,) int64 row of the problem's scores.
+        problem_C: (C,) int64 its problem.
         first_B: (B + 1,) int64, problem b has the contested rows ``first_B[b]`` and following.
-        first_R: (R + 1,) int64, a row has the arcs ``first_R[r]`` and following.
+        first_C: (C + 1,) int64, a row has the arcs ``first_C[r]`` and following.
         expert_A: (A,) int32.
         value_A: (A,) int64 reduced score.
         held_A: (A,) bool, whether the row has the expert.
     """
 
-    row_R: IntArray
-    problem_R: IntArray
+    row_C: IntArray
+    problem_C: IntArray
     first_B: IntArray
-    first_R: IntArray
+    first_C: IntArray
     expert_A: np.ndarray
     value_A: IntArray
     held_A: BoolArray
@@ -41,16 +41,16 @@ class Contested:
     @classmethod
     def allocate(cls, count_N: IntArray, problem: Problem) -> Contested:
         """Make room for ``count_N`` arcs per row; rows without arcs are not contested."""
-        row_R = np.flatnonzero(count_N)
-        first_B = np.searchsorted(row_R, problem.start_B)
-        first_R = np.zeros(row_R.size + 1, np.int64)
-        count_N[row_R].cumsum(out=first_R[1:])
-        arcs = int(first_R[-1])
+        row_C = np.flatnonzero(count_N)
+        first_B = np.searchsorted(row_C, problem.start_B)
+        first_C = np.zeros(row_C.size + 1, np.int64)
+        count_N[row_C].cumsum(out=first_C[1:])
+        arcs = int(first_C[-1])
         return cls(
-            row_R,
+            row_C,
             np.repeat(np.arange(problem.num_problems), np.diff(first_B)),
             first_B,
-            first_R,
+            first_C,
             np.empty(arcs, np.int32),
             np.empty(arcs, np.int64),
             np.empty(arcs, np.bool_),
@@ -83,19 +83,19 @@ class Contested:
         return merged, np.concatenate([np.arange(a, a + n) for a, n in parts])
 
     def _packed(self, num_experts: int) -> bytes:
-        most_R = np.zeros(self.row_R.size, np.int64)
-        if self.row_R.size:
+        most_C = np.zeros(self.row_C.size, np.int64)
+        if self.row_C.size:
             others_A = np.where(self.held_A, -_HUGE, self.value_A)
-            most_R = np.maximum.reduceat(others_A, self.first_R[:-1])
-        arcs_R = np.diff(self.first_R)
-        above_A = self.value_A - np.repeat(most_R, arcs_R)
+            most_C = np.maximum.reduceat(others_A, self.first_C[:-1])
+        arcs_C = np.diff(self.first_C)
+        above_A = self.value_A - np.repeat(most_C, arcs_C)
         is_wide = bool((np.abs(above_A) > np.iinfo(np.int32).max).any())
         return b"".join(
             [
                 bytes([is_wide]),
                 np.diff(self.first_B).astype(np.int32).tobytes(),
                 np.array([above_A.size], np.int32).tobytes(),
-                (arcs_R - 1).astype(_index_type(num_experts)).tobytes(),
+                (arcs_C - 1).astype(_index_type(num_experts)).tobytes(),
                 self.expert_A.astype(_index_type(num_experts)).tobytes(),
                 np.packbits(self.held_A).tobytes(),
                 above_A.astype(np.int64 if is_wide else np.int32).tobytes(),
@@ -111,17 +111,17 @@ def _merged(received: list[bytes], problem: Problem) -> tuple[Contested, IntArra
     """Put the rows of all ranks in order: by problem, then by rank; and count (R, B) arcs."""
     parts = [_unpacked(data, problem) for data in received]
     rows_RB = np.stack([rows_B for rows_B, *_ in parts])
-    arcs_R = _by_problem([arcs_R for _, arcs_R, *_ in parts], rows_RB)
-    arcs_RB = np.stack([_arcs_of(rows_B, arcs_R) for rows_B, arcs_R, *_ in parts])
+    arcs_C = _by_problem([arcs_C for _, arcs_C, *_ in parts], rows_RB)
+    arcs_RB = np.stack([_arcs_of(rows_B, arcs_C) for rows_B, arcs_C, *_ in parts])
     columns = [_by_problem([part[i] for part in parts], arcs_RB) for i in (2, 3, 4)]
-    first_R = np.zeros(arcs_R.size + 1, np.int64)
-    arcs_R.cumsum(out=first_R[1:])
+    first_C = np.zeros(arcs_C.size + 1, np.int64)
+    arcs_C.cumsum(out=first_C[1:])
     rows_B = rows_RB.sum(0)
     merged = Contested(
-        np.arange(arcs_R.size),
+        np.arange(arcs_C.size),
         np.repeat(np.arange(rows_B.size), rows_B),
         np.concatenate([[0], rows_B.cumsum()]),
-        first_R,
+        first_C,
         columns[0].astype(np.int32),
         columns[1].astype(np.int64),
         columns[2],
@@ -129,10 +129,10 @@ def _merged(received: list[bytes], problem: Problem) -> tuple[Contested, IntArra
     return merged, arcs_RB
 
 
-def _arcs_of(rows_B: IntArray, arcs_R: IntArray) -> IntArray:
+def _arcs_of(rows_B: IntArray, arcs_C: IntArray) -> IntArray:
     """Return (B,) int64 arcs of each problem."""
-    ends_R = np.concatenate([[0], arcs_R.cumsum()])
-    return np.asarray(np.diff(ends_R[np.concatenate([[0], rows_B.cumsum()])]))
+    ends_C = np.concatenate([[0], arcs_C.cumsum()])
+    return np.asarray(np.diff(ends_C[np.concatenate([[0], rows_B.cumsum()])]))
 
 
 def _by_problem(columns: list[np.ndarray], count_RB: IntArray) -> np.ndarray:
@@ -159,7 +159,7 @@ def _unpacked(
     small = _index_type(problem.num_experts)
     rows_B = take(np.int32, problem.num_problems).astype(np.int64)
     arcs = int(take(np.int32, 1)[0])
-    arcs_R = take(small, int(rows_B.sum())).astype(np.int64) + 1
+    arcs_C = take(small, int(rows_B.sum())).astype(np.int64) + 1
     experts = take(small, arcs)
     held = np.unpackbits(take(np.uint8, -(-arcs // 8)), count=arcs).astype(np.bool_)
-    return rows_B, arcs_R, experts, take(np.int64 if data[0] else np.int32, arcs), held
+    return rows_B, arcs_C, experts, take(np.int64 if data[0] else np.int32, arcs), held

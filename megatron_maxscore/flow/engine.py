@@ -3,7 +3,7 @@
 Every launch and every size follows from the shape of the scores, so nothing is copied to the host
 and a CUDA graph can hold a solve.
 
-Shape letters: B problems, T rows of each, E experts, K experts per token.
+Shape letters: see :mod:`megatron_maxscore`.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Solve:
         self.words = shape.words(self.members)
         # Only the headers begin as zero; all else is written before it is read.
         keys, units = 3 * 2 * block * constants["S"], tokens * topk
-        sizes = [self.words, 2 * keys, 24 * shape.tiles, 2 * tokens, tokens * (-(-block // 32))]
+        sizes = [self.words, 2 * keys, 24 * shape.tiles, 3 * tokens, tokens * (-(-block // 32))]
         scratch = torch.empty(problems * sum(sizes), dtype=torch.int32, device=device)
         self.work, keys_3, partial, rows, bits = torch.split(
             scratch, [problems * size for size in sizes]

@@ -4,7 +4,7 @@ A solve over a process group is the same code on every rank. It exchanges counts
 and a few rows, which every rank gets from every rank; from then on all ranks decide alike. Alone a
 rank exchanges nothing and takes the same decisions.
 
-Shape letters: R ranks.
+Shape letters: see :mod:`megatron_maxscore`.
 """
 
 from __future__ import annotations

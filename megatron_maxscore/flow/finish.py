@@ -24,8 +24,7 @@ the cheapest swap of each pair of experts. Paths over these tell how far the uni
 have to go, and a pair has only its few cheapest swaps, up to a multiple of that. So each stage
 moves units, and no stage builds large heaps to move the last ones.
 
-Shape letters: B problems, L problems that a stage looks at, N rows (as an axis of prices: N nodes),
-E experts, P experts padded to whole vectors, G groups of rows.
+Shape letters: see :mod:`megatron_maxscore`.
 """
 
 from __future__ import annotations
@@ -106,20 +105,20 @@ class _Finish:
 
     Attributes:
         prices_BE: (B, E) int64.
-        excess_BN: (B, E + 1) int64 units above capacity, the sink last.
+        excess_BJ: (B, J + 1) int64 units above capacity, the sink last.
         slack_BE: (B, E) int64 unused units that the sink has placed.
         left_B: (B,) int64 units that are left to be moved.
         reach_B: (B,) int64 the limit of all swaps, or the least of those that differ.
-        is_far_B: (B,) bool, whether limits differ.
+        differs_B: (B,) bool, whether limits differ.
     """
 
     def __init__(self, exchange: Exchange, problem: Problem, state: PriceState) -> None:
         self.exchange, self.problem, self.state = exchange, problem, state
         self.has_sink_B = ~problem.tight_B
         self.prices_BE = state.prices_BE
-        self.excess_BN, self.slack_BE = imbalance(problem, self.prices_BE, state.load_BE)
-        self.left_B = np.maximum(self.excess_BN, 0).sum(1)
-        self.is_far_B = np.zeros(self.left_B.size, np.bool_)
+        self.excess_BJ, self.slack_BE = imbalance(problem, self.prices_BE, state.load_BE)
+        self.left_B = np.maximum(self.excess_BJ, 0).sum(1)
+        self.differs_B = np.zeros(self.left_B.size, np.bool_)
         # By how much gaps may have fallen since the rows were read.
         self.drift_B = np.zeros_like(self.left_B)
         # How many times more swaps pairs should have, of problems whose limits differ.
@@ -127,79 +126,79 @@ class _Finish:
 
     def run(self) -> IntArray:
         """Return (B, E) int64 optimal prices."""
-        if ((self.left_B > 0) & (self.state.gaps_BL[:, 0] > 0)).any():
+        if ((self.left_B > 0) & (self.state.gaps_BD[:, 0] > 0)).any():
             self.reach_B = np.zeros_like(self.left_B)
             self._level_out()
-        self.reach_B = _first_reach(self.problem, self.state.gaps_BL, self.left_B)
+        self.reach_B = _first_reach(self.problem, self.state.gaps_BD, self.left_B)
         while self.left_B.any():
             self._stage()
         return self.prices_BE
 
     def _level_out(self) -> None:
         """Let rows that do not care give experts above capacity for others below."""
-        ties_B, units_B = self.state.gaps_BL[:, 0], self.left_B
+        ties_B, units_B = self.state.gaps_BD[:, 0], self.left_B
         slot_B = _slots((ties_B > 0) & (units_B > 0))
         enough_B = _PLATEAU_ROWS_PER_UNIT * units_B + 4 * self.problem.num_experts
-        limit_LEP = self._even_limits(np.zeros(int(slot_B.max()) + 1, np.int64))
+        limit_FEP = self._even_limits(np.zeros(int(slot_B.max()) + 1, np.int64))
         stride_B = np.maximum(1, ties_B // enough_B)
-        found, own, own_A = self._contested(slot_B, limit_LEP, stride_B)
+        found, own, own_A = self._contested(slot_B, limit_FEP, stride_B)
 
         def level() -> tuple[BoolArray, IntArray]:
-            excess_BN = self.excess_BN.copy()
-            passes.level_out(found, excess_BN)
-            return found.held_A, excess_BN
+            excess_BJ = self.excess_BJ.copy()
+            passes.level_out(found, excess_BJ)
+            return found.held_A, excess_BJ
 
-        held_A, self.excess_BN = self.exchange.same(level)
+        held_A, self.excess_BJ = self.exchange.same(level)
         self._apply(own, own_A, held_A)
-        self.left_B = np.maximum(self.excess_BN, 0).sum(1)
+        self.left_B = np.maximum(self.excess_BJ, 0).sum(1)
 
     def _stage(self) -> None:
         """Set limits, move units within them, and raise prices."""
-        active_B, is_far_B = self.left_B > 0, self.is_far_B
+        active_B, differs_B = self.left_B > 0, self.differs_B
         slot_B = _slots(active_B)
-        limit_LEP = self._even_limits(self.reach_B[active_B])
-        if is_far_B.any():
-            limit_LEP[slot_B[is_far_B], :, : self.problem.num_experts] = self._limits()
-        found, own, own_A = self._contested(slot_B, limit_LEP, np.ones_like(slot_B))
+        limit_FEP = self._even_limits(self.reach_B[active_B])
+        if differs_B.any():
+            limit_FEP[slot_B[differs_B], :, : self.problem.num_experts] = self._limits()
+        found, own, own_A = self._contested(slot_B, limit_FEP, np.ones_like(slot_B))
         units_B = self.problem.rows_B * self.problem.topk
         most_B = np.maximum(
             _SWAPS_PER_ASSIGNMENT * units_B, _SWAPS_PER_PAIR * self.problem.num_experts**2
         )
         swaps_B = passes.count_swaps(found)
-        is_far_B = active_B & (is_far_B | (swaps_B > most_B))
-        wanted_LEE = np.full(
-            limit_LEP.shape[:2] + limit_LEP.shape[1:2], np.iinfo(np.int32).max, np.int32
+        differs_B = active_B & (differs_B | (swaps_B > most_B))
+        wanted_FEE = np.full(
+            limit_FEP.shape[:2] + limit_FEP.shape[1:2], np.iinfo(np.int32).max, np.int32
         )
-        for b in np.flatnonzero(is_far_B).tolist():
-            wanted_LEE[slot_B[b]] = self._wanted_swaps(b)
+        for b in np.flatnonzero(differs_B).tolist():
+            wanted_FEE[slot_B[b]] = self._wanted_swaps(b)
 
         # Ranks have the same rows now, and move the same units.
-        held_A, self.excess_BN, self.slack_BE, potential_BN, lacks_LEE = self.exchange.same(
-            functools.partial(self._augment, found, slot_B, limit_LEP, wanted_LEE)
+        held_A, self.excess_BJ, self.slack_BE, potential_BJ, lacks_FEE = self.exchange.same(
+            functools.partial(self._augment, found, slot_B, limit_FEP, wanted_FEE)
         )
-        for b in np.flatnonzero(is_far_B).tolist():
-            self.more[b] = more_wanted(self.more.get(b, 1), lacks_LEE[slot_B[b]])
+        for b in np.flatnonzero(differs_B).tolist():
+            self.more[b] = more_wanted(self.more.get(b, 1), lacks_FEE[slot_B[b]])
         self._apply(own, own_A, held_A)
-        level_B = np.where(self.has_sink_B, potential_BN[:, -1], 0)
-        self.prices_BE = self.prices_BE + potential_BN[:, :-1] - level_B[:, None]
+        level_B = np.where(self.has_sink_B, potential_BJ[:, -1], 0)
+        self.prices_BE = self.prices_BE + potential_BJ[:, :-1] - level_B[:, None]
         # Without a sink its potential is 0, which only makes this bound looser.
-        self.drift_B += potential_BN.max(1) - potential_BN.min(1)
-        before_B, self.left_B = self.left_B, np.maximum(self.excess_BN, 0).sum(1)
+        self.drift_B += potential_BJ.max(1) - potential_BJ.min(1)
+        before_B, self.left_B = self.left_B, np.maximum(self.excess_BJ, 0).sum(1)
         has_many_B = swaps_B > _FEW_SWAPS * self.problem.num_experts**2
-        is_far_B |= (self.left_B <= _FEW_UNITS) & has_many_B | (self.reach_B >= WHOLE)
-        self.is_far_B = is_far_B & (self.left_B > 0)
+        differs_B |= (self.left_B <= _FEW_UNITS) & has_many_B | (self.reach_B >= WHOLE)
+        self.differs_B = differs_B & (self.left_B > 0)
         factor_B = np.where(8 * swaps_B > most_B, _LITTLE_LONGER, _LONGER)
         factor_B *= np.where(self.left_B > _MOST_LEFT * before_B, _MORE_FOR_MOST, 1)
         factor_B *= np.where(self.left_B == before_B, _MORE_FOR_ALL // _MORE_FOR_MOST, 1)
         self.reach_B = np.minimum(factor_B * self.reach_B, WHOLE)
 
     def _contested(
-        self, slot_B: IntArray, limit_LEP: IntArray, stride_B: IntArray
+        self, slot_B: IntArray, limit_FEP: IntArray, stride_B: IntArray
     ) -> tuple[Contested, Contested, IntArray | None]:
         """Return the contested rows of all ranks, those of this rank, and which arcs are own."""
         own = passes.contested(
-            self.problem, self.prices_BE, self.state.x_NE, slot_B, limit_LEP, self.state.gap_N,
-            np.where(self.is_far_B, FAR, self.reach_B + self.drift_B), stride_B,
+            self.problem, self.prices_BE, self.state.x_NE, slot_B, limit_FEP, self.state.gap_N,
+            np.where(self.differs_B, FAR, self.reach_B + self.drift_B), stride_B,
         )  # fmt: skip
         found, own_A = own.of_all_ranks(self.exchange, self.problem)
         return found, own, own_A
@@ -210,25 +209,25 @@ class _Finish:
         passes.apply(own, self.state.x_NE)
 
     def _augment(
-        self, found: Contested, slot_B: IntArray, limit_LEP: IntArray, wanted_LEE: NDArray
+        self, found: Contested, slot_B: IntArray, limit_FEP: IntArray, wanted_FEE: NDArray
     ) -> tuple[BoolArray, IntArray, IntArray, IntArray, BoolArray]:
         """Move units among contested rows; return what they have now, and what changes.
 
         That is excess, slack, (B, E + 1) potentials, and which pairs of experts had too few swaps.
         """
-        excess_BN, slack_BE = self.excess_BN.copy(), self.slack_BE.copy()
-        potential_BN, lacks_LEE = passes.augment(
-            found, self.prices_BE, slot_B, limit_LEP, wanted_LEE, excess_BN, slack_BE,
+        excess_BJ, slack_BE = self.excess_BJ.copy(), self.slack_BE.copy()
+        potential_BJ, lacks_FEE = passes.augment(
+            found, self.prices_BE, slot_B, limit_FEP, wanted_FEE, excess_BJ, slack_BE,
             self.has_sink_B,
         )  # fmt: skip
-        return found.held_A, excess_BN, slack_BE, potential_BN, lacks_LEE
+        return found.held_A, excess_BJ, slack_BE, potential_BJ, lacks_FEE
 
-    def _even_limits(self, reach_L: IntArray) -> IntArray:
+    def _even_limits(self, reach_F: IntArray) -> IntArray:
         """Return (L, E, P) int64 limits that are the same for all pairs of experts."""
         num_experts = self.problem.num_experts
-        limit_LEP = np.empty((reach_L.size, num_experts, padded(num_experts)), np.int64)
-        limit_LEP[:] = reach_L[:, None, None]
-        return limit_LEP
+        limit_FEP = np.empty((reach_F.size, num_experts, padded(num_experts)), np.int64)
+        limit_FEP[:] = reach_F[:, None, None]
+        return limit_FEP
 
     def _limits(self) -> IntArray:
         """Return (L, E, E) int64 limits of problems whose limits differ.
@@ -238,38 +237,38 @@ class _Finish:
         Raises:
             ValueError: units that are left cannot be moved at all.
         """
-        far_B = _slots(self.is_far_B)
-        least_LGEE = passes.cheapest(self.problem, self.prices_BE, self.state.x_NE, far_B, _GROUPS)
-        received = self.exchange.gather(least_LGEE.tobytes(), phase="cheapest swaps")
+        far_B = _slots(self.differs_B)
+        least_FGEE = passes.cheapest(self.problem, self.prices_BE, self.state.x_NE, far_B, _GROUPS)
+        received = self.exchange.gather(least_FGEE.tobytes(), phase="cheapest swaps")
 
         def limits() -> IntArray:
-            parts = [np.frombuffer(data, np.int64).reshape(least_LGEE.shape) for data in received]
+            parts = [np.frombuffer(data, np.int64).reshape(least_FGEE.shape) for data in received]
             return self._limits_of(functools.reduce(np.minimum, parts), far_B)
 
         return self.exchange.same(limits)
 
-    def _limits_of(self, least_LGEE: IntArray, far_B: IntArray) -> IntArray:
-        least_LEE = least_LGEE.min(1)
-        last_L = passes.nearest(
-            least_LEE, self.prices_BE, self.excess_BN, self.slack_BE, self.has_sink_B, far_B
+    def _limits_of(self, least_FGEE: IntArray, far_B: IntArray) -> IntArray:
+        least_FEE = least_FGEE.min(1)
+        last_F = passes.nearest(
+            least_FEE, self.prices_BE, self.excess_BJ, self.slack_BE, self.has_sink_B, far_B
         )
         far = np.flatnonzero(far_B >= 0)
-        if (last_L >= FAR).any():
-            left = self.left_B[far[(last_L >= FAR).argmax()]]
+        if (last_F >= FAR).any():
+            left = self.left_B[far[(last_F >= FAR).argmax()]]
             raise ValueError(
                 f"no assignment exists: forbidden arcs leave {left} assignments without an expert "
                 "that has room; allow more experts or raise the capacities"
             )
-        wanted_LEE = np.stack([self._wanted_swaps(b) for b in far.tolist()])
-        dearest_LEE = np.where(least_LGEE < WHOLE, least_LGEE, -1).max(1)
-        dearer_LEE = np.maximum(dearest_LEE - least_LEE, 0) * (wanted_LEE / _EXPECTED)
-        limit_LEE = least_LEE + np.minimum(dearer_LEE, WHOLE).astype(np.int64)
-        limit_LEE = np.where(dearest_LEE < 0, WHOLE, limit_LEE)
-        return np.minimum(limit_LEE, _FARTHEST * last_L[:, None, None])
+        wanted_FEE = np.stack([self._wanted_swaps(b) for b in far.tolist()])
+        dearest_FEE = np.where(least_FGEE < WHOLE, least_FGEE, -1).max(1)
+        dearer_FEE = np.maximum(dearest_FEE - least_FEE, 0) * (wanted_FEE / _EXPECTED)
+        limit_FEE = least_FEE + np.minimum(dearer_FEE, WHOLE).astype(np.int64)
+        limit_FEE = np.where(dearest_FEE < 0, WHOLE, limit_FEE)
+        return np.minimum(limit_FEE, _FARTHEST * last_F[:, None, None])
 
     def _wanted_swaps(self, b: int) -> NDArray:
         """Return (E, E) int32 about how many swaps each pair of experts should have."""
-        excess_E = self.excess_BN[b, :-1]
+        excess_E = self.excess_BJ[b, :-1]
         gives_E, takes_E = np.maximum(excess_E, 0), np.maximum(-excess_E, 0)
         few = min(_SWAPS, 4 + int(gives_E.sum()))
         wanted_EE = few + _SWAPS_PER_UNIT * np.maximum(gives_E[:, None], takes_E)
@@ -309,19 +308,19 @@ def imbalance(
     return np.concatenate([excess_BE, sink_B[:, None]], 1), slack_BE
 
 
-def _first_reach(problem: Problem, gaps_BL: IntArray, left_B: IntArray) -> IntArray:
+def _first_reach(problem: Problem, gaps_BD: IntArray, left_B: IntArray) -> IntArray:
     """Return (B,) int64 a first limit for all swaps, > 0."""
     reach_B = np.ones_like(left_B)
     for b in np.flatnonzero(left_B).tolist():
-        rows, ties = int(problem.rows_B[b]), int(gaps_BL[b, 0])
+        rows, ties = int(problem.rows_B[b]), int(gaps_BD[b, 0])
         if rows * problem.topk <= _ROWS_PER_EXPERT * problem.num_experts and (
             rows * problem.topk * problem.num_experts <= _ALL_SWAPS
         ):
             reach_B[b] = WHOLE
             continue
         rank = _ROWS_PER_UNIT * int(left_B[b]) + _MIN_ROWS
-        reach = gap_within(gaps_BL[b], min(rows // 2, rank))
+        reach = gap_within(gaps_BD[b], min(rows // 2, rank))
         if reach == 0:
-            reach = gap_within(gaps_BL[b], ties + min((rows - ties) // 2, rank))
+            reach = gap_within(gaps_BD[b], ties + min((rows - ties) // 2, rank))
         reach_B[b] = max(reach, 1)
     return reach_B

@@ -1,7 +1,6 @@
 """The arguments of a solve: checked, and brought to arrays.
 
-Shape letters: B problems, S rows of a problem, N rows that take part, E experts, K experts per
-token.
+Shape letters: see :mod:`megatron_maxscore`.
 """
 
 from __future__ import annotations
@@ -224,23 +223,23 @@ class Rows:
     def without_outliers(self, scanned: Scanned, limit_B: FloatArray) -> tuple[Scanned, int]:
         """Scale rows down whose range exceeds their problem's limit; return how many, too."""
         limit_N = np.repeat(limit_B, self.counts_B) if np.isfinite(limit_B).any() else np.inf
-        rows_M = np.flatnonzero(scanned.range_N > limit_N)
-        if rows_M.size == 0:
+        rows_O = np.flatnonzero(scanned.range_N > limit_N)
+        if rows_O.size == 0:
             return scanned, 0
-        limit_M, range_M = np.broadcast_to(limit_N, scanned.range_N.shape)[rows_M], scanned.range_N
-        factor_M = outliers.scaled(range_M[rows_M], limit_M) / range_M[rows_M]
+        limit_O, range_O = np.broadcast_to(limit_N, scanned.range_N.shape)[rows_O], scanned.range_N
+        factor_O = outliers.scaled(range_O[rows_O], limit_O) / range_O[rows_O]
         scores_NE, low_N = scanned.scores_NE.copy(), scanned.low_N.copy()
         range_N = scanned.range_N.copy()
-        wide_ME = scores_NE[rows_M].astype(np.float64) * factor_M[:, None]
-        scores_NE[rows_M] = wide_ME
-        low_M, high_M, *_ = passes.scan(np.ascontiguousarray(scores_NE[rows_M]))
-        low_N[rows_M], range_N[rows_M] = low_M, high_M - low_M
+        wide_OE = scores_NE[rows_O].astype(np.float64) * factor_O[:, None]
+        scores_NE[rows_O] = wide_OE
+        low_O, high_O, *_ = passes.scan(np.ascontiguousarray(scores_NE[rows_O]))
+        low_N[rows_O], range_N[rows_O] = low_O, high_O - low_O
         largest_B = maxima(np.where(range_N > 0, range_N, 0.0), self.start_B)
         return (
             dataclasses.replace(
                 scanned, scores_NE=scores_NE, low_N=low_N, range_N=range_N, largest_B=largest_B
             ),
-            int(rows_M.size),
+            int(rows_O.size),
         )
 
     def wrong(self, scanned: Scanned, topk: int) -> str:

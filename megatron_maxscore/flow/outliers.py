@@ -10,7 +10,7 @@ a factor of 256. These counts travel in the first exchange and are summed over t
 answer does not depend on how rows are split. At most one row in 16, or one row if there are fewer,
 can be an outlier; ordinary rows keep at least 14 bits of their range.
 
-Shape letters: B problems, N rows of this rank, C classes, M outliers.
+Shape letters: see :mod:`megatron_maxscore`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _HALF_WAY_BITS = 16.0
 
 
 def classes(range_N: FloatArray, start_B: IntArray) -> NDArray:
-    """Return (B, C) uint32, how many rows of each problem have a range of each class.
+    """Return (B, X) uint32, how many rows of each problem have a range of each class.
 
     Args:
         range_N: (N,) float64; rows without a range, or a wrong one, do not count.
@@ -52,22 +52,22 @@ def classes(range_N: FloatArray, start_B: IntArray) -> NDArray:
     return np.bincount(slots, minlength=problems * CLASSES).reshape(-1, CLASSES).astype(np.uint32)
 
 
-def limits(classes_BC: IntArray, largest_B: FloatArray) -> tuple[FloatArray, FloatArray]:
+def limits(classes_BX: IntArray, largest_B: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Return from which range on rows are outliers, and the largest range when they are scaled.
 
     Args:
-        classes_BC: (B, C) int64 rows of all ranks by class.
+        classes_BX: (B, X) int64 rows of all ranks by class.
         largest_B: (B,) float64 their largest ranges.
 
     Returns:
         (B,) float64, inf where no row is an outlier; (B,) float64.
     """
-    total_B = classes_BC.sum(1)
+    total_B = classes_BX.sum(1)
     allowed_B = np.maximum(1, total_B // _SHARE)
     # Rows of a class and those above it.
-    above_BC = classes_BC[:, ::-1].cumsum(1)[:, ::-1]
+    above_BX = classes_BX[:, ::-1].cumsum(1)[:, ::-1]
     # The class of the row that follows the rows that may be outliers; -1 if there is no such row.
-    ordinary_B = (above_BC > allowed_B[:, None]).sum(1) - 1
+    ordinary_B = (above_BX > allowed_B[:, None]).sum(1) - 1
     exponent_B = (ordinary_B + 1 + _FIRST) * _BITS + _MARGIN_BITS
     limit_B = np.where(ordinary_B >= 0, np.ldexp(1.0, exponent_B), np.inf)
     has_outliers_B = largest_B > limit_B
@@ -76,8 +76,8 @@ def limits(classes_BC: IntArray, largest_B: FloatArray) -> tuple[FloatArray, Flo
     return limit_B, np.where(has_outliers_B, np.nextafter(2 * limit_B, 0.0), largest_B)
 
 
-def scaled(range_M: FloatArray, limit_M: FloatArray) -> FloatArray:
-    """Return (M,) the ranges that outliers get: larger ones larger, all below twice the limit."""
-    bits_M = np.log2(range_M / limit_M)
-    result: FloatArray = limit_M * (1.0 + bits_M / (bits_M + _HALF_WAY_BITS))
+def scaled(range_O: FloatArray, limit_O: FloatArray) -> FloatArray:
+    """Return (O,) the ranges that outliers get: larger ones larger, all below twice the limit."""
+    bits_O = np.log2(range_O / limit_O)
+    result: FloatArray = limit_O * (1.0 + bits_O / (bits_O + _HALF_WAY_BITS))
     return result

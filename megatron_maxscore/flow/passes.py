@@ -3,8 +3,7 @@
 Kernels (:mod:`kernels`) are compiled with numba and run on as many threads as torch uses (see
 :mod:`threads`). Their decisions are integers, so threads change no bit.
 
-Shape letters: B problems, N rows of all problems, E experts, K experts per token, H buckets, L
-levels (in the finish: problems that are looked at).
+Shape letters: see :mod:`megatron_maxscore`.
 """
 
 from __future__ import annotations
@@ -73,8 +72,8 @@ def price_pass(
         x_NE: (N, E) bool, out: the choice.
 
     Returns:
-        (B, E) int64 loads, (B, L + 1) int64 counts of gaps by their level, and a function that
-        returns the (B, E, H) int32 counts of bids.
+        (B, E) int64 loads, (B, D + 1) int64 counts of gaps by their level, and a function that
+        returns the (B, E, U) int32 counts of bids.
     """
     pieces = problem.pieces
     # Threads that work on different problems share the counters.
@@ -98,19 +97,19 @@ def price_pass(
     return loads.sum(0), gaps.sum(0), count
 
 
-def price_step(bids_BEH: np.ndarray, capacity_BE: np.ndarray, window_BE: IntArray) -> IntArray:
-    """Return (B, E) int64 by how much each price must rise for C of its bids to stay positive.
+def price_step(bids_BEU: np.ndarray, capacity_BE: np.ndarray, window_BE: IntArray) -> IntArray:
+    """Return (B, E) int64 by how much each price must rise for loads to become the capacities.
 
     A price rises until the bid that is one too many is not positive any more.
 
     Args:
-        bids_BEH: (B, E, H) int32 counts of bids by bucket.
+        bids_BEU: (B, E, U) int32 counts of bids by bucket.
         capacity_BE: (B, E) capacities, int64 or float64.
         window_BE: (B, E) int64; bids at or below minus this were not counted.
     """
     step_BE = np.empty(capacity_BE.shape, np.int64)
-    base_BE = base_of(window_BE, bids_BEH.shape[-1])
-    rows.price_step(bids_BEH, capacity_BE, window_BE, base_BE, EDGE_L, step_BE)
+    base_BE = base_of(window_BE, bids_BEU.shape[-1])
+    rows.price_step(bids_BEU, capacity_BE, window_BE, base_BE, EDGE_L, step_BE)
     return step_BE
 
 
@@ -129,7 +128,7 @@ def cheapest(
         groups: G.
 
     Returns:
-        (L, G, E, E) int64; FAR or more where there is no swap.
+        (F, G, E, E) int64; FAR or more where there is no swap.
     """
     num_experts = problem.num_experts
     shape = int(slot_B.max()) + 1, groups, num_experts, num_experts
@@ -150,30 +149,30 @@ def cheapest(
 
 
 def nearest(
-    least_LEE: IntArray,
+    least_FEE: IntArray,
     prices_BE: IntArray,
-    excess_BN: IntArray,
+    excess_BJ: IntArray,
     slack_BE: IntArray,
     has_sink_B: BoolArray,
     slot_B: IntArray,
 ) -> IntArray:
-    """Return (L,) int64 distance within which there is room for all excess, FAR if there is none.
+    """Return (F,) int64 distance within which there is room for all excess, FAR if there is none.
 
     Args:
-        least_LEE: (L, E, E) int64 cost of the cheapest swap of each pair.
+        least_FEE: (F, E, E) int64 cost of the cheapest swap of each pair.
         prices_BE: (B, E) int64.
-        excess_BN: (B, E + 1) int64 units above capacity, the sink last.
+        excess_BJ: (B, J + 1) int64 units above capacity, the sink last.
         slack_BE: (B, E) int64 unused units that the sink has placed.
         has_sink_B: (B,) bool, whether capacities leave slack.
         slot_B: (B,) int64 place of each problem in ``least``, -1 for those to leave out.
     """
-    found_L = np.empty(least_LEE.shape[0], np.int64)
+    found_F = np.empty(least_FEE.shape[0], np.int64)
     for b in np.flatnonzero(slot_B >= 0).tolist():
         nodes = prices_BE.shape[1] + int(has_sink_B[b])
-        found_L[slot_B[b]] = augmenting.nearest(
-            least_LEE[slot_B[b]], prices_BE[b], excess_BN[b, :nodes], slack_BE[b]
+        found_F[slot_B[b]] = augmenting.nearest(
+            least_FEE[slot_B[b]], prices_BE[b], excess_BJ[b, :nodes], slack_BE[b]
         )
-    return found_L
+    return found_F
 
 
 def contested(
@@ -181,7 +180,7 @@ def contested(
     prices_BE: IntArray,
     x_NE: BoolArray,
     slot_B: IntArray,
-    limit_LEP: IntArray,
+    limit_FEP: IntArray,
     gap_N: IntArray,
     gap_limit_B: IntArray,
     stride_B: IntArray,
@@ -193,7 +192,7 @@ def contested(
         prices_BE: (B, E) int64.
         x_NE: (N, E) bool, each row's experts, top-k at the prices.
         slot_B: (B,) int64 place of each problem in ``limit``, -1 for those to leave out.
-        limit_LEP: (L, E, P) int64 largest cost of a swap from each expert to each other; P is E
+        limit_FEP: (F, E, P) int64 largest cost of a swap from each expert to each other; P is E
             padded to whole vectors.
         gap_N: (N,) int64.
         gap_limit_B: (B,) int64; rows with a larger gap are not looked at.
@@ -203,14 +202,14 @@ def contested(
     count_N = np.empty(x_NE.shape[0], np.int64)
     arcs_NW = np.empty((x_NE.shape[0], num_words), np.int64)
     scores = (problem.scores_NE, problem.low_N, problem.factor_B, prices_BE, x_NE)
-    widest_LE = limit_LEP[:, :, : problem.num_experts].max(2)
+    widest_FE = limit_FEP[:, :, : problem.num_experts].max(2)
     run(
         [
             lambda piece=piece: rows_of_finish.find_contested(  # type: ignore[misc]
                 *scores,
                 slot_B,
-                limit_LEP,
-                widest_LE,
+                limit_FEP,
+                widest_FE,
                 gap_N,
                 gap_limit_B,
                 stride_B,
@@ -226,10 +225,10 @@ def contested(
     run(
         [
             lambda a=a, b=b: rows_of_finish.extract(  # type: ignore[misc]
-                *scores, arcs_NW, found.problem_R, found.row_R, found.first_R, a, b,
+                *scores, arcs_NW, found.problem_C, found.row_C, found.first_C, a, b,
                 found.expert_A, found.value_A, found.held_A,
             )
-            for a, b in spans(found.row_R.size)
+            for a, b in spans(found.row_C.size)
         ]
     )  # fmt: skip
     return found
@@ -237,7 +236,7 @@ def contested(
 
 def count_swaps(found: Contested) -> IntArray:
     """Return (B,) int64, how many swaps the contested rows of each problem have."""
-    return np.asarray(rows_of_finish.count_swaps(found.first_B, found.first_R, found.held_A))
+    return np.asarray(rows_of_finish.count_swaps(found.first_B, found.first_C, found.held_A))
 
 
 def apply(found: Contested, x_NE: BoolArray) -> None:
@@ -245,23 +244,23 @@ def apply(found: Contested, x_NE: BoolArray) -> None:
     run(
         [
             lambda a=a, b=b: rows_of_finish.apply(  # type: ignore[misc]
-                found.row_R, found.first_R, found.expert_A, found.held_A, a, b, x_NE
+                found.row_C, found.first_C, found.expert_A, found.held_A, a, b, x_NE
             )
-            for a, b in spans(found.row_R.size)
+            for a, b in spans(found.row_C.size)
         ]
     )
 
 
-def level_out(found: Contested, excess_BN: IntArray) -> None:
+def level_out(found: Contested, excess_BJ: IntArray) -> None:
     """Let rows give experts above capacity for equal ones below, one row after the other.
 
     Args:
         found: contested rows; ``held_A`` is changed in place.
-        excess_BN: (B, E + 1) int64 units above capacity; changed in place.
+        excess_BJ: (B, J + 1) int64 units above capacity; changed in place.
     """
     augmenting.level_out_problems(
-        0, excess_BN.shape[0], found.first_B, found.first_R, found.expert_A, found.value_A,
-        found.held_A, excess_BN,
+        0, excess_BJ.shape[0], found.first_B, found.first_C, found.expert_A, found.value_A,
+        found.held_A, excess_BJ,
     )  # fmt: skip
 
 
@@ -269,9 +268,9 @@ def augment(
     found: Contested,
     prices_BE: IntArray,
     slot_B: IntArray,
-    limit_LEP: IntArray,
-    wanted_LEE: NDArray,
-    excess_BN: IntArray,
+    limit_FEP: IntArray,
+    wanted_FEE: NDArray,
+    excess_BJ: IntArray,
     slack_BE: IntArray,
     has_sink_B: BoolArray,
 ) -> tuple[IntArray, BoolArray]:
@@ -281,30 +280,30 @@ def augment(
         found: contested rows; ``held_A`` is changed in place.
         prices_BE: (B, E) int64 prices at which they were collected.
         slot_B: (B,) int64 place of each problem in ``limit``, -1 for those to leave alone.
-        limit_LEP: (L, E, P) int64 with which rows were collected.
-        wanted_LEE: (L, E, E) int32, about how many of the cheapest swaps within the limits take
+        limit_FEP: (F, E, P) int64 with which rows were collected.
+        wanted_FEE: (F, E, E) int32, about how many of the cheapest swaps within the limits take
             part.
-        excess_BN: (B, E + 1) int64 units above capacity, the sink last; changed in place.
+        excess_BJ: (B, J + 1) int64 units above capacity, the sink last; changed in place.
         slack_BE: (B, E) int64 unused units that the sink has placed; changed in place.
         has_sink_B: (B,) bool, whether capacities leave slack.
 
     Returns:
-        (B, E + 1) int64 by how much prices rise, and (L, E, E) bool, which pairs of experts had
+        (B, E + 1) int64 by how much prices rise, and (F, E, E) bool, which pairs of experts had
         too few swaps to go on.
     """
-    potential_BN = np.zeros_like(excess_BN)
-    lacks_LEE = np.zeros(wanted_LEE.shape, np.bool_)
+    potential_BJ = np.zeros_like(excess_BJ)
+    lacks_FEE = np.zeros(wanted_FEE.shape, np.bool_)
     run(
         [
             lambda a=a, b=b: augmenting.augment_problems(  # type: ignore[misc]
-                a, b, found.first_B, found.first_R, found.expert_A, found.value_A, found.held_A,
-                prices_BE, slot_B, limit_LEP, wanted_LEE, excess_BN, slack_BE, has_sink_B,
-                potential_BN, lacks_LEE,
+                a, b, found.first_B, found.first_C, found.expert_A, found.value_A, found.held_A,
+                prices_BE, slot_B, limit_FEP, wanted_FEE, excess_BJ, slack_BE, has_sink_B,
+                potential_BJ, lacks_FEE,
             )
-            for a, b in spans(prices_BE.shape[0], found.row_R.size)
+            for a, b in spans(prices_BE.shape[0], found.row_C.size)
         ]
     )  # fmt: skip
-    return potential_BN, lacks_LEE
+    return potential_BJ, lacks_FEE
 
 
 def conclude(

@@ -17,7 +17,7 @@ Where there are many rows, the first sweeps of a cold start are over a sample of
 those of a warm one whose prices turn out to be worth less. Sweeps need not reach the optimum:
 :mod:`~megatron_maxscore.flow.finish` does, from any prices.
 
-Shape letters: B problems, N rows of all problems, E experts.
+Shape letters: see :mod:`megatron_maxscore`.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ class PriceState:
     Attributes:
         prices_BE: (B, E) int64, >= 0 unless the problem is tight.
         load_BE: (B, E) int64.
-        gaps_BL: (B, L + 1) int64 counts of all ranks' gaps by their level.
+        gaps_BD: (B, D + 1) int64 counts of all ranks' gaps by their level.
         gap_N: (N,) int64 k-th less (k+1)-th reduced score.
         x_NE: (N, E) bool.
     """
 
     prices_BE: IntArray
     load_BE: IntArray
-    gaps_BL: IntArray
+    gaps_BD: IntArray
     gap_N: IntArray
     x_NE: BoolArray
 
@@ -77,7 +77,7 @@ class PriceState:
         start_B = problem.start_B[first : last + 1]
         rows = slice(int(start_B[0]), int(start_B[-1]))
         return PriceState(
-            self.prices_BE[first:last], self.load_BE[first:last], self.gaps_BL[first:last],
+            self.prices_BE[first:last], self.load_BE[first:last], self.gaps_BD[first:last],
             self.gap_N[rows], self.x_NE[rows],
         )  # fmt: skip
 
@@ -99,7 +99,7 @@ def improve(exchange: Exchange, problem: Problem, prices_BE: IntArray) -> PriceS
     else:
         num_buckets = WINDOW_BUCKETS
         window_BE = np.full_like(prices_BE, 1 << (problem.score_bits - _FIRST_WINDOW_BITS))
-    rows = _Rows(exchange, problem, num_buckets)
+    rows = _Choices(exchange, problem, num_buckets)
     can_sample_B = size_B < problem.rows_B
     wants_B = can_sample_B & (prices_BE == prices_BE[:, :1]).all(1)
     first = None
@@ -110,13 +110,13 @@ def improve(exchange: Exchange, problem: Problem, prices_BE: IntArray) -> PriceS
     if wants_B.any():
         first = None
         sample = take_sample(exchange, problem, np.where(wants_B, size_B, 0))
-        sampled = _Rows(Exchange(), sample, ALL_BUCKETS)
+        sampled = _Choices(Exchange(), sample, ALL_BUCKETS)
         everything_BE = np.full_like(prices_BE, EVERYTHING)
         aim_of_sample_B = SAMPLE_AIM * sample.rows_B * sample.topk
 
         def of_sample() -> tuple[IntArray, bool]:
             found = sampled.sweep(prices_BE, everything_BE, SAMPLE_PASSES, aim_of_sample_B)
-            return found.prices_BE, _are_fine(sampled.gaps_BL, problem.score_bits)
+            return found.prices_BE, _are_fine(sampled.gaps_BD, problem.score_bits)
 
         prices_BE, are_fine = exchange.same(of_sample)
         if are_fine:
@@ -125,7 +125,7 @@ def improve(exchange: Exchange, problem: Problem, prices_BE: IntArray) -> PriceS
     # With a little slack the lowest may be anywhere; what is common to all changes no choice.
     level_B = np.where(problem.tight_B, 0, found.prices_BE.min(1))
     prices_BE = found.prices_BE - level_B[:, None]
-    return PriceState(prices_BE, found.load_BE, rows.gaps_BL, rows.gap_N, rows.x_NE)
+    return PriceState(prices_BE, found.load_BE, rows.gaps_BD, rows.gap_N, rows.x_NE)
 
 
 def aim_of(units: int, num_experts: int) -> float:
@@ -134,21 +134,21 @@ def aim_of(units: int, num_experts: int) -> float:
     return max(min(aim, _MOST_UNITS / num_experts), _UNITS_PER_EXPERT * num_experts)
 
 
-def _are_fine(gaps_BL: IntArray, score_bits: int) -> bool:
+def _are_fine(gaps_BD: IntArray, score_bits: int) -> bool:
     """Return whether many rows have gaps that the buckets of the first window do not tell apart."""
     level = (score_bits - _FIRST_WINDOW_BITS - _WINDOW_OCTAVES) << MANTISSA_BITS
-    return bool((_FINE * gaps_BL[:, :level].sum(1) > gaps_BL.sum(1)).any())
+    return bool((_FINE * gaps_BD[:, :level].sum(1) > gaps_BD.sum(1)).any())
 
 
-class _Rows:
-    """Passes over all rows of problems."""
+class _Choices:
+    """What all rows choose, pass by pass."""
 
     def __init__(self, exchange: Exchange, problem: Problem, num_buckets: int) -> None:
         rows = problem.scores_NE.shape[0]
         self.exchange, self.problem = exchange, problem
         self.num_buckets = num_buckets
         self.threshold_N, self.gap_N = np.zeros(rows, np.int64), np.empty(rows, np.int64)
-        self.gaps_BL = np.zeros((problem.num_problems, NUM_LEVELS + 1), np.int64)
+        self.gaps_BD = np.zeros((problem.num_problems, NUM_LEVELS + 1), np.int64)
         self.x_NE = np.empty(problem.scores_NE.shape, np.bool_)
         self._knows_threshold = False
 
@@ -172,18 +172,18 @@ class _Rows:
         )
 
     def read(self, prices_BE: IntArray, window_BE: IntArray, active_B: BoolArray) -> Reading:
-        loads_BE, gaps_BL, count_bids = passes.price_pass(
+        loads_BE, gaps_BD, count_bids = passes.price_pass(
             self.problem, prices_BE, window_BE, self.num_buckets,
             active_B, self.threshold_N, self._knows_threshold, self.gap_N, self.x_NE,
         )  # fmt: skip
         self._knows_threshold = True
         if self.exchange.size > 1:
             most = int(self.problem.rows_B.max()) + 1
-            loads_BE, gaps_BL, bids_BEH = self.exchange.sum(
-                [loads_BE, gaps_BL, count_bids()], below=most, phase="counts of bids"
+            loads_BE, gaps_BD, bids_BEU = self.exchange.sum(
+                [loads_BE, gaps_BD, count_bids()], below=most, phase="counts of bids"
             )
-            count_bids = lambda: bids_BEH  # noqa: E731
-        self.gaps_BL = np.where(active_B[:, None], gaps_BL, self.gaps_BL)
-        if self.num_buckets < ALL_BUCKETS and _are_fine(gaps_BL, self.problem.score_bits):
+            count_bids = lambda: bids_BEU  # noqa: E731
+        self.gaps_BD = np.where(active_B[:, None], gaps_BD, self.gaps_BD)
+        if self.num_buckets < ALL_BUCKETS and _are_fine(gaps_BD, self.problem.score_bits):
             self.num_buckets = ALL_BUCKETS
         return loads_BE, count_bids

@@ -12,8 +12,7 @@ integers are made anew in every pass over the scores, which is cheaper than keep
 The rows of a problem may be spread over ranks, contiguously in rank order; a rank then holds its
 own rows, and knows how many every rank has.
 
-Shape letters: B problems, N rows of all problems, one problem after another, E experts,
-R ranks.
+Shape letters: see :mod:`megatron_maxscore`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How a group's ranks share out its experts' capacities, from the loads of their sweeps.
 
-Shape letters: E experts, K experts per token, R ranks.
+Shape letters: see :mod:`megatron_maxscore`.
 """
 
 from __future__ import annotations

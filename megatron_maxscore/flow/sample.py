@@ -1,6 +1,6 @@
 """Rows from everywhere: a sample that prices begin from, and the whole of small problems.
 
-Shape letters: B problems, N rows of all problems, E experts, R ranks.
+Shape letters: see :mod:`megatron_maxscore`.
 """
 
 from __future__ import annotations

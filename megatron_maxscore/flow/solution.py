@@ -14,8 +14,8 @@ ROUNDING = 1e-9
 class FlowSolution:
     """An assignment with the certificate that it is the best one.
 
-    Shape letters: T this rank's tokens, E experts, K experts per token, R ranks. For a batch of B
-    problems every tensor has a leading dimension B. No attribute communicates.
+    For a batch of B problems every tensor has a leading dimension B. No attribute communicates.
+    Shape letters: see :mod:`megatron_maxscore`.
 
     Attributes:
         experts: (T, K) int64, best score first, ties by expert index; -1 in padding rows unless

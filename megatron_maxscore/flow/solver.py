@@ -1,7 +1,6 @@
 """``solve``: exchanges the arguments, runs prices and finish, and returns the certificate.
 
-Shape letters: B problems, S rows of a problem, N rows that take part, E experts, K experts per
-token, R ranks.
+Shape letters: see :mod:`megatron_maxscore`.
 """
 
 from __future__ import annotations
@@ -145,7 +144,7 @@ class _Solve:
                 rows_B=rows.counts_B,
                 largest_B=scanned.largest_B,
                 unit_B=unit_B,
-                classes_BC=outliers.classes(scanned.range_N, rows.start_B),
+                classes_BX=outliers.classes(scanned.range_N, rows.start_B),
             ),
         )
         if ((agreed.unit_B != unit_B) & (unit_B != ANY_UNIT)).any():

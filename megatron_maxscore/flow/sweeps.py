@@ -2,7 +2,7 @@
 
 See :mod:`prices`, which reads rows and says where a descent begins.
 
-Shape letters: B problems, E experts, H buckets.
+Shape letters: see :mod:`megatron_maxscore`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WINDOW_MEAN = 4
 # One over the share of the units up to which slack is too little for sweeps to see.
 LITTLE_SLACK = 100
 
-# (B, E) int64 loads, and a function that returns the (B, E, H) counts of bids.
+# (B, E) int64 loads, and a function that returns the (B, E, U) counts of bids.
 Reading = tuple[IntArray, Callable[[], np.ndarray]]
 
 
@@ -102,7 +102,7 @@ def sweep(
 
     Args:
         read: chooses at prices, in problems that are active; returns (B, E) int64 loads and a
-            function that returns the (B, E, H) counts of bids within a window.
+            function that returns the (B, E, U) counts of bids within a window.
         problem: its capacities.
         prices_BE: (B, E) int64 to start from.
         window_BE: (B, E) int64, how far prices may be off.

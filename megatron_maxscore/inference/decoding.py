@@ -1,6 +1,6 @@
 """Token by token with Megatron's key-value cache.
 
-Shape letters: B sequences, S tokens given, V vocabulary.
+Shape letters: see :mod:`megatron_maxscore`.
 """
 
 from __future__ import annotations

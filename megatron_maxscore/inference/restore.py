@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_maxscore._patches import PatchSet
+from megatron_maxscore._replacements import Replacements
 from megatron_maxscore.cpu.arguments import WITHOUT_TRANSFORMER_ENGINE
 
 _LATEST = "latest_checkpointed_iteration.txt"
@@ -205,7 +205,7 @@ def _parsed(parse: Any) -> Any:
     defaults = arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     of_tokenizer = {field.name for field in dataclasses.fields(TokenizerConfig)}
     further = [*FURTHER, *sorted(of_tokenizer - set(_NOT_RESTORED))]
-    during = PatchSet("arguments of a checkpoint")
+    during = Replacements("arguments of a checkpoint")
 
     def with_further(original: Any) -> Any:
         def load_args_from_checkpoint(args: Any, *rest: Any, **kwargs: Any) -> Any:

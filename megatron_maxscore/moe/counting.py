@@ -8,7 +8,7 @@ A global batch may be run again before its optimizer step. What a router has add
 batch began is therefore closed at the end of every attempt (:meth:`SolveStatistics.take`), which
 replaces what an earlier attempt has left.
 
-Shape letters: E experts.
+Shape letters: see :mod:`megatron_maxscore`.
 """
 
 from __future__ import annotations

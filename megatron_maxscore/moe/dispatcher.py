@@ -8,7 +8,7 @@ rank's loads from it. So neither happens.
 Where the flow was solved on the device, the loads are there too; Megatron's own copy on its side
 stream brings the sizes to the host.
 
-Shape letters: E experts, R = EP * ETP ranks of the group (P and Q of them), L experts of this rank.
+Shape letters: see :mod:`megatron_maxscore`.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ class _Counts(NamedTuple):
     """What a rank sends and gets, as tensors where the loads are.
 
     Attributes:
-        sent_P: (EP,) to each rank.
-        received_QP: (ETP, EP) by each expert-tensor-parallel rank from each.
-        counts_RL: (R, L) every rank's tokens for each local expert, expert-tensor ranks slowest.
-        tokens_L: (L,) their sums.
+        sent_R: (EP,) to each rank.
+        received_RR: (ETP, EP) by each expert-tensor-parallel rank from each.
+        counts_RZ: (R, Z) every rank's tokens for each local expert, expert-tensor ranks slowest.
+        tokens_Z: (Z,) their sums.
     """
 
-    sent_P: Tensor
-    received_QP: Tensor
-    counts_RL: Tensor
-    tokens_L: Tensor
+    sent_R: Tensor
+    received_RR: Tensor
+    counts_RZ: Tensor
+    tokens_Z: Tensor
 
 
 class _Splits(NamedTuple):
     input_splits: np.ndarray | None
     output_splits: np.ndarray | None
     output_splits_tp: np.ndarray | None
-    counts_RL: Tensor
-    tokens_per_expert_L: Tensor
+    counts_RZ: Tensor
+    tokens_per_expert_Z: Tensor
 
 
 class _Filled(NamedTuple):
@@ -113,7 +113,7 @@ class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
             routing_map: (T, E) bool.
 
         Returns:
-            (L,) int64 tokens of each local expert over the whole group; on the CPU when static.
+            (Z,) int64 tokens of each local expert over the whole group; on the CPU when static.
         """
         self.cuda_dtoh_point = self._dtoh_point
         plan = plan_of(routing_map)
@@ -130,12 +130,12 @@ class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
         self.input_splits, self.output_splits = splits.input_splits, splits.output_splits
         self.output_splits_tp = splits.output_splits_tp
         if self.num_local_experts > 1:
-            self.num_global_tokens_per_local_expert = splits.counts_RL
+            self.num_global_tokens_per_local_expert = splits.counts_RZ
         self.cuda_sync_point = "no_sync"
         # Nothing is to be copied either: a stream that branches off and does not come back could
         # not be captured in a graph.
         self.cuda_dtoh_point = "never"
-        return splits.tokens_per_expert_L
+        return splits.tokens_per_expert_Z
 
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
@@ -239,17 +239,17 @@ class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
         self.num_out_tokens = num_tokens * self.config.moe_router_topk
         self.cuda_sync_point = "no_sync"
         if self.ep_size * self.tp_size > 1:
-            self.input_splits = counts.sent_P
-            self.output_splits = counts.received_QP[self.tp_rank]
-            self.output_splits_tp = counts.received_QP.sum(1)
+            self.input_splits = counts.sent_R
+            self.output_splits = counts.received_RR[self.tp_rank]
+            self.output_splits_tp = counts.received_RR.sum(1)
             self._maybe_update_cuda_sync_point("before_ep_alltoall")
         else:
             self._maybe_update_cuda_sync_point("before_finish")
         if self.num_local_experts > 1:
-            self.num_global_tokens_per_local_expert = counts.counts_RL
+            self.num_global_tokens_per_local_expert = counts.counts_RZ
             if not self.config.moe_permute_fusion:
                 self._maybe_update_cuda_sync_point("before_permutation_2")
-        return counts.tokens_L
+        return counts.tokens_Z
 
     def _counts(self, loads_RE: Tensor) -> _Counts:
         """Return what is sent and received under the (R, E) int64 loads of the ``tp_ep`` ranks."""
@@ -257,27 +257,27 @@ class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
         first, last = self.local_expert_indices[0], self.local_expert_indices[-1] + 1
         # tp_ep ranks are ordered with tp fastest; Megatron sorts chunks with tp slowest.
         by_tp = loads_RE.reshape(ep, tp, self.num_experts).transpose(0, 1)
-        counts_RL = by_tp[:, :, first:last].reshape(ep * tp, -1).contiguous()
+        counts_RZ = by_tp[:, :, first:last].reshape(ep * tp, -1).contiguous()
         return _Counts(
-            sent_P=by_tp[self.tp_rank, self.ep_group.rank()].reshape(ep, -1).sum(1),
-            received_QP=counts_RL.reshape(tp, ep, -1).sum(2),
-            counts_RL=counts_RL,
-            tokens_L=counts_RL.sum(0),
+            sent_R=by_tp[self.tp_rank, self.ep_group.rank()].reshape(ep, -1).sum(1),
+            received_RR=counts_RZ.reshape(tp, ep, -1).sum(2),
+            counts_RZ=counts_RZ,
+            tokens_Z=counts_RZ.sum(0),
         )
 
     def _splits(self, counts_RE: Tensor) -> _Splits:
         """Return all split sizes on the host for the (R, E) int64 loads of the ``tp_ep`` ranks."""
         counts = self._counts(counts_RE)
-        counts_RL = counts.counts_RL.to(self.permute_idx_device)
+        counts_RZ = counts.counts_RZ.to(self.permute_idx_device)
         if self.ep_size * self.tp_size == 1:
-            return _Splits(None, None, None, counts_RL, counts.tokens_L)
-        received_Q = counts.received_QP.sum(1)
+            return _Splits(None, None, None, counts_RZ, counts.tokens_Z)
+        received_R = counts.received_RR.sum(1)
         # Without splits the gather over expert-tensor-parallel ranks is an equal one.
-        equal = bool((received_Q == received_Q[0]).all())
+        equal = bool((received_R == received_R[0]).all())
         return _Splits(
-            input_splits=counts.sent_P.numpy(),
-            output_splits=counts.received_QP[self.tp_rank].numpy(),
-            output_splits_tp=None if equal else received_Q.numpy(),
-            counts_RL=counts_RL,
-            tokens_per_expert_L=counts.tokens_L,
+            input_splits=counts.sent_R.numpy(),
+            output_splits=counts.received_RR[self.tp_rank].numpy(),
+            output_splits_tp=None if equal else received_R.numpy(),
+            counts_RZ=counts_RZ,
+            tokens_per_expert_Z=counts.tokens_Z,
         )

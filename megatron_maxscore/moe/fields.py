@@ -14,7 +14,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_maxscore._patches import PatchSet
+from megatron_maxscore._replacements import Replacements
 from megatron_maxscore.moe.config import PREFIX, MaxScoreConfig, option
 
 # Set on a class whose __init__ takes our fields, so that it is extended once.
@@ -76,7 +76,7 @@ def _has_fields(cls: Any) -> bool:
     return True
 
 
-def install_config_fields(patches: PatchSet) -> None:
+def install_config_fields(replacements: Replacements) -> None:
     """Make our options fields of ``TransformerConfig`` and of its subclasses.
 
     Classes derived later inherit them. ``dataclasses.replace``, ``asdict`` and copies keep the
@@ -94,11 +94,11 @@ def install_config_fields(patches: PatchSet) -> None:
         if _MARK in vars(cls) or _has_fields(cls):
             continue
         own = vars(cls)["__dataclass_fields__"]
-        patches.set(cls, "__dataclass_fields__", {**own, **fields})
+        replacements.set(cls, "__dataclass_fields__", {**own, **fields})
         for name, item in fields.items():
-            patches.set(cls, name, item.default)
-        patches.wrap(cls, "__init__", functools.partial(_taking_fields, fields))
-        patches.set(cls, _MARK, True)
+            replacements.set(cls, name, item.default)
+        replacements.wrap(cls, "__init__", functools.partial(_taking_fields, fields))
+        replacements.set(cls, _MARK, True)
 
 
 def _taking_fields(fields: dict[str, dataclasses.Field], original: Any) -> Any:

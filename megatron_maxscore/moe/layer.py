@@ -20,12 +20,12 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-from megatron_maxscore._patches import PatchSet
+from megatron_maxscore._replacements import Replacements
 from megatron_maxscore.moe.config import MaxScoreConfig
 from megatron_maxscore.moe.dispatcher import MaxScoreTokenDispatcher
 from megatron_maxscore.moe.router import MaxScoreRouter
 
-_patches = PatchSet("MaxScore layer hook")
+_replacements = Replacements("MaxScore layer hook")
 
 
 # Options of layers that neither config nor spec make ours; None leaves those alone.
@@ -43,15 +43,15 @@ def install_layer_hook(everywhere: MaxScoreConfig | None = None) -> None:
     """
     global _everywhere
     _everywhere = everywhere or _everywhere
-    if not _patches:
-        _patches.wrap(MoELayer, "__init__", _choosing_router)
+    if not _replacements:
+        _replacements.wrap(MoELayer, "__init__", _choosing_router)
 
 
 def remove_layer_hook() -> None:
     """Undo :func:`install_layer_hook`; layers that exist keep what they have."""
     global _everywhere
     _everywhere = None
-    _patches.undo()
+    _replacements.undo()
 
 
 def with_maxscore(spec: Any, options: MaxScoreConfig | None = None) -> Any:

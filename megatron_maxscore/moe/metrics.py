@@ -6,7 +6,7 @@ passes of a global batch (:mod:`counting`), and over the ranks that hold replica
 Routers hand them in when an attempt at the batch ends, and the tracker gets them when it reports:
 what an attempt that is repeated has handed in is replaced.
 
-Shape letters: T tokens of this rank, E experts, K experts per token.
+Shape letters: see :mod:`megatron_maxscore`.
 """
 
 from __future__ import annotations

@@ -9,23 +9,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_maxscore._patches import PatchSet
+from megatron_maxscore._replacements import Replacements
 from megatron_maxscore.moe.context import RUN
 
-_patches = PatchSet("MaxScore microbatches")
+_replacements = Replacements("MaxScore microbatches")
 
 
 def install() -> None:
     """Follow Megatron's schedules; a second call does nothing."""
-    if not _patches:
+    if not _replacements:
         from megatron.core.pipeline_parallel import schedules
 
-        _patches.wrap(schedules, "set_current_microbatch", _noting)
+        _replacements.wrap(schedules, "set_current_microbatch", _noting)
 
 
 def uninstall() -> None:
     """Undo :func:`install`, for tests."""
-    _patches.undo()
+    _replacements.undo()
 
 
 def _noting(original: Any) -> Any:

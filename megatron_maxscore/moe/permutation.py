@@ -6,7 +6,7 @@ already; otherwise it is a stable sort of T * K small integers, of fixed size. :
 Megatron's all-to-all dispatcher use it for maps whose plan (:mod:`plan`) has the experts. Replaced
 symbol: ``permute`` in ``megatron.core.transformer.moe.token_dispatcher``.
 
-Shape letters: T tokens, E experts, K experts per token, H hidden size.
+Shape letters: see :mod:`megatron_maxscore`.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ import torch
 from megatron.core.transformer.moe import token_dispatcher
 from torch import Tensor
 
-from megatron_maxscore._patches import PatchSet
+from megatron_maxscore._replacements import Replacements
 from megatron_maxscore.moe.plan import plan_of
 
-_patches = PatchSet("MaxScore permutation")
+_replacements = Replacements("MaxScore permutation")
 
 
 def install() -> None:
     """Permute maps with known experts by them; a second call does nothing."""
-    if not _patches:
-        _patches.wrap(token_dispatcher, "permute", _by_experts)
+    if not _replacements:
+        _replacements.wrap(token_dispatcher, "permute", _by_experts)
 
 
 def uninstall() -> None:
     """Undo :func:`install`, for tests."""
-    _patches.undo()
+    _replacements.undo()
 
 
 def _by_experts(original: Any) -> Any:

@@ -4,7 +4,7 @@ The plan is an attribute of the routing map: whoever has the map that the router
 plan, and a map that was changed on the way has none. So nothing waits on the router or on the
 dispatcher between their calls, and several layers can run at the same time.
 
-Shape letters: T tokens of this rank, E experts, K experts per token, R ranks of ``tp_ep``.
+Shape letters: see :mod:`megatron_maxscore`.
 """
 
 from __future__ import annotations

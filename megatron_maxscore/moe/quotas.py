@@ -9,7 +9,7 @@ ended, so that after at most E microbatches every expert has got the same.
 With fewer assignments than experts, quotas of 0 and 1 would leave the flow nearly no choice. Every
 expert then takes at most one of the rank's tokens, and the flow chooses which experts take any.
 
-Shape letters: E experts, R ranks.
+Shape letters: see :mod:`megatron_maxscore`.
 """
 
 from __future__ import annotations

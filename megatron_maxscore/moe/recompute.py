@@ -22,7 +22,7 @@ from typing import Any, Protocol, Self
 import torch
 from megatron.core.tensor_parallel import random
 
-from megatron_maxscore._patches import PatchSet
+from megatron_maxscore._replacements import Replacements
 
 # Regions that are running, innermost last. CUDA's backward pass runs in threads of its own.
 _local = threading.local()
@@ -121,15 +121,15 @@ def is_first_run() -> bool:
     return bool(runs) and not runs[-1].is_repeated
 
 
-_patches = PatchSet("MaxScore recomputation")
-_quantised = PatchSet("MaxScore recomputation in Transformer Engine")
+_replacements = Replacements("MaxScore recomputation")
+_quantised = Replacements("MaxScore recomputation in Transformer Engine")
 
 
 def install() -> None:
     """Make checkpoints run regions; a second call does nothing."""
-    if not _patches:
-        _patches.wrap(random.CheckpointFunction, "apply", _apply_in_region)
-        _patches.wrap(random.CheckpointWithoutOutput, "checkpoint", _checkpoint_in_region)
+    if not _replacements:
+        _replacements.wrap(random.CheckpointFunction, "apply", _apply_in_region)
+        _replacements.wrap(random.CheckpointWithoutOutput, "checkpoint", _checkpoint_in_region)
     # Megatron imports it where it is installed.
     if not _quantised and "transformer_engine.pytorch" in sys.modules:
         from transformer_engine.pytorch import distributed
@@ -139,7 +139,7 @@ def install() -> None:
 
 def uninstall() -> None:
     """Undo :func:`install`, for tests; regions that exist keep working."""
-    _patches.undo()
+    _replacements.undo()
     _quantised.undo()
 
 

@@ -4,7 +4,7 @@ The choice enters at one seam: Megatron's routing function asks ``router_replay`
 gates, if the router has one. Everything else, the losses, jitter, dtypes, metrics and genuine
 replay, stays Megatron's.
 
-Shape letters: T tokens of this rank, E experts, K experts per token.
+Shape letters: see :mod:`megatron_maxscore`.
 """
 
 from __future__ import annotations

@@ -9,8 +9,7 @@
 Without sequence parallelism (evaluation and inference only) tensor-parallel ranks hold copies of
 the same tokens. One of them takes part, and the others are told its experts.
 
-Shape letters: T tokens of this rank, S its tokens of each sequence, B sequences, E experts, K
-experts per token, R ranks of ``tp_ep``.
+Shape letters: see :mod:`megatron_maxscore`.
 """
 
 from __future__ import annotations

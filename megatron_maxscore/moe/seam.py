@@ -1,6 +1,6 @@
 """Where our choice of experts enters Megatron's router, and in what state logits go there.
 
-Shape letters: T tokens, S positions, B sequences, E experts, K experts per token.
+Shape letters: see :mod:`megatron_maxscore`.
 """
 
 from __future__ import annotations

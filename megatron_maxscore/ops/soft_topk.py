@@ -15,7 +15,7 @@ The variant ``softmax`` leaves out the bound p <= 1 and the entropy of 1 - p: th
 :math:`p_j = k e^{z_j / t} / \sum_l e^{z_l / t}`, k times the softmax that the authors' released
 code uses as scores.
 
-Shape letters: N rows, E experts, K = k.
+Shape letters: see :mod:`megatron_maxscore`.
 """
 
 from __future__ import annotations

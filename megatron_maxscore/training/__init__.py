@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_maxscore._patches import PatchSet
+from megatron_maxscore._replacements import Replacements
 from megatron_maxscore._run import exit_with_error
 from megatron_maxscore._wheel import answer_dataset_helpers
 
-_patches = PatchSet("MaxScore training hooks")
+_replacements = Replacements("MaxScore training hooks")
 
 
 def install() -> None:
@@ -16,14 +16,14 @@ def install() -> None:
 
     Call it before the training script is run. CPU mode, if wanted, comes first.
     """
-    if _patches:
+    if _replacements:
         return
     from megatron_maxscore.moe.fields import install_config_fields
     from megatron_maxscore.releases import warn_if_untested
 
     warn_if_untested()
     # Before megatron.training is imported: its argument parser reads these fields.
-    install_config_fields(_patches)
+    install_config_fields(_replacements)
     from megatron_maxscore.moe.layer import install_layer_hook
     from megatron_maxscore.training import (
         arguments,
@@ -35,9 +35,9 @@ def install() -> None:
     )
 
     install_layer_hook()
-    answer_dataset_helpers(_patches)
+    answer_dataset_helpers(_replacements)
     for part in (arguments, checkpoints, steps, evaluation, logging, statistics):
-        part.hook(_patches)
+        part.hook(_replacements)
 
 
 def begin(args: Any) -> None:
@@ -66,5 +66,5 @@ def uninstall() -> None:
     """Undo :func:`install`, for tests."""
     from megatron_maxscore.moe.layer import remove_layer_hook
 
-    _patches.undo()
+    _replacements.undo()
     remove_layer_hook()

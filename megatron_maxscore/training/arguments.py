@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from megatron_maxscore import cpu
-from megatron_maxscore._patches import PatchSet
+from megatron_maxscore._replacements import Replacements
 from megatron_maxscore._run import is_rank_zero
 from megatron_maxscore.flow.places import is_interpreted
 from megatron_maxscore.moe.config import (
@@ -29,15 +29,15 @@ OF_THIS_RUN = (
 _VARYING = (*VARIABLE_LENGTHS, "sft", "perform_rl_step", "rl_use_sequence_packing")
 
 
-def hook(patches: PatchSet) -> None:
+def hook(replacements: Replacements) -> None:
     """Wrap parsing and validation of arguments, and what ``--use-checkpoint-args`` restores."""
     from megatron.training import arguments, checkpointing
 
-    patches.wrap(arguments, "add_megatron_arguments", _with_short_errors)
-    patches.wrap(arguments, "validate_args", _with_our_checks)
+    replacements.wrap(arguments, "add_megatron_arguments", _with_short_errors)
+    replacements.wrap(arguments, "validate_args", _with_our_checks)
     for module in names_bound_early("validate_args"):
-        patches.set(module, "validate_args", arguments.validate_args)
-    patches.wrap(checkpointing, "load_args_from_checkpoint", _with_router_type)
+        replacements.set(module, "validate_args", arguments.validate_args)
+    replacements.wrap(checkpointing, "load_args_from_checkpoint", _with_router_type)
 
 
 def _with_short_errors(original: Any) -> Any:

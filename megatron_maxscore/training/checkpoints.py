@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_maxscore._patches import PatchSet
+from megatron_maxscore._replacements import Replacements
 from megatron_maxscore._run import is_rank_zero
 from megatron_maxscore.errors import CollectiveError
 from megatron_maxscore.moe.router import BIAS_NAME, PRICES_NAME
@@ -15,11 +15,11 @@ class OtherExpertsError(CollectiveError):
     """A checkpoint has another number of experts; raised on every rank."""
 
 
-def hook(patches: PatchSet) -> None:
+def hook(replacements: Replacements) -> None:
     """Wrap the function that loads a distributed checkpoint."""
     from megatron.core import dist_checkpointing
 
-    patches.wrap(dist_checkpointing, "load", _without_absent_prices)
+    replacements.wrap(dist_checkpointing, "load", _without_absent_prices)
 
 
 def _price_entries(state: Any) -> Iterator[tuple[dict, str, Any]]:

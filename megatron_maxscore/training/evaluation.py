@@ -5,17 +5,17 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from megatron_maxscore._patches import PatchSet
+from megatron_maxscore._replacements import Replacements
 from megatron_maxscore._run import is_rank_zero
 from megatron_maxscore.moe.evaluation import evaluation_routing
 from megatron_maxscore.moe.step import evaluated_bad_tokens, maxscore_routers
 
 
-def hook(patches: PatchSet) -> None:
+def hook(replacements: Replacements) -> None:
     """Wrap the function that evaluates and prints."""
     from megatron.training import training
 
-    patches.wrap(training, "evaluate_and_print_results", _under_both_rules)
+    replacements.wrap(training, "evaluate_and_print_results", _under_both_rules)
 
 
 class _Recorder:

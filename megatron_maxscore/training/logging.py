@@ -11,7 +11,7 @@ import inspect
 import re
 from typing import Any
 
-from megatron_maxscore._patches import PatchSet
+from megatron_maxscore._replacements import Replacements
 from megatron_maxscore.moe import metrics
 from megatron_maxscore.moe.context import RUN
 from megatron_maxscore.releases import has_metrics_tracker
@@ -22,18 +22,18 @@ _CONSOLE = ("score_ratio", "first_choices", "price_range")
 _ACROSS_LAYERS = {metrics.PREFIX + "load_max": [0.5, 0.95]}
 
 
-def hook(patches: PatchSet) -> None:
+def hook(replacements: Replacements) -> None:
     """Wrap the report of MoE metrics and tell routers when values are due."""
-    patches.set(RUN, "is_logging", functools.partial(_is_due, 1))
+    replacements.set(RUN, "is_logging", functools.partial(_is_due, 1))
     if has_metrics_tracker():
         from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 
-        patches.wrap(MoEMetricsTracker, "report", _with_ours)
+        replacements.wrap(MoEMetricsTracker, "report", _with_ours)
     else:
         from megatron.training import training
 
-        patches.wrap(training, "track_moe_metrics", _cleared)
-        patches.wrap(training, "track_moe_metrics", _with_ours)
+        replacements.wrap(training, "track_moe_metrics", _cleared)
+        replacements.wrap(training, "track_moe_metrics", _with_ours)
 
 
 def _is_due(steps_ahead: int = 0) -> bool:

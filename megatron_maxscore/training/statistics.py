@@ -6,7 +6,7 @@ recomputed ones count once. A global batch that is run again counts once too. On
 three small all-reduces over the world sum it up, and rank 0 appends a JSON line. Without the flag
 nothing is wrapped and nothing communicated.
 
-Shape letters: L layers, E experts.
+Shape letters: see :mod:`megatron_maxscore`.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_maxscore._patches import PatchSet
+from megatron_maxscore._replacements import Replacements
 
 
-def hook(patches: PatchSet) -> None:
+def hook(replacements: Replacements) -> None:
     """Watch layers as they are built, if the parsed arguments ask for it, and training steps."""
     from megatron.core.transformer.moe.moe_layer import MoELayer
     from megatron.training import training
 
     watch = _Watch()
-    patches.wrap(MoELayer, "__init__", watch.building_layers)
-    patches.wrap(training, "finalize_model_grads", watch.ending_attempts)
-    patches.wrap(training, "train_step", watch.taking_steps)
+    replacements.wrap(MoELayer, "__init__", watch.building_layers)
+    replacements.wrap(training, "finalize_model_grads", watch.ending_attempts)
+    replacements.wrap(training, "train_step", watch.taking_steps)
 
 
 def _stats_file() -> str | None:
@@ -112,12 +112,12 @@ class _Watch:
     def _counting(self, layer: Any, dispatcher: Any, original: Any) -> Any:
         def dispatch_postprocess(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
-            tokens_MH, tokens_per_expert = result[0], result[1]
-            if layer.training and torch.is_grad_enabled() and tokens_MH.requires_grad:
+            tokens_TH, tokens_per_expert = result[0], result[1]
+            if layer.training and torch.is_grad_enabled() and tokens_TH.requires_grad:
                 noted = _Dispatched(
                     tokens_per_expert.detach().cpu().to(torch.int64), _assignments(dispatcher)
                 )
-                tokens_MH.register_hook(functools.partial(self._count, layer, dispatcher, noted))
+                tokens_TH.register_hook(functools.partial(self._count, layer, dispatcher, noted))
             return result
 
         return dispatch_postprocess

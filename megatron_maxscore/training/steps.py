@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron_maxscore._patches import PatchSet
+from megatron_maxscore._replacements import Replacements
 from megatron_maxscore._run import is_rank_zero
 from megatron_maxscore.moe.context import RUN
 from megatron_maxscore.moe.step import (
@@ -24,13 +24,13 @@ from megatron_maxscore.moe.step import (
 )
 
 
-def hook(patches: PatchSet) -> None:
+def hook(replacements: Replacements) -> None:
     """Wrap the function that finalizes gradients and the one that takes a step."""
     from megatron.training import training
 
-    patches.wrap(training, "finalize_model_grads", _ending_attempt)
-    patches.wrap(training, "train_step", _ending_batch)
-    patches.set(RUN, "iteration", _iteration)
+    replacements.wrap(training, "finalize_model_grads", _ending_attempt)
+    replacements.wrap(training, "train_step", _ending_batch)
+    replacements.set(RUN, "iteration", _iteration)
 
 
 def _iteration() -> int:

@@ -190,19 +190,19 @@ def test_config_fields_are_not_upstreams():
 def test_make_is_not_run_for_what_the_wheel_has(monkeypatch):
     from megatron.core.datasets import utils
 
-    from megatron_maxscore._patches import PatchSet
+    from megatron_maxscore._replacements import Replacements
     from megatron_maxscore._wheel import answer_dataset_helpers
 
     def run(command, **_):
         raise AssertionError(command)
 
     monkeypatch.setattr("subprocess.run", run)
-    patches = PatchSet("test")
-    answer_dataset_helpers(patches)
+    replacements = Replacements("test")
+    answer_dataset_helpers(replacements)
     try:
         utils.compile_helpers()
-        again = PatchSet("again")
+        again = Replacements("again")
         answer_dataset_helpers(again)
         assert not again
     finally:
-        patches.undo()
+        replacements.undo()

@@ -41,7 +41,7 @@ def _noise(spread, expert):
 
 
 @nb.njit(cache=True)
-def _scan(s, base, span, header, exponents):
+def _scan(s, base, span, grain, header, ranges, grains):
     for i in range(s.shape[0]):
         high, low, bad, forbidden = -np.inf, np.inf, False, False
         for j in range(s.shape[1]):
@@ -53,10 +53,23 @@ def _scan(s, base, span, header, exponents):
                 forbidden = True
             else:
                 high, low = max(high, v), min(low, v)
-        base[i] = high if high > -np.inf else _F(0.0)
         span[i] = min(_F(high) - _F(low), _F(3.0e38)) if high > -np.inf else _F(0.0)
+        parts, entries = 0, 0
+        for v in s[i]:
+            if v > -np.inf:
+                above = min(_F(v - _F(low)), span[i])
+                parts += np.int32(_F(_F(above / max(span[i], _F(1e-37))) * _F(65536.0)))
+                entries += 1
+        share = _F(_F(parts) / _F(_F(max(entries, 1)) * _F(65536.0)))
+        grain[i] = _F(span[i] * min(_F(_F(3.0) * share), _F(1.0)))
+        if high > -np.inf:
+            base[i] = _F(_F(low) + grain[i]) if grain[i] < span[i] else high
+        else:
+            base[i] = _F(0.0)
         if span[i] > 0:
-            exponents[span[i : i + 1].view(np.int32)[0] >> 23] += 1
+            ranges[span[i : i + 1].view(np.int32)[0] >> 23] += 1
+        if grain[i] > 0:
+            grains[grain[i : i + 1].view(np.int32)[0] >> 23] += 1
         header[_BAD] += bad
         header[_FORBIDDEN] += forbidden
 
@@ -65,30 +78,32 @@ _BAD, _FORBIDDEN = layout.BAD.value, layout.FORBIDDEN.value
 
 
 @nb.njit(cache=True, inline="always")
-def _row(s, i, base, span, scale, limit, b, eps, seed, r):
-    """Write a row's reduced scores; return its width."""
+def _row(s, i, base, span, grain, scales, b, eps, seed, r):
+    """Write a row's reduced scores; return its grain."""
+    scale, limit, typical = scales
     wide = span[i]
     factor = _F(1.0)
     if wide > limit:
         factor, wide = _F(limit / wide), limit
     width = max(wide, _F(scale * _F(0.375)))
-    part = _F(eps * width)
+    least = max(_F(grain[i] * factor), _F(typical * _F(0.375)))
+    part = _F(eps * least)
     spread = _mix(i + seed + 1)
     for j in range(s.shape[1]):
-        v = max(_F(s[i, j] - base[i]), _F(-3.0e38)) * factor
+        v = min(max(_F(s[i, j] - base[i]), _F(-3.0e38)), _F(3.0e38)) * factor
         if s[i, j] == -np.inf:
-            v = -_F(wide + width)
+            v = -_F(_F(grain[i] * factor) + width)
         r[j] = _F(_F(v - b[j]) + _F(part * _noise(spread, j)))
-    return width
+    return least
 
 
 @nb.njit(cache=True)
-def _sweep(s, base, span, scale, limit, b, w, eps, seed, k, block, held, counts, own):
+def _sweep(s, base, span, grain, scales, b, w, eps, seed, k, block, held, counts, own):
     tokens, experts = s.shape
     r, key = np.empty(experts, _F), np.empty(experts, np.int32)
     bits = r.view(np.int32)
     for i in range(tokens):
-        _row(s, i, base, span, scale, limit, b, eps, seed, r)
+        _row(s, i, base, span, grain, scales, b, eps, seed, r)
         for j in range(experts):
             x = bits[j]
             x ^= (x >> 31) & 0x7FFFFFFF
@@ -118,16 +133,16 @@ def _sweep(s, base, span, scale, limit, b, w, eps, seed, k, block, held, counts,
 
 @nb.njit(cache=True)
 def _offer(
-    s, base, span, scale, limit, b, eps, seed, held, give, take, cost, jitter, turn, moves, slots,
-    block, counts_least, keys,
+    s, base, span, grain, scales, b, eps, seed, held, give, take, cost, jitter, turn, moves,
+    slots, block, counts_least, keys,
 ):  # fmt: skip
     tokens, experts = s.shape
     r = np.empty(experts, _F)
     bits = np.empty(1, _F)
     integer = bits.view(np.int32)
     for i in range(tokens):
-        width = _row(s, i, base, span, scale, limit, b, eps, seed, r)
-        part, spread = _F(jitter * width), _mix(i + turn + 1)
+        least = _row(s, i, base, span, grain, scales, b, eps, seed, r)
+        part, spread = _F(jitter * least), _mix(i + turn + 1)
         m, t, low, a = _F(-np.inf), -1, _F(np.inf), -1
         for j in range(experts):
             if held[i, j]:
@@ -182,7 +197,7 @@ class Model:
         c = self.solve.shape.constants
         self.block, self.slots = c["BLOCK_E"], c["S"]
         self.words = -(-self.block // 32)
-        self.base, self.span = np.zeros((2, self.tokens), _F)
+        self.base, self.span, self.grain = np.zeros((3, self.tokens), _F)
         self.kinds: list[int] = []
         work = self.solve.work.numpy()
         first = layout.HEADER.value
@@ -223,24 +238,24 @@ class Model:
         counts, keys = self.counts[n % 3], self.keys[n % 3]
         price = self.vector(layout.PRICE).view(_F)
         eps = self.state[layout.EPS.value :].view(_F)[0]
-        scale, limit = self.header[layout.SCALE.value :][:2].view(_F)
-        rows = (self.scores, self.base, self.span)
+        scales = self.header[layout.SCALE.value :][:3].view(_F)
+        rows = (self.scores, self.base, self.span, self.grain)
         if kind == layout.SCAN.value:
-            first = layout.EXPONENTS.value
-            _scan(*rows, self.header, self.header[first : first + 256])
+            first = layout.RANGES.value
+            _scan(*rows, self.header, *self.header[first : first + 512].reshape(2, 256))
         elif kind == layout.SWEEP.value:
             held = np.zeros((self.tokens, self.experts), np.bool_)
             window = self.vector(layout.WINDOW).view(_F)
             _sweep(
-                *rows, scale, limit, price, window, eps, self.seed, self.topk, self.block, held,
+                *rows, scales, price, window, eps, self.seed, self.topk, self.block, held,
                 counts, counts[layout.OWN_LOAD.value],
             )  # fmt: skip
             self.keep(held)
         elif kind == layout.ROUND.value:
-            self._round(counts, keys, price, eps, scale, limit)
+            self._round(counts, keys, price, eps, scales)
         return kind
 
-    def _round(self, counts, keys, price, eps, scale, limit):
+    def _round(self, counts, keys, price, eps, scales):
         give, take = (self.vector(v).astype(np.int64) for v in (layout.GIVE, layout.TAKE))
         cost, moves = self.vector(layout.COST).view(_F), self.number(layout.MEASURES) == 0
         rounds, calm = self.number(layout.ROUNDS), row_work.CALM.value
@@ -249,8 +264,8 @@ class Model:
             power = np.exp2(min(_F(rounds - calm) / _F(2), _F(30.0)))
             jitter = min(_F(_F(power) * eps), _F(1.0))
         _offer(
-            self.scores, self.base, self.span, scale, limit, price, eps, self.seed, self.held,
-            give, take, cost, jitter, 7919 * rounds, moves, self.slots, self.block,
+            self.scores, self.base, self.span, self.grain, scales, price, eps, self.seed,
+            self.held, give, take, cost, jitter, 7919 * rounds, moves, self.slots, self.block,
             counts[layout.LEAST.value], keys,
         )  # fmt: skip
 

@@ -151,11 +151,11 @@ def check_layer(rank, size):
     ):
         with Watch():
             probs, routing_map = layer.router(hidden)
-            tokens_L = layer.token_dispatcher.preprocess(routing_map)
+            tokens_Z = layer.token_dispatcher.preprocess(routing_map)
         assert torch.is_tensor(layer.token_dispatcher.input_splits)
         output, _ = layer(hidden)
         output.sum().backward()
-    assert probs.shape == routing_map.shape and tokens_L.sum() > 0
+    assert probs.shape == routing_map.shape and tokens_Z.sum() > 0
     loads = routing_map.sum(0)
     dist.all_reduce(loads)
     assert loads.max() - loads.min() <= 1 and bool(output.isfinite().all()), loads

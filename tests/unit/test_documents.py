@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+import megatron_maxscore
 from megatron_maxscore.moe.fields import config_fields
 from megatron_maxscore.ops import soft_topk
 
@@ -60,3 +61,14 @@ def test_table_of_what_gates_sum_to():
         for temperature, shown in ((0.5, at_first), (1000.0, far_above)):
             mean = soft_topk(logits, k, temperature).topk(k).values.sum(1).mean()
             assert abs(float(mean) / float(shown) - 1) < 0.05, (size, temperature)
+
+
+def test_shape_letters_have_one_meaning():
+    """Every letter at the end of a name is in the one legend, and no module has its own."""
+    legend = set(re.findall(r"^- ([A-Z]): ", megatron_maxscore.__doc__, re.MULTILINE))
+    for path in (ROOT / "megatron_maxscore").rglob("*.py"):
+        text = path.read_text()
+        for name, letters in re.findall(r"\b([a-z]\w*_([A-Z]{1,4}))\b", text):
+            assert set(letters) <= legend, f"{path.name}: {name}"
+        own = [line for line in text.splitlines() if "Shape letters:" in line]
+        assert all("see :mod:`megatron_maxscore`" in line for line in own), path.name

@@ -68,7 +68,7 @@ def test_importing_changes_nothing_and_needs_no_megatron():
         "import sys, torch\n"
         "before = (torch.zeros, torch.Tensor.to, torch.cuda.is_available, torch.cuda.Stream)\n"
         "import megatron_maxscore, megatron_maxscore.flow, megatron_maxscore.ops\n"
-        "import megatron_maxscore.cpu, megatron_maxscore._patches\n"
+        "import megatron_maxscore.cpu, megatron_maxscore._replacements\n"
         "after = (torch.zeros, torch.Tensor.to, torch.cuda.is_available, torch.cuda.Stream)\n"
         "assert before == after\n"
         "assert 'megatron.core' not in sys.modules and 'megatron.training' not in sys.modules\n"

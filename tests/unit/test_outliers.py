@@ -73,9 +73,9 @@ def test_limits(exponents):
     """Few rows are outliers, far above the others, and keep their order."""
     range_N = np.exp2(np.array(exponents))
     start_B = np.array([0, range_N.size])
-    classes_BC = outliers.classes(range_N, start_B).astype(np.int64)
-    assert classes_BC.sum() == range_N.size
-    limit_B, largest_B = outliers.limits(classes_BC, np.array([range_N.max()]))
+    classes_BX = outliers.classes(range_N, start_B).astype(np.int64)
+    assert classes_BX.sum() == range_N.size
+    limit_B, largest_B = outliers.limits(classes_BX, np.array([range_N.max()]))
     is_outlier_N = range_N > limit_B[0]
     assert is_outlier_N.sum() <= max(1, range_N.size // 16)
     if not is_outlier_N.any():
@@ -85,7 +85,7 @@ def test_limits(exponents):
     # The largest row that cannot be an outlier is at most 22 bits below.
     following = np.sort(range_N)[::-1][max(1, range_N.size // 16)]
     assert 2.0**14 <= limit_B[0] / following <= 2.0**22
-    scaled_M = outliers.scaled(range_N[is_outlier_N], limit_B[0])
-    assert (scaled_M >= limit_B[0]).all() and (scaled_M < largest_B[0]).all()
+    scaled_O = outliers.scaled(range_N[is_outlier_N], limit_B[0])
+    assert (scaled_O >= limit_B[0]).all() and (scaled_O < largest_B[0]).all()
     order = np.argsort(range_N[is_outlier_N])
-    assert (np.diff(scaled_M[order]) >= 0).all() and scaled_M.min() >= others.max()
+    assert (np.diff(scaled_O[order]) >= 0).all() and scaled_O.min() >= others.max()

@@ -7,7 +7,7 @@ import warnings
 import pytest
 
 from megatron_maxscore import releases
-from megatron_maxscore._patches import PatchSet
+from megatron_maxscore._replacements import Replacements
 
 
 def test_a_newer_release_warns_once_and_goes_on(monkeypatch):
@@ -29,4 +29,4 @@ def test_tested_releases_do_not_warn(monkeypatch):
 
 def test_a_missing_symbol_is_named():
     with pytest.raises(ImportError, match=r"releases\.no_such_function does not exist"):
-        PatchSet("hooks").wrap(releases, "no_such_function", lambda original: original)
+        Replacements("hooks").wrap(releases, "no_such_function", lambda original: original)

@@ -2,7 +2,7 @@
 
 A program changes its own state, in place.
 
-Shape letters: E experts (padded to BLOCK_E), S slots.
+Shape letters: see :mod:`megatron_maxscore`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from megatron_maxscore.flow.solution import ROUNDING
 
 _INF, _MANY = tl.constexpr(float("inf")), tl.constexpr(0x7FFFFFFF)
 # Perturbations: at first, on plateaus at most; while annealing at first and at last.
-_EPS, _EPS_MOST, _HEAT, _COLD = (tl.constexpr(2.0**p) for p in (-12, -7, 0, -8))
+_EPS, _EPS_MOST, _HEAT, _COLD = (tl.constexpr(2.0**p) for p in (-12, -8, 0, -8))
 # Sweeps at most; after annealing, or as long as an expert is far from its capacity.
 _SWEEPS, _LONG = tl.constexpr(20), tl.constexpr(40)
 # By how much steps are longer than plain ones.
 _OMEGA = tl.constexpr(1.5)
 # With so few units each of them counts: rounds that only measure distances and rounds that move
 # units by them alternate, so many cycles at most.
-_FEW, _RELAX, _MOVE, _CYCLES = (tl.constexpr(n) for n in (8192, 3, 3, 6))
+_FEW, _RELAX, _MOVE, _CYCLES = (tl.constexpr(n) for n in (8192, 3, 3, 10))
 # Rounds of filling idle experts at most.
 _FILLS = tl.constexpr(512)
 # A gap that counts as none.
@@ -33,25 +33,36 @@ GO_ON, HOLD, END = (tl.constexpr(n) for n in range(3))
 
 
 @triton.jit
-def after_scan(header, state, warm_ptr, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Set the scale by the ranges of rows, prices to start from, windows and perturbation."""
-    e, bins = tl.arange(0, BLOCK_E), tl.arange(0, 256)
-    count = get(header + at.EXPONENTS + bins)
+def _typical(count):
+    """Return the exponent above that of all but a few rows; there are so many of each exponent.
+
+    One row in 16 may be an outlier, or one if there are fewer.
+    """
+    bins = tl.arange(0, 256)
     total = tl.sum(count, 0)
     above = total - (tl.cumsum(count, 0) - count)  # rows of an exponent and those above it
-    # One row in 16 may be an outlier, or one if there are fewer: the next one sets the scale.
     ordinary = tl.sum((above > tl.maximum(total // 16, 1)).to(tl.int32), 0) - 1
     largest = tl.where(total > 0, tl.max(tl.where(count > 0, bins, 0), 0), 126)
-    exponent = tl.maximum(tl.where(ordinary >= 0, ordinary, largest) + 1, 1)
-    # Prices reach E scales: where scores are near the end of float32, rows are scaled down.
+    return tl.maximum(tl.where(ordinary >= 0, ordinary, largest) + 1, 1)
+
+
+@triton.jit
+def after_scan(header, state, warm_ptr, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Set the scales by the rows, prices to start from, windows and perturbation."""
+    e, bins = tl.arange(0, BLOCK_E), tl.arange(0, 256)
+    exponent = _typical(get(header + at.RANGES + bins))
+    # Prices reach E ranges: where scores are near the end of float32, rows are scaled down.
     scale = (tl.minimum(exponent, 239) << 23).to(tl.float32, bitcast=True)
     limit = (tl.where(exponent > 239, 239, exponent + 14) << 23).to(tl.float32, bitcast=True)
+    fine = tl.minimum(_typical(get(header + at.GRAINS + bins)), tl.minimum(exponent, 239))
+    grain = (fine << 23).to(tl.float32, bitcast=True)
     warm = tl.load(warm_ptr + e, mask=e < E, other=_INF)
     b = warm - tl.min(tl.where(tl.abs(warm) < _INF, warm, _INF), 0)
     b = tl.where(tl.abs(warm) < _INF, tl.minimum(b, E * scale), 0.0)
     # All programs write the same.
     put(header + at.SCALE, scale)
     put(header + at.LIMIT, limit)
+    put(header + at.GRAIN, grain)
     for vector in tl.static_range(at.VECTORS):
         tl.store(vec(state, vector, BLOCK_E), tl.zeros([BLOCK_E], tl.int32))
     number = tl.arange(0, at.SCALARS)
@@ -59,8 +70,8 @@ def after_scan(header, state, warm_ptr, E: tl.constexpr, BLOCK_E: tl.constexpr):
     tl.store(state + number, tl.where(is_many, _MANY, 0))
     tl.debug_barrier()
     put(vec(state, at.PRICE, BLOCK_E), b)
-    put(vec(state, at.WINDOW, BLOCK_E), tl.where(tl.max(b, 0) == 0, scale / 8, scale / 32) + 0 * b)
-    put(state + at.EPS, scale * 0.0 + _EPS)
+    put(vec(state, at.WINDOW, BLOCK_E), tl.where(tl.max(b, 0) == 0, grain / 8, grain / 32) + 0 * b)
+    put(state + at.EPS, grain * 0.0 + _EPS)
 
 
 @triton.jit
@@ -108,14 +119,14 @@ def _level(counts, load, capacity, slack, b, w, target, ok, BLOCK_E: tl.constexp
 
 
 @triton.jit
-def _accelerated(state, b, f, depth, near, scale, BLOCK_E: tl.constexpr):
+def _accelerated(state, b, f, depth, near, unit, BLOCK_E: tl.constexpr):
     """Return b + f by Anderson's combination of the last two differences."""
     f1, f2 = getf(vec(state, at.STEP_1, BLOCK_E)), getf(vec(state, at.STEP_2, BLOCK_E))
     b1, b2 = getf(vec(state, at.PRICE_1, BLOCK_E)), getf(vec(state, at.PRICE_2, BLOCK_E))
     df1, df2 = tl.where(depth >= 1, f - f1, 0.0), tl.where(depth >= 2, f1 - f2, 0.0)
     g1 = df1 + tl.where(depth >= 1, b - b1, 0.0)
     g2 = df2 + tl.where(depth >= 2, b1 - b2, 0.0)
-    n1, n2, n = df1 / scale, df2 / scale, f / scale  # squares must be finite
+    n1, n2, n = df1 / unit, df2 / unit, f / unit  # squares must be finite
     a11, a22, a12 = tl.sum(n1 * n1, 0), tl.sum(n2 * n2, 0), tl.sum(n1 * n2, 0)
     per = 1.0 / tl.maximum(a11 + a22, 1e-36)
     a11, a22, a12 = a11 * per + 1e-3, a22 * per + 1e-3, a12 * per
@@ -134,7 +145,7 @@ def after_sweep(
     ok = tl.arange(0, BLOCK_E) < E
     e = tl.arange(0, BLOCK_E)
     b, w = getf(vec(state, at.PRICE, BLOCK_E)), getf(vec(state, at.WINDOW, BLOCK_E))
-    eps, scale, rows = getf(state + at.EPS), getf(header + at.SCALE), get(header + at.ROWS_IN)
+    eps, grain, rows = getf(state + at.EPS), getf(header + at.GRAIN), get(header + at.ROWS_IN)
     load = get(counts + e)
     capacity = tl.minimum(tl.load(capacity_ptr + e, mask=ok, other=0), rows).to(tl.int32)
     need, units = load - capacity, rows * K
@@ -161,11 +172,12 @@ def after_sweep(
     best, since = tl.where(is_best, now, best), tl.where(is_best, 0, since)
     best_b = tl.where(is_best, b, getf(vec(state, at.BEST_PRICE, BLOCK_E)))
     best_eps = tl.where(is_best, eps, getf(state + at.BEST_EPS))
-    # Ends: few enough are left, or sweeps help no more. With few units and slack a sweep that helps
-    # little may be followed by better ones, and rounds cannot undo a wrong level of prices.
+    # Ends: few enough are left, or sweeps help no more. With slack a sweep that helps little may be
+    # followed by better ones, and rounds cannot undo a wrong level of prices.
     enough = plain & (now <= tl.minimum(E // 2, units // 1024))
-    patient = (since >= 2) | tight | (units > _FEW)
-    helps_no_more = (best <= units // 256) & falls_little & patient
+    patient = (since >= 2) | tight
+    few = tl.where(tight, units // 256, units // 1024)
+    helps_no_more = (best <= few) & falls_little & patient
     helps_no_more = helps_no_more | ((since >= 4) & (share <= 0.02))
     most = tl.where((hot == 2) | (far > 0), _LONG, _SWEEPS)
     ends = plain & ((helps_no_more & (far == 0)) | (n >= most))
@@ -173,11 +185,12 @@ def after_sweep(
     finished = went_back | enough | (ends & (since == 0)) | (is_hot & (n >= _LONG)) | (end == END)
     # A plateau: rows that are alike change sides together; part them by more.
     missed = (far > 0) & (far <= tl.maximum(1, E // 16)) & (n <= 8)
-    is_flat = (share > 0.02) & (share <= 0.3) & (now.to(tl.float32) > 0.8 * last.to(tl.float32))
+    is_flat = (n > 4) & (share > 0.02) & (share <= 0.3)
+    is_flat = is_flat & (now.to(tl.float32) > 0.8 * last.to(tl.float32))
     stalls = get(state + at.STALLS) + (plain & is_flat & (missed == 0)).to(tl.int32)
     parts = plain & (stalls >= 2) & (eps < _EPS_MOST) & (hot != 2)
     eps_next = tl.where(parts, tl.minimum(4 * eps, _EPS_MOST), tl.where(cools, 0.25 * eps, eps))
-    w_open = tl.where(cools, tl.maximum(w, 0.5 * eps_next * scale), w)
+    w_open = tl.where(cools, tl.maximum(w, 0.5 * eps_next * grain), w)
     # The step.
     u0, u1, u2, u3 = _bids(counts, at.UP, BLOCK_E)
     d0, d1, d2, d3 = _bids(counts, at.DOWN, BLOCK_E)
@@ -190,7 +203,7 @@ def after_sweep(
     shot_over = is_far & (2 * tl.abs(need_1) > capacity) & ((need > 0) != (need_1 > 0))
     most_step = tl.where(shot_over, 0.75 * tl.abs(getf(vec(state, at.WENT, BLOCK_E))), _INF)
     f = tl.minimum(tl.maximum(f, -most_step), most_step)
-    floor = 0.0 * scale
+    floor = 0.0 * grain
     if slack > 0:
         # Prices below the level rise to it, and it becomes the new 0.
         floor = _level(
@@ -200,16 +213,16 @@ def after_sweep(
         f = tl.where(ok, tl.maximum(b + f, floor) - floor - b, 0.0)
     near = share < tl.where(hot > 0, 0.5, 0.1)
     depth = tl.where(cools | parts, 0, depth)
-    b_next = _accelerated(state, b, f, depth, near, scale, BLOCK_E)
+    b_next = _accelerated(state, b, f, depth, near, grain, BLOCK_E)
     clipped = tl.minimum(tl.maximum(b_next, b - most_step), b + most_step)
     b_next = tl.where(ok, tl.where(tight, clipped, tl.maximum(b_next, 0.0)), 0.0)
     reach = tl.abs(f) / _OMEGA
     w_next = tl.maximum(4 * reach, tl.maximum(2 * (tl.sum(reach, 0) / E), w_open / 64))
     w_next = tl.where(reach >= 0.99 * w_open, 4 * w_open, w_next)
-    w_next = tl.maximum(w_next, eps_next * scale / 16)
+    w_next = tl.maximum(w_next, eps_next * grain / 16)
     went = b_next - b + floor
     if anneals:
-        eps_next, b_next, w_next = eps * 0.0 + _HEAT, b * 0.0, w * 0.0 + 0.5 * scale
+        eps_next, b_next, w_next = eps * 0.0 + _HEAT, b * 0.0, w * 0.0 + 0.5 * grain
         need = need * 0
     if goes_back:
         b_next, eps_next = best_b, best_eps
@@ -348,13 +361,15 @@ def final_prices(
     e = tl.arange(0, BLOCK_E)
     b, rows = getf(vec(state, at.PRICE, BLOCK_E)), get(header + at.ROWS_IN)
     # All rows level: any choice is as good, at any price.
-    ranges = tl.sum(get(header + at.EXPONENTS + tl.arange(0, 256)), 0)
+    ranges = tl.sum(get(header + at.RANGES + tl.arange(0, 256)), 0)
     b = tl.where(ranges + get(header + at.FORBIDDEN) == 0, 0.0, b)
-    # Without slack a price common to all experts changes nothing: their mean is 0.
+    # Without slack a price common to all experts changes nothing: their mean is 0. The lowest price
+    # is taken off first, since the mean of large ones that are close together is not exact.
     room = tl.minimum(tl.load(capacity_ptr + e, mask=e < E, other=0), rows)
     tight = tl.sum(room.to(tl.int64), 0) == rows * K
+    level = tl.where(e < E, b - tl.min(tl.where(e < E, b, _INF), 0), 0.0)
     tl.debug_barrier()
-    put(vec(state, at.PRICE, BLOCK_E), tl.where((e < E) & tight, b - tl.sum(b, 0) / E, b))
+    put(vec(state, at.PRICE, BLOCK_E), tl.where((e < E) & tight, level - tl.sum(level, 0) / E, b))
 
 
 @triton.jit

@@ -1,7 +1,6 @@
 """The whole solve in one kernel: phases with a barrier among a problem's programs between them.
 
-Shape letters: B problems, T rows of each, E experts (padded to BLOCK_E), K experts per token,
-P programs, S slots.
+Shape letters: see :mod:`megatron_maxscore`.
 """
 
 from __future__ import annotations
@@ -37,7 +36,52 @@ def solve_kernel(
     last, members, end, mark, warm_stride, capacity_stride, E: tl.constexpr, K: tl.constexpr,
     BLOCK_E: tl.constexpr, ROWS: tl.constexpr, S: tl.constexpr, RESULTS: tl.constexpr,
 ):  # fmt: skip
-    """Make phases ``first`` to ``last`` of every problem, each by ``members`` programs."""
+    """Make phases ``first`` to ``last`` of every problem, each by ``members`` programs.
+
+    The grid has ``members`` programs for each problem, or for each of several problems in turn.
+    Programs of a problem divide its tiles of ROWS rows. Where a launch makes more than one phase
+    and ``members`` is above 1, all programs must run at once, since they wait for each other.
+
+    Args:
+        scores_ptr: (B, T, E) float32, bfloat16 or float16.
+        warm_ptr: (E,) or (B, E) float32 prices to start from.
+        capacity_ptr: (E,) or (B, E) int64 of all ranks' rows.
+        quota_ptr: the same of this rank's rows; the capacities where no other rank takes part.
+        experts_ptr: (B, T, K) int64, written.
+        order_ptr: (B, 2, T * K) int64, written: row, and row * E + expert, of each assignment by
+            expert and then by row.
+        results_ptr: (B, RESULTS) float64, written: objective, bound, relative gap, their
+            difference and the rows' ranges; as int64 bad rows, rows scaled down, whether the gap
+            is rounding alone, and E loads; as float32 E prices.
+        rows_ptr: (B, 3, T) float32, see :mod:`rows`.
+        bits_ptr: (B, T, BLOCK_E / 32) int32, each row's experts as bits.
+        partial_ptr: (B, 3, FINE * tiles) float64 sums of parts of tiles.
+        work_ptr: (B, words) int32, see :mod:`layout`; of the header all is 0 at first.
+        keys_ptr: (B, 3, 2, BLOCK_E, S) int64 keys of offers by expert and slot, of three phases in
+            turn, of givers and of takers.
+        B: problems.
+        T: rows of a problem.
+        tiles: of a problem's rows.
+        words: of a problem in ``work_ptr``.
+        seed: of the perturbation; ranks that solve one problem have different ones.
+        first: number of the first phase, 0 for the scan.
+        last: number of the one after the last; a solve ends of itself.
+        members: programs of a problem.
+        end: GO_ON, HOLD or END of :mod:`decisions`: what follows a sweep.
+        mark: an integer that is written into the header, for ranks to compare.
+        warm_stride: between the problems' prices, 0 where they share them.
+        capacity_stride: the same of capacities and quotas.
+        E: experts.
+        K: experts per token.
+        BLOCK_E: E rounded up to a power of two, at least 32.
+        ROWS: rows of a tile.
+        S: slots of an expert.
+        RESULTS: words of a problem's results.
+
+    Example: with 4 rows, 2 experts, k = 1 and capacities of 2, rows that prefer expert 0 by 1, 2, 3
+    and 4: the scan finds ranges 1 to 4, the first sweep a load of 4 and 0. Sweeps raise the price
+    of expert 0 until rows 0 and 1 take expert 1. Rounds then have nothing to move.
+    """
     e = tl.arange(0, BLOCK_E)
     COUNTS: tl.constexpr = at.COUNTS * BLOCK_E
     KEYS: tl.constexpr = 2 * BLOCK_E * S
@@ -57,7 +101,7 @@ def solve_kernel(
         scores, warm = scores_ptr + wide * T * E, warm_ptr + problem * warm_stride
         capacities = capacity_ptr + problem * capacity_stride
         quotas, experts = quota_ptr + problem * capacity_stride, experts_ptr + wide * T * K
-        row_data, bits = rows_ptr + problem * 2 * T, bits_ptr + wide * T * WORDS
+        row_data, bits = rows_ptr + problem * 3 * T, bits_ptr + wide * T * WORDS
         partial, results = partial_ptr + problem * 3 * FINE * tiles, results_ptr + problem * RESULTS
         keys_3 = keys_ptr + problem * 3 * KEYS
         n = first

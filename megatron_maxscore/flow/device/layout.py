@@ -13,19 +13,19 @@ from triton.language import constexpr
 # Kinds of phases, in the order in which they come.
 SCAN, SWEEP, ROUND, CONCLUDE, ORDER = (constexpr(kind) for kind in range(5))
 
-# The header: a barrier's count, about the largest row range (float32, a power of two) and the range
-# to which larger ones are scaled down; rows with scores that are not finite, rows, rows with
-# forbidden arcs, rows scaled down, what ranks compare; then, from EXPONENTS on, how many rows have
-# a range of each exponent.
-BARRIER, SCALE, LIMIT, BAD, ROWS_IN, FORBIDDEN, SCALED, MARK = map(constexpr, range(8))
-EXPONENTS, HEADER = constexpr(16), constexpr(16 + 256)
+# The header: a barrier's count, about the largest row range (float32, a power of two), the range
+# to which larger ones are scaled down and about the largest grain of a row (float32, powers of
+# two); rows with scores that are not finite, rows, rows with forbidden arcs, rows scaled down, what
+# ranks compare; then how many rows have a range, and how many have a grain, of each exponent.
+BARRIER, SCALE, LIMIT, GRAIN, BAD, ROWS_IN, FORBIDDEN, SCALED, MARK = map(constexpr, range(9))
+RANGES, GRAINS, HEADER = constexpr(16), constexpr(16 + 256), constexpr(16 + 2 * 256)
 
 # Numbers of the state. BEST: least overflow since the perturbation last changed; LAST: that of the
 # last sweep; SINCE: sweeps since the best one; STALLS: sweeps that have met a plateau; GOES_BACK:
 # the sweep under way repeats the best prices; HOT: 0 never annealed, 1 annealing, 2 annealed;
 # AT_LEVEL: sweeps at this perturbation while annealing; DEPTH: earlier steps for acceleration;
 # AGE: rounds since distances were forgotten, CYCLES: how often they were; MOVED: units in the round
-# before; MEASURES: whether the round only measures distances; EPS: the perturbation in widths of a
+# before; MEASURES: whether the round only measures distances; EPS: the perturbation in grains of a
 # row (float32), BEST_EPS: the one at the best prices.
 (
     KIND, SWEEPS, BEST, LAST, SINCE, STALLS, GOES_BACK, HOT, AT_LEVEL, DEPTH, ROUNDS, AGE, CYCLES,

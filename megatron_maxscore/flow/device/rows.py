@@ -1,10 +1,13 @@
 """Row work of the phases: every row for itself; between rows there are only integers.
 
-A program works on the tiles from ``first`` to before ``last``. ``rows_ptr`` holds each row's
-largest score (T) and its range (T).
+A program works on the tiles from ``first`` to before ``last``. ``rows_ptr`` holds each row's base
+(T), range (T) and grain (T). The grain is what most scores of a row differ by: three times their
+mean distance from the lowest one, at most the range. Rows are perturbed in proportion to it. The
+base is the lowest score plus the grain, in most rows the largest score. What is compared are
+differences from the base, since float32 are finest near 0: in a row that softmax has peaked, all
+scores but one would be alike in their difference from the largest.
 
-Shape letters: T rows, R rows of a tile, E experts (padded to BLOCK_E), K experts per token, S
-slots.
+Shape letters: see :mod:`megatron_maxscore`.
 """
 
 from __future__ import annotations
@@ -16,8 +19,10 @@ from megatron_maxscore.flow.device import layout as at
 
 _INF, INF_BITS = tl.constexpr(float("inf")), tl.constexpr(0x7F800000)
 _LOWEST = tl.constexpr(-0x80000000)
-# A row counts as at least so wide, in the scale: narrow rows need a perturbation, too.
-_LEAST_WIDTH = tl.constexpr(0.375)
+# Penalties and perturbations of narrow rows are those of a row with this share of a typical range
+# and grain.
+_LEAST = tl.constexpr(0.375)
+_PARTS = tl.constexpr(65536.0)
 # Rounds after which targets are chosen with ever more noise.
 CALM = tl.constexpr(192)
 # Keys of offers, from the highest bit on: cost, inverted (22), row, inverted (21), giver (10) and
@@ -59,22 +64,29 @@ def mix(x):
 
 
 @triton.jit
-def _noise(row_R, expert_E):
-    """Return (R, E) float32 in [-0.5, 0.5) that depend on row and expert alone."""
-    h = (mix(row_R + 1)[:, None] ^ (expert_E.to(tl.uint32) * 0x9E3779B1)[None, :]) * 0x2C1B3C6D
+def _noise(row_Q, expert_E):
+    """Return (Q, E) float32 in [-0.5, 0.5) that depend on row and expert alone."""
+    h = (mix(row_Q + 1)[:, None] ^ (expert_E.to(tl.uint32) * 0x9E3779B1)[None, :]) * 0x2C1B3C6D
     h = (h ^ (h >> 15)) * 0x297A2D39
     return (0x3F800000 | (h >> 9).to(tl.int32)).to(tl.float32, bitcast=True) - 1.5
 
 
 @triton.jit
-def _load(ptr, row_R, T, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Return (R, E) float32 scores, 0 for those that are not finite, and which rows had such."""
+def _load(ptr, row_Q, T, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Return (Q, E) float32 scores, 0 for those that are not finite, and which rows had such."""
     e = tl.arange(0, BLOCK_E)
-    mask = (row_R < T)[:, None] & (e < E)[None, :]
-    s = tl.load(ptr + row_R.to(tl.int64)[:, None] * E + e[None, :], mask=mask, other=0.0)
+    mask = (row_Q < T)[:, None] & (e < E)[None, :]
+    s = tl.load(ptr + row_Q.to(tl.int64)[:, None] * E + e[None, :], mask=mask, other=0.0)
     s = s.to(tl.float32)
     is_bad = (s != s) | (s == _INF)
     return tl.where(is_bad, 0.0, s), tl.max(is_bad.to(tl.int32), 1)
+
+
+@triton.jit
+def _exponents(x_Q, inside_Q):
+    """Return (256,) int32, how many positive float32 have each exponent."""
+    exponent_Q = tl.where(inside_Q & (x_Q > 0), x_Q.to(tl.int32, bitcast=True) >> 23, -1)
+    return tl.sum((exponent_Q[:, None] == tl.arange(0, 256)[None, :]).to(tl.int32), 0)
 
 
 @triton.jit
@@ -82,60 +94,71 @@ def scan(
     scores_ptr, rows_ptr, header, T, first, last,
     E: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Keep each row's largest allowed score and range; count bad rows, and ranges by exponent."""
-    bins = tl.arange(0, 256)
-    count = tl.zeros([256], tl.int32)
+    """Keep each row's base, range and grain; count bad rows, and ranges and grains by exponent."""
+    ranges = tl.zeros([256], tl.int32)
+    grains = tl.zeros([256], tl.int32)
     bad = tl.zeros((), tl.int32)
     forbidden = tl.zeros((), tl.int32)
     for tile in range(first, last):
-        row_R = tile * ROWS + tl.arange(0, ROWS)
-        s, bad_R = _load(scores_ptr, row_R, T, E, BLOCK_E)
+        row_Q = tile * ROWS + tl.arange(0, ROWS)
+        s, bad_Q = _load(scores_ptr, row_Q, T, E, BLOCK_E)
         is_allowed = (tl.arange(0, BLOCK_E) < E)[None, :] & (s > -_INF)
-        high_R = tl.max(tl.where(is_allowed, s, -_INF), 1)
-        low_R = tl.min(tl.where(is_allowed, s, _INF), 1)
-        base_R = tl.where(high_R > -_INF, high_R, 0.0)
+        high_Q = tl.max(tl.where(is_allowed, s, -_INF), 1)
+        low_Q = tl.min(tl.where(is_allowed, s, _INF), 1)
+        is_some_Q = high_Q > -_INF
         # Finite, also where the difference of two scores is not.
-        span_R = tl.minimum(tl.where(high_R > -_INF, high_R - low_R, 0.0), 3.0e38)
-        tl.store(rows_ptr + row_R, base_R, mask=row_R < T)
-        tl.store(rows_ptr + T + row_R, span_R, mask=row_R < T)
-        exponent_R = tl.where(
-            (row_R < T) & (span_R > 0), span_R.to(tl.int32, bitcast=True) >> 23, -1
-        )
-        count += tl.sum((exponent_R[:, None] == bins[None, :]).to(tl.int32), 0)
-        bad += tl.sum(bad_R, 0)
+        span_Q = tl.minimum(tl.where(is_some_Q, high_Q - low_Q, 0.0), 3.0e38)
+        above = tl.minimum(tl.where(is_allowed, s - low_Q[:, None], 0.0), span_Q[:, None])
+        entries_Q = tl.maximum(tl.sum(is_allowed.to(tl.int32), 1), 1).to(tl.float32)
+        # The mean in parts of the range: an integer sum, which depends on no order.
+        parts = (above / tl.maximum(span_Q, 1e-37)[:, None] * _PARTS).to(tl.int32)
+        share_Q = tl.sum(parts, 1).to(tl.float32) / (entries_Q * _PARTS)
+        grain_Q = span_Q * tl.minimum(3 * share_Q, 1.0)
+        base_Q = tl.where(grain_Q < span_Q, low_Q + grain_Q, high_Q)
+        tl.store(rows_ptr + row_Q, tl.where(is_some_Q, base_Q, 0.0), mask=row_Q < T)
+        tl.store(rows_ptr + T + row_Q, span_Q, mask=row_Q < T)
+        tl.store(rows_ptr + 2 * T + row_Q, grain_Q, mask=row_Q < T)
+        ranges += _exponents(span_Q, row_Q < T)
+        grains += _exponents(grain_Q, row_Q < T)
+        bad += tl.sum(bad_Q, 0)
         forbidden += tl.sum(tl.max((s == -_INF).to(tl.int32), 1), 0)
-    tl.atomic_add(header + at.EXPONENTS + bins, count, mask=count > 0, sem="relaxed")
+    bins = tl.arange(0, 256)
+    tl.atomic_add(header + at.RANGES + bins, ranges, mask=ranges > 0, sem="relaxed")
+    tl.atomic_add(header + at.GRAINS + bins, grains, mask=grains > 0, sem="relaxed")
     tl.atomic_add(header + at.BAD, bad, sem="relaxed")
     tl.atomic_add(header + at.FORBIDDEN, forbidden, sem="relaxed")
 
 
 @triton.jit
-def _relative(scores_ptr, rows_ptr, header, row_R, T, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Return (R, E) scores less the row's largest, and each row's width, range and factor.
+def _relative(scores_ptr, rows_ptr, header, row_Q, T, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Return (Q, E) scores less the row's base, and each row's grain, range and factor.
 
     Rows whose range is above the limit are scaled down to it. A forbidden arc is worth one width
     less than the worst allowed one.
     """
-    s, _ = _load(scores_ptr, row_R, T, E, BLOCK_E)
-    base_R = tl.load(rows_ptr + row_R, mask=row_R < T, other=0.0, cache_modifier=".cg")
-    span_R = tl.load(rows_ptr + T + row_R, mask=row_R < T, other=0.0, cache_modifier=".cg")
+    s, _ = _load(scores_ptr, row_Q, T, E, BLOCK_E)
+    base_Q = tl.load(rows_ptr + row_Q, mask=row_Q < T, other=0.0, cache_modifier=".cg")
+    span_Q = tl.load(rows_ptr + T + row_Q, mask=row_Q < T, other=0.0, cache_modifier=".cg")
+    grain_Q = tl.load(rows_ptr + 2 * T + row_Q, mask=row_Q < T, other=0.0, cache_modifier=".cg")
     limit = getf(header + at.LIMIT)
-    factor_R = tl.where(span_R > limit, limit / tl.maximum(span_R, limit), 1.0)
-    span_R = tl.minimum(span_R, limit)
-    width_R = tl.maximum(span_R, getf(header + at.SCALE) * _LEAST_WIDTH)
-    v = tl.maximum(s - base_R[:, None], -3.0e38) * factor_R[:, None]
-    return tl.where(s == -_INF, -(span_R + width_R)[:, None], v), width_R, span_R, factor_R
+    factor_Q = tl.where(span_Q > limit, limit / tl.maximum(span_Q, limit), 1.0)
+    span_Q = tl.minimum(span_Q, limit)
+    width_Q = tl.maximum(span_Q, getf(header + at.SCALE) * _LEAST)
+    v = tl.minimum(tl.maximum(s - base_Q[:, None], -3.0e38), 3.0e38) * factor_Q[:, None]
+    v = tl.where(s == -_INF, -(grain_Q * factor_Q + width_Q)[:, None], v)
+    grain_Q = tl.maximum(grain_Q * factor_Q, getf(header + at.GRAIN) * _LEAST)
+    return v, grain_Q, span_Q, factor_Q
 
 
 @triton.jit
 def _reduced(
-    scores_ptr, rows_ptr, header, state, row_R, T, seed, E: tl.constexpr, BLOCK_E: tl.constexpr
+    scores_ptr, rows_ptr, header, state, row_Q, T, seed, E: tl.constexpr, BLOCK_E: tl.constexpr
 ):  # fmt: skip
-    """Return (R, E) perturbed scores less prices, and each row's width."""
-    v, width_R, _, _ = _relative(scores_ptr, rows_ptr, header, row_R, T, E, BLOCK_E)
-    part_R = getf(state + at.EPS) * width_R
-    noise = _noise(row_R + seed, tl.arange(0, BLOCK_E))
-    return (v - getf(vec(state, at.PRICE, BLOCK_E))[None, :]) + part_R[:, None] * noise, width_R
+    """Return (Q, E) perturbed scores less prices, and each row's grain."""
+    v, grain_Q, _, _ = _relative(scores_ptr, rows_ptr, header, row_Q, T, E, BLOCK_E)
+    part_Q = getf(state + at.EPS) * grain_Q
+    noise = _noise(row_Q + seed, tl.arange(0, BLOCK_E))
+    return (v - getf(vec(state, at.PRICE, BLOCK_E))[None, :]) + part_Q[:, None] * noise, grain_Q
 
 
 @triton.jit
@@ -147,16 +170,16 @@ def _best(r, E: tl.constexpr, K: tl.constexpr, BLOCK_E: tl.constexpr):
     # The lowest bits say which expert: no two keys of a row are equal.
     key = tl.where(e < E, (i & (-BLOCK_E)) | (BLOCK_E - 1 - e), _LOWEST)
     left = key
-    kth_R = tl.max(left, 1)
+    kth_Q = tl.max(left, 1)
     for _ in tl.static_range(K - 1):
-        left = tl.where(left == kth_R[:, None], _LOWEST, left)
-        kth_R = tl.max(left, 1)
-    has = key >= kth_R[:, None]
-    next_R = tl.max(tl.where(has, _LOWEST, key), 1)
-    a, c = kth_R & (-BLOCK_E), next_R & (-BLOCK_E)
+        left = tl.where(left == kth_Q[:, None], _LOWEST, left)
+        kth_Q = tl.max(left, 1)
+    has = key >= kth_Q[:, None]
+    next_Q = tl.max(tl.where(has, _LOWEST, key), 1)
+    a, c = kth_Q & (-BLOCK_E), next_Q & (-BLOCK_E)
     a = (a ^ ((a >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
     c = (c ^ ((c >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-    return has, a, tl.where(next_R == _LOWEST, -_INF, c)  # with K = E there is no next
+    return has, a, tl.where(next_Q == _LOWEST, -_INF, c)  # with K = E there is no next
 
 
 @triton.jit
@@ -171,11 +194,11 @@ def sweep(
     up_counts = tl.zeros([8, BLOCK_E], tl.int32)
     down_counts = up_counts
     for tile in range(first, last):
-        row_R = tile * ROWS + tl.arange(0, ROWS)
-        r, _ = _reduced(scores_ptr, rows_ptr, header, state, row_R, T, seed, E, BLOCK_E)
-        has, kth_R, next_R = _best(r, E, K, BLOCK_E)
-        inside = (row_R < T)[:, None] & (e < E)[None, :]
-        a = tl.abs(r - (0.5 * (kth_R + next_R))[:, None])
+        row_Q = tile * ROWS + tl.arange(0, ROWS)
+        r, _ = _reduced(scores_ptr, rows_ptr, header, state, row_Q, T, seed, E, BLOCK_E)
+        has, kth_Q, next_Q = _best(r, E, K, BLOCK_E)
+        inside = (row_Q < T)[:, None] & (e < E)[None, :]
+        a = tl.abs(r - (0.5 * (kth_Q + next_Q))[:, None])
         # Five counts of a tile at once, 6 bits each: all, and those within the window's parts.
         code = 1 + tl.where(a <= w_E[None, :], 1 << 6, 0)
         code += tl.where(a <= w_E[None, :] / 8.0, 1 << 12, 0)
@@ -187,8 +210,8 @@ def sweep(
         down_counts += tl.where(part < 5, (down[None, :] >> (6 * part)) & 63, 0)
         bit = tl.where(inside & has, 1 << (e & 31)[None, :], 0)
         word = tl.sum(tl.reshape(bit, (ROWS, WORDS, BLOCK_E // WORDS)), 2)
-        word_at = row_R.to(tl.int64)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
-        tl.store(bits_ptr + word_at, word, mask=(row_R < T)[:, None])
+        word_at = row_Q.to(tl.int64)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+        tl.store(bits_ptr + word_at, word, mask=(row_Q < T)[:, None])
     place, inside = counts + part * BLOCK_E + e[None, :], (e < E)[None, :] & (part < 5)
     tl.atomic_add(place, up_counts, mask=inside, sem="relaxed")
     down_at, own_at = place + (at.DOWN - 1) * BLOCK_E, place + at.OWN_LOAD * BLOCK_E
@@ -197,12 +220,12 @@ def sweep(
 
 
 @triton.jit
-def _held(bits_ptr, row_R, T, BLOCK_E: tl.constexpr):
-    """Return (R, E) bool, each row's experts."""
+def _held(bits_ptr, row_Q, T, BLOCK_E: tl.constexpr):
+    """Return (Q, E) bool, each row's experts."""
     WORDS: tl.constexpr = (BLOCK_E + 31) // 32
     e = tl.arange(0, BLOCK_E)
-    word_at = row_R.to(tl.int64)[:, None] * WORDS + (e >> 5)[None, :]
-    word = tl.load(bits_ptr + word_at, mask=(row_R < T)[:, None], other=0, cache_modifier=".cg")
+    word_at = row_Q.to(tl.int64)[:, None] * WORDS + (e >> 5)[None, :]
+    word = tl.load(bits_ptr + word_at, mask=(row_Q < T)[:, None], other=0, cache_modifier=".cg")
     return ((word >> (e & 31)[None, :]) & 1) != 0
 
 
@@ -229,29 +252,29 @@ def offer(
     jitter = tl.minimum(tl.exp2(tl.minimum(late / 2, 30.0)) * getf(state + at.EPS), 1.0)
     least = tl.zeros([BLOCK_E], tl.int32)
     for tile in range(first, last):
-        row_R = tile * ROWS + tl.arange(0, ROWS)
-        r, width_R = _reduced(scores_ptr, rows_ptr, header, state, row_R, T, seed, E, BLOCK_E)
-        has = _held(bits_ptr, row_R, T, BLOCK_E)
+        row_Q = tile * ROWS + tl.arange(0, ROWS)
+        r, grain_Q = _reduced(scores_ptr, rows_ptr, header, state, row_Q, T, seed, E, BLOCK_E)
+        has = _held(bits_ptr, row_Q, T, BLOCK_E)
         room = r - cost_E[None, :]
         if late >= 0:
-            room += (jitter * width_R)[:, None] * _noise(row_R + 7919 * rounds, e)
+            room += (jitter * grain_Q)[:, None] * _noise(row_Q + 7919 * rounds, e)
         room = tl.where((has == 0) & (take_E > 0)[None, :], room, -_INF)
-        m_R, t_R = tl.max(room, 1, return_indices=True)
-        some_R = (m_R > -_INF) & (row_R < T)
+        m_Q, t_Q = tl.max(room, 1, return_indices=True)
+        some_Q = (m_Q > -_INF) & (row_Q < T)
         mine = tl.where(has & (give_E > 0)[None, :], r, _INF)
-        low_R, a_R = tl.min(mine, 1, return_indices=True)
-        swap = tl.where(has & some_R[:, None], tl.maximum(r - m_R[:, None], 0.0), _INF)
+        low_Q, a_Q = tl.min(mine, 1, return_indices=True)
+        swap = tl.where(has & some_Q[:, None], tl.maximum(r - m_Q[:, None], 0.0), _INF)
         least = tl.maximum(least, -tl.min(swap, 0).to(tl.int32, bitcast=True) + INF_BITS)
-        offers_R = some_R & (low_R < _INF) & moves
-        cost_R = tl.where(offers_R, tl.maximum(low_R - m_R, 0.0), 0.0).to(tl.int32, bitcast=True)
-        key_R = (((cost_R >> 9) ^ _COST_MASK).to(tl.int64) << 41) | (a_R.to(tl.int64) << 10)
-        key_R = key_R | ((row_R ^ ROW_MASK).to(tl.int64) << 20) | t_R.to(tl.int64)
-        given_R = tl.sum(tl.where(e[None, :] == a_R[:, None], give_E[None, :], 0), 1)
-        taken_R = tl.sum(tl.where(e[None, :] == t_R[:, None], take_E[None, :], 0), 1)
-        at_a = keys + a_R * S + slot_of(row_R, given_R, S, 4)
-        at_t = keys + (BLOCK_E + t_R) * S + slot_of(row_R, taken_R, S, 16)
-        tl.atomic_max(at_a, key_R, mask=offers_R, sem="relaxed")
-        tl.atomic_max(at_t, key_R, mask=offers_R, sem="relaxed")
+        offers_Q = some_Q & (low_Q < _INF) & moves
+        cost_Q = tl.where(offers_Q, tl.maximum(low_Q - m_Q, 0.0), 0.0).to(tl.int32, bitcast=True)
+        key_Q = (((cost_Q >> 9) ^ _COST_MASK).to(tl.int64) << 41) | (a_Q.to(tl.int64) << 10)
+        key_Q = key_Q | ((row_Q ^ ROW_MASK).to(tl.int64) << 20) | t_Q.to(tl.int64)
+        given_Q = tl.sum(tl.where(e[None, :] == a_Q[:, None], give_E[None, :], 0), 1)
+        taken_Q = tl.sum(tl.where(e[None, :] == t_Q[:, None], take_E[None, :], 0), 1)
+        at_a = keys + a_Q * S + slot_of(row_Q, given_Q, S, 4)
+        at_t = keys + (BLOCK_E + t_Q) * S + slot_of(row_Q, taken_Q, S, 16)
+        tl.atomic_max(at_a, key_Q, mask=offers_Q, sem="relaxed")
+        tl.atomic_max(at_t, key_Q, mask=offers_Q, sem="relaxed")
     tl.atomic_max(counts + at.LEAST * BLOCK_E + e, least, sem="relaxed")
 
 
@@ -271,37 +294,37 @@ def conclude(
     scaled = tl.zeros((), tl.int32)
     own_E = tl.zeros([BLOCK_E], tl.int32)
     for tile in range(first * FINE, last * FINE):
-        row_R = tile * ROWS + tl.arange(0, ROWS)
-        inside_R = row_R < T
-        v, _, span_R, factor_R = _relative(scores_ptr, rows_ptr, header, row_R, T, E, BLOCK_E)
-        s, _ = _load(scores_ptr, row_R, T, E, BLOCK_E)
-        has = _held(bits_ptr, row_R, T, BLOCK_E)
+        row_Q = tile * ROWS + tl.arange(0, ROWS)
+        inside_Q = row_Q < T
+        v, _, span_Q, factor_Q = _relative(scores_ptr, rows_ptr, header, row_Q, T, E, BLOCK_E)
+        s, _ = _load(scores_ptr, row_Q, T, E, BLOCK_E)
+        has = _held(bits_ptr, row_Q, T, BLOCK_E)
         # In float64, and of the scores as they are: what was taken off them is not.
-        wide_R = factor_R.to(tl.float64)
-        base_R = tl.load(rows_ptr + row_R, mask=inside_R, other=0.0, cache_modifier=".cg")
-        exact = s.to(tl.float64) * wide_R[:, None]
-        penalised = base_R.to(tl.float64)[:, None] * wide_R[:, None] + v.to(tl.float64)
+        wide_Q = factor_Q.to(tl.float64)
+        base_Q = tl.load(rows_ptr + row_Q, mask=inside_Q, other=0.0, cache_modifier=".cg")
+        exact = s.to(tl.float64) * wide_Q[:, None]
+        penalised = base_Q.to(tl.float64)[:, None] * wide_Q[:, None] + v.to(tl.float64)
         exact = tl.where(s == -_INF, penalised, exact)
         r = exact - b_E[None, :]
         left = tl.where(e < E, r, none)
         order = tl.where(has, tl.maximum(s, -3.0e38), -_INF)
-        top_R = tl.zeros([ROWS], tl.float64)
+        top_Q = tl.zeros([ROWS], tl.float64)
         for k in tl.static_range(K):
-            best_R, i_R = tl.max(left, 1, return_indices=True)
-            left = tl.where(e == i_R[:, None], none, left)
-            top_R += best_R
-            _, j_R = tl.max(order, 1, return_indices=True)
-            order = tl.where(e == j_R[:, None], -_INF, order)
-            place = experts_ptr + row_R.to(tl.int64) * K + k
-            tl.store(place, j_R.to(tl.int64), mask=inside_R)
-        slack_R = tl.maximum(top_R - tl.sum(tl.where(has, r, 0.0), 1), 0.0)
-        got_R = tl.sum(tl.where(has, exact, 0.0), 1)
-        tl.store(partial_ptr + tile, tl.sum(tl.where(inside_R, got_R, 0.0), 0))
-        tl.store(partial_ptr + FINE * tiles + tile, tl.sum(tl.where(inside_R, slack_R, 0.0), 0))
-        spans_R = tl.where(inside_R, span_R, 0.0).to(tl.float64)
-        tl.store(partial_ptr + 2 * FINE * tiles + tile, tl.sum(spans_R, 0))
-        scaled += tl.sum((inside_R & (factor_R < 1.0)).to(tl.int32), 0)
-        own_E += tl.sum((has & inside_R[:, None]).to(tl.int32), 0)
+            best_Q, i_Q = tl.max(left, 1, return_indices=True)
+            left = tl.where(e == i_Q[:, None], none, left)
+            top_Q += best_Q
+            _, j_Q = tl.max(order, 1, return_indices=True)
+            order = tl.where(e == j_Q[:, None], -_INF, order)
+            place = experts_ptr + row_Q.to(tl.int64) * K + k
+            tl.store(place, j_Q.to(tl.int64), mask=inside_Q)
+        slack_Q = tl.maximum(top_Q - tl.sum(tl.where(has, r, 0.0), 1), 0.0)
+        got_Q = tl.sum(tl.where(has, exact, 0.0), 1)
+        tl.store(partial_ptr + tile, tl.sum(tl.where(inside_Q, got_Q, 0.0), 0))
+        tl.store(partial_ptr + FINE * tiles + tile, tl.sum(tl.where(inside_Q, slack_Q, 0.0), 0))
+        spans_Q = tl.where(inside_Q, span_Q, 0.0).to(tl.float64)
+        tl.store(partial_ptr + 2 * FINE * tiles + tile, tl.sum(spans_Q, 0))
+        scaled += tl.sum((inside_Q & (factor_Q < 1.0)).to(tl.int32), 0)
+        own_E += tl.sum((has & inside_Q[:, None]).to(tl.int32), 0)
     tl.atomic_add(header + at.SCALED, scaled, sem="relaxed")
     tl.store(vec(state, at.OWN, BLOCK_E), own_E)
 
@@ -316,16 +339,16 @@ def order(
     e = tl.arange(0, BLOCK_E)
     at_E = (tl.cumsum(load_E, 0) - load_E).to(tl.int64)
     for start in range(0, member, ROWS):
-        before_R = start + tl.arange(0, ROWS)
-        own = states + before_R[:, None] * STATE + at.SCALARS + at.OWN * BLOCK_E + e[None, :]
-        mask = (before_R < member)[:, None]
+        before_Q = start + tl.arange(0, ROWS)
+        own = states + before_Q[:, None] * STATE + at.SCALARS + at.OWN * BLOCK_E + e[None, :]
+        mask = (before_Q < member)[:, None]
         at_E += tl.sum(tl.load(own, mask=mask, other=0, cache_modifier=".cg"), 0)
     for tile in range(first, last):
-        row_R = tile * ROWS + tl.arange(0, ROWS)
-        has = _held(bits_ptr, row_R, T, BLOCK_E)
+        row_Q = tile * ROWS + tl.arange(0, ROWS)
+        has = _held(bits_ptr, row_Q, T, BLOCK_E)
         number = tl.cumsum(has.to(tl.int32), 0)
         place = order_ptr + at_E[None, :] + number - 1
-        row = row_R.to(tl.int64)[:, None] + 0 * number
+        row = row_Q.to(tl.int64)[:, None] + 0 * number
         tl.store(place, row, mask=has)
         tl.store(place + T.to(tl.int64) * K, row * E + e[None, :], mask=has)
         at_E += tl.sum(has.to(tl.int32), 0)

@@ -3,8 +3,16 @@
 A swap lets a row give one expert and take another; it costs the difference of their reduced scores.
 ``limit`` says up to which cost swaps from one expert to another take part.
 
-Shape letters: B problems, N rows of all problems, E experts, P experts padded to whole vectors,
-L problems that are looked at, G groups of rows, R contested rows, A arcs, W words of 64 experts.
+Arguments that kernels share, besides those of :mod:`rows`: ``slot_B`` (B,) int64 place of each
+problem in the arrays of a stage, -1 for those to leave out; ``limit_FEP`` (F, E, P) int64;
+``widest_FE`` (F, E) int64 largest limit of each expert; ``gap_limit_B`` and ``stride_B`` (B,)
+int64, only rows with a smaller gap and an index that divides by the stride take part; ``count_N``
+(N,) int64 and ``arcs_NW`` (N, W) int64, how many experts of a row take part and which.
+
+Example: a row has experts 0 and 1 at reduced scores 9 and 7, and lacks expert 2 at 6. With a limit
+of 2 for all pairs only the swap from 1 to 2, of cost 1, takes part: two experts, bits 1 and 2.
+
+Shape letters: see :mod:`megatron_maxscore`.
 """
 
 from __future__ import annotations
@@ -29,7 +37,7 @@ _HUGE = 1 << 62
 @jit
 def cheapest(
     scores_NE, low_N, factor_B, prices_BE, x_NE, slot_B, origin_B,
-    first_problem, last_problem, first_row_B, last_row_B, least_LGEE,
+    first_problem, last_problem, first_row_B, last_row_B, least_FGEE,
 ):  # fmt: skip
     """Lower ``least`` to the cost of the cheapest swap from each expert to each other, by group.
 
@@ -46,7 +54,7 @@ def cheapest(
             reduced_row(scores_NE, low_N[row], factor_B[problem], price_E, row, r_E)
             for expert in range(num_experts):
                 other_E[expert] = FORBIDDEN if x_NE[row, expert] else r_E[expert]
-            least_EE = least_LGEE[slot, (row - origin_B[problem]) % least_LGEE.shape[1]]
+            least_EE = least_FGEE[slot, (row - origin_B[problem]) % least_FGEE.shape[1]]
             for gives in range(num_experts):
                 if x_NE[row, gives]:
                     value, least_E = r_E[gives], least_EE[gives]
@@ -56,7 +64,7 @@ def cheapest(
 
 @jit
 def find_contested(
-    scores_NE, low_N, factor_B, prices_BE, x_NE, slot_B, limit_LEP, widest_LE, gap_N, gap_limit_B,
+    scores_NE, low_N, factor_B, prices_BE, x_NE, slot_B, limit_FEP, widest_FE, gap_N, gap_limit_B,
     stride_B, origin_B, first_problem, last_problem, first_row_B, last_row_B, count_N, arcs_NW,
 ):  # fmt: skip
     """Find the experts of each row that swaps within their limits can give or take.
@@ -78,7 +86,7 @@ def find_contested(
             if stride > 1 and (row - origin_B[problem]) % stride:
                 continue
             reduced_row(scores_NE, low_N[row], factor_B[problem], price_E, row, r_E)
-            limit_EP, widest_E, arcs_W = limit_LEP[slot], widest_LE[slot], arcs_NW[row]
+            limit_EP, widest_E, arcs_W = limit_FEP[slot], widest_FE[slot], arcs_NW[row]
             most = np.int64(-_HUGE)
             for expert in range(num_experts):
                 most = max(most, np.int64(-_HUGE) if x_NE[row, expert] else r_E[expert])
@@ -111,14 +119,14 @@ def find_contested(
 
 @jit
 def extract(
-    scores_NE, low_N, factor_B, prices_BE, x_NE, arcs_NW, problem_R, row_R, first_R, first, last,
+    scores_NE, low_N, factor_B, prices_BE, x_NE, arcs_NW, problem_C, row_C, first_C, first, last,
     expert_A, value_A, held_A,
 ):  # fmt: skip
     """Write down the arcs of contested rows."""
     for index in range(first, last):
-        row, problem = row_R[index], problem_R[index]
+        row, problem = row_C[index], problem_C[index]
         low, factor = low_N[row], factor_B[problem]
-        arc = first_R[index]
+        arc = first_C[index]
         for word in range(arcs_NW.shape[1]):
             arcs = arcs_NW[row, word]
             while arcs:
@@ -132,22 +140,22 @@ def extract(
 
 
 @jit
-def count_swaps(first_B, first_R, held_A):
+def count_swaps(first_B, first_C, held_A):
     """Return (B,) int64 how many swaps rows have: pairs of an arc they hold and one they do not."""
     swaps_B = np.zeros(first_B.shape[0] - 1, np.int64)
     for problem in range(swaps_B.shape[0]):
         for row in range(first_B[problem], first_B[problem + 1]):
             held = 0
-            for arc in range(first_R[row], first_R[row + 1]):
+            for arc in range(first_C[row], first_C[row + 1]):
                 held += np.int64(held_A[arc])
-            swaps_B[problem] += held * (first_R[row + 1] - first_R[row] - held)
+            swaps_B[problem] += held * (first_C[row + 1] - first_C[row] - held)
     return swaps_B
 
 
 @jit
-def apply(row_R, first_R, expert_A, held_A, first, last, x_NE):
+def apply(row_C, first_C, expert_A, held_A, first, last, x_NE):
     """Write what contested rows have into the assignment."""
     for index in range(first, last):
-        row = row_R[index]
-        for arc in range(first_R[index], first_R[index + 1]):
+        row = row_C[index]
+        for arc in range(first_C[index], first_C[index + 1]):
             x_NE[row, expert_A[arc]] = held_A[arc]

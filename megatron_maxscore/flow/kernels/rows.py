@@ -3,7 +3,19 @@
 Scores are scaled to integers on the fly (see :mod:`problem`), so that a pass is one read of the
 score matrix and writes little.
 
-Shape letters: B problems, N rows of all problems, E experts, K experts per token, H buckets.
+Arguments that kernels share: ``scores_NE`` (N, E) float32 or float64; ``low_N`` (N,) float64 lowest
+allowed score; ``factor_B`` (B,) float64 powers of two that make scores integers; ``prices_BE``
+(B, E) int64, in ``conclude`` float64 in score units; ``window_BE`` (B, E) int64; ``base_BE`` (B, E)
+int64 level of the innermost bucket; ``first_problem``, ``last_problem`` and ``first_row_B``,
+``last_row_B`` (B,) int64, the part of one thread; ``origin_B`` (B,) int64, a row less this is its
+index in the whole problem. Written are ``threshold_N`` and ``gap_N`` (N,) int64, ``x_NE`` (N, E)
+bool, ``load_BE`` (B, E) int64, ``gaps_BD`` (B, D + 1) int64 and ``bids_BEU`` (B, E, U) int32.
+
+Example: a row has the reduced scores 9, 7, 4 and 1, and k = 2. It takes experts 0 and 1; its gap is
+7 - 4 = 3 and its threshold 5, between the two. Its bids are 4, 2, -1 and -4: it gives expert 1 up
+once that price has risen by 2, and takes expert 2 once that price has fallen by 1 or more.
+
+Shape letters: see :mod:`megatron_maxscore`.
 """
 
 from __future__ import annotations
@@ -139,10 +151,10 @@ def scan(scores_NE, first_row, last_row, low_N, high_N):
 def price_pass(
     scores_NE, low_N, factor_B, prices_BE, topk, window_BE, base_BE, knows_threshold,
     first_problem, last_problem, first_row_B, last_row_B, origin_B,
-    threshold_N, gap_N, x_NE, load_BE, gaps_BL, bids_BEH,
+    threshold_N, gap_N, x_NE, load_BE, gaps_BD, bids_BEU,
 ):  # fmt: skip
     """Choose each row's k best experts; count loads, gaps and bids."""
-    half = bids_BEH.shape[2] // 2
+    half = bids_BEU.shape[2] // 2
     num_experts = scores_NE.shape[1]
     width = padded(num_experts)
     # What is read and written for every row, copied to where vectors are loaded as a whole.
@@ -165,7 +177,7 @@ def price_pass(
             gap = kth - following
             gap_N[row] = gap
             level = min(_level(gap) + 1, NUM_LEVELS) if gap > 0 else 0
-            gaps_BL[problem, level] += 1
+            gaps_BD[problem, level] += 1
             threshold = (kth + following) >> 1
             if following < FORBIDDEN:  # only forbidden arcs are left: any price keeps this k
                 threshold = kth - 1
@@ -201,14 +213,14 @@ def price_pass(
                     expert = first + lowest_bit(inside)
                     inside &= inside - 1
                     bid = min(r_E[expert] - threshold, window_P[expert])
-                    bids_BEH[problem, expert, _bucket(bid, base_BE[problem, expert], half)] += 1
+                    bids_BEU[problem, expert, _bucket(bid, base_BE[problem, expert], half)] += 1
         load_BE[problem] += load_E
 
 
 @jit
-def price_step(bids_BEH, capacity_BE, window_BE, base_BE, edge_L, step_BE):
+def price_step(bids_BEU, capacity_BE, window_BE, base_BE, edge_D, step_BE):
     """Read the price steps off the counts of bids."""
-    half = bids_BEH.shape[2] // 2
+    half = bids_BEU.shape[2] // 2
     for problem in range(step_BE.shape[0]):
         for expert in range(step_BE.shape[1]):
             capacity, base = capacity_BE[problem, expert], base_BE[problem, expert]
@@ -216,7 +228,7 @@ def price_step(bids_BEH, capacity_BE, window_BE, base_BE, edge_L, step_BE):
             bucket = 2 * half - 1
             lowest = -1
             while bucket >= 0:
-                inside = bids_BEH[problem, expert, bucket]
+                inside = bids_BEU[problem, expert, bucket]
                 if above + inside > capacity:
                     break
                 above += inside
@@ -224,21 +236,21 @@ def price_step(bids_BEH, capacity_BE, window_BE, base_BE, edge_L, step_BE):
                     lowest = bucket
                 bucket -= 1
             if bucket >= 0:
-                low, high = _edges(bucket, base, half, edge_L)
+                low, high = _edges(bucket, base, half, edge_D)
                 share = (capacity - above) / inside
                 step_BE[problem, expert] = np.int64(np.floor(high - (high - low) * share))
             elif lowest >= 0:
-                step_BE[problem, expert] = np.int64(_edges(lowest, base, half, edge_L)[0])
+                step_BE[problem, expert] = np.int64(_edges(lowest, base, half, edge_D)[0])
             else:
                 step_BE[problem, expert] = -window_BE[problem, expert]
 
 
 @jit
-def _edges(bucket, base, half, edge_L):
+def _edges(bucket, base, half, edge_D):
     """Return the lower and upper edge of a bucket."""
     step = bucket - half if bucket >= half else half - 1 - bucket
-    near = edge_L[base + step] if step > 1 else 1.0 + step
-    far = edge_L[base + step + 1] if step > 0 else 2.0
+    near = edge_D[base + step] if step > 1 else 1.0 + step
+    far = edge_D[base + step + 1] if step > 0 else 2.0
     return (near, far) if bucket >= half else (1.0 - far, 1.0 - near)
 
 

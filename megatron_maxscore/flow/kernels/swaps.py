@@ -4,11 +4,9 @@ A swap lets a row give the expert of one of its arcs and take that of another. F
 of experts (a, b) a heap (:mod:`heaps`) holds the swaps that give a and take b, the cheapest on top,
 as far as they cost less than the pair's bound.
 
-Shape letters: A arcs (an expert that a contested row has or could have), R contested rows, E
-experts, P experts padded to whole vectors, N nodes (the experts, and the sink where capacities
-leave slack), M swaps. Arguments that all functions share:
+Shape letters: see :mod:`megatron_maxscore`. Arguments that all functions share:
 
-``first_R`` (R + 1,) int64, row r has the arcs from ``first_R[r]`` to before ``first_R[r + 1]``;
+``first_C`` (C + 1,) int64, row r has the arcs from ``first_C[r]`` to before ``first_C[r + 1]``;
 ``expert_A`` (A,) int32, ``value_A`` (A,) int64 reduced score, ``held_A`` (A,) bool, whether the row
 has the expert; ``root_EE`` (E, E) int32 tops of heaps, -1 where a heap is empty; ``cost_M`` (M,)
 int64, ``node_M5`` (M, 5) int32 and ``used_1`` (1,) int64, the heaps' arrays; ``bound_EP`` (E, P)
@@ -28,29 +26,29 @@ from megatron_maxscore.flow.kernels.compiler import jit
 
 
 @jit
-def level_out(first_R, expert_A, value_A, held_A, excess_N):
+def level_out(first_C, expert_A, value_A, held_A, excess_J):
     """Let each row in turn give experts above capacity for equal ones that miss the most.
 
-    ``excess_N`` (N,) int64 units above capacity is changed in place.
+    ``excess_J`` (J,) int64 units above capacity is changed in place.
     """
-    for row in range(first_R.shape[0] - 1):
-        for gives in range(first_R[row], first_R[row + 1]):
+    for row in range(first_C.shape[0] - 1):
+        for gives in range(first_C[row], first_C[row + 1]):
             a = expert_A[gives]
-            if not held_A[gives] or excess_N[a] <= 0:
+            if not held_A[gives] or excess_J[a] <= 0:
                 continue
             best, least = -1, np.int64(0)
-            for takes in range(first_R[row], first_R[row + 1]):
+            for takes in range(first_C[row], first_C[row + 1]):
                 is_equal = value_A[takes] == value_A[gives] and not held_A[takes]
-                if is_equal and excess_N[expert_A[takes]] < least:
-                    best, least = takes, excess_N[expert_A[takes]]
+                if is_equal and excess_J[expert_A[takes]] < least:
+                    best, least = takes, excess_J[expert_A[takes]]
             if best >= 0:
                 held_A[gives], held_A[best] = False, True
-                excess_N[a] -= 1
-                excess_N[expert_A[best]] += 1
+                excess_J[a] -= 1
+                excess_J[expert_A[best]] += 1
 
 
 @jit
-def fill(first_R, expert_A, value_A, held_A, wanted_EE, bound_EP, root_EE):
+def fill(first_C, expert_A, value_A, held_A, wanted_EE, bound_EP, root_EE):
     """Put swaps that cost less than their bound into the heaps of their two experts.
 
     Each time a pair of experts has got as many swaps as wanted, (E, E) int32, its bound is lowered
@@ -59,13 +57,13 @@ def fill(first_R, expert_A, value_A, held_A, wanted_EE, bound_EP, root_EE):
     """
     cost_M, node_M5, used_1 = heaps.empty(4 * expert_A.shape[0] + 1024)
     room_EE, most_EE = wanted_EE.copy(), np.zeros(wanted_EE.shape, np.int64)
-    for row in range(first_R.shape[0] - 1):
-        arcs = first_R[row + 1] - first_R[row]
+    for row in range(first_C.shape[0] - 1):
+        arcs = first_C[row + 1] - first_C[row]
         cost_M, node_M5 = heaps.grown(cost_M, node_M5, used_1[0], arcs * arcs // 4)
-        for gives in range(first_R[row], first_R[row + 1]):
+        for gives in range(first_C[row], first_C[row + 1]):
             if held_A[gives]:
                 a, value = expert_A[gives], value_A[gives]
-                for takes in range(first_R[row], first_R[row + 1]):
+                for takes in range(first_C[row], first_C[row + 1]):
                     b, cost = expert_A[takes], value - value_A[takes]
                     if cost >= bound_EP[a, b] or held_A[takes]:
                         continue
@@ -82,7 +80,7 @@ def fill(first_R, expert_A, value_A, held_A, wanted_EE, bound_EP, root_EE):
 
 @jit
 def move(
-    gives, takes, row, first_R, expert_A, value_A, held_A, bound_EP, root_EE, cost_M, node_M5,
+    gives, takes, row, first_C, expert_A, value_A, held_A, bound_EP, root_EE, cost_M, node_M5,
     used_1, has_moved_E, is_near_E,
 ):  # fmt: skip
     """Let a row give the expert of one arc and take that of another; add its new swaps.
@@ -93,7 +91,7 @@ def move(
     a, b = expert_A[gives], expert_A[takes]
     held_A[gives], held_A[takes] = False, True
     has_moved_E[a] = has_moved_E[b] = True
-    for arc in range(first_R[row], first_R[row + 1]):
+    for arc in range(first_C[row], first_C[row + 1]):
         expert = expert_A[arc]
         is_near_E[expert] = True
         if held_A[arc]:

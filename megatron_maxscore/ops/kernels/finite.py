@@ -13,22 +13,22 @@ _TILE = 2048
 
 @triton.jit
 def _load(ptr, num_rows, E: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr):
-    row_R = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row_Q = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     e = tl.arange(0, BLOCK_E)[None, :]
-    inside = (row_R < num_rows)[:, None] & (e < E)
-    place = row_R[:, None] * E + e
+    inside = (row_Q < num_rows)[:, None] & (e < E)
+    place = row_Q[:, None] * E + e
     x = tl.load(ptr + place, mask=inside, other=0.0)
-    return x, tl.abs(x.to(tl.float32)) < float("inf"), place, inside, row_R
+    return x, tl.abs(x.to(tl.float32)) < float("inf"), place, inside, row_Q
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _forward(
     x_ptr, clean_ptr, bad_ptr, num_rows, E: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr
 ):
-    x, is_finite, place, inside, row_R = _load(x_ptr, num_rows, E, BLOCK_E, ROWS)
+    x, is_finite, place, inside, row_Q = _load(x_ptr, num_rows, E, BLOCK_E, ROWS)
     tl.store(clean_ptr + place, tl.where(is_finite, x, 0.0).to(x.dtype), mask=inside)
-    bad_R = tl.max((is_finite == 0).to(tl.int8), 1)
-    tl.store(bad_ptr + row_R, bad_R, mask=row_R < num_rows)
+    bad_Q = tl.max((is_finite == 0).to(tl.int8), 1)
+    tl.store(bad_ptr + row_Q, bad_Q, mask=row_Q < num_rows)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

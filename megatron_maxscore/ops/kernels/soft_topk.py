@@ -3,7 +3,7 @@
 One program reads some rows once, finds their k-th largest and tau in registers, and writes the
 result. Float64 logits stay with the reference, since kernels take the temperature as float32.
 
-Shape letters: N rows, E experts, K = k.
+Shape letters: see :mod:`megatron_maxscore`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_maxscore.ops.kernels.variants import Variant
+from megatron_maxscore.ops.kernels.compilations import Compilation
 
 # As in the reference.
 _MAX_STEPS = tl.constexpr(40)
@@ -30,28 +30,28 @@ def _select(z, inside, k, ROWS: tl.constexpr):
     # Integers in the order of the floats, found bit by bit from the sign on.
     bits = z.to(tl.int32, bitcast=True)
     key = tl.where(inside, bits ^ ((bits >> 31) & 0x7FFFFFFF), -0x80000000)
-    at_least_R = tl.sum((key >= 0).to(tl.int32), 1)
-    found_R = tl.where(at_least_R >= k, 0, -0x80000000).to(tl.int32)
+    at_least_Q = tl.sum((key >= 0).to(tl.int32), 1)
+    found_Q = tl.where(at_least_Q >= k, 0, -0x80000000).to(tl.int32)
     for place in range(31):
-        higher_R = found_R | (1 << (30 - place))
-        at_least_R = tl.sum((key >= higher_R[:, None]).to(tl.int32), 1)
-        found_R = tl.where(at_least_R >= k, higher_R, found_R)
-    kth_R = (found_R ^ ((found_R >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-    above_R = tl.sum((z > kth_R[:, None]).to(tl.int32), 1)
-    ties_R = tl.sum((inside & (z == kth_R[:, None])).to(tl.int32), 1)
-    below = tl.where(inside & (z < kth_R[:, None]), z, float("-inf"))
-    next_R = tl.where(above_R + ties_R > k, kth_R, tl.max(below, 1))
-    return kth_R, next_R, above_R, ties_R
+        higher_Q = found_Q | (1 << (30 - place))
+        at_least_Q = tl.sum((key >= higher_Q[:, None]).to(tl.int32), 1)
+        found_Q = tl.where(at_least_Q >= k, higher_Q, found_Q)
+    kth_Q = (found_Q ^ ((found_Q >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    above_Q = tl.sum((z > kth_Q[:, None]).to(tl.int32), 1)
+    ties_Q = tl.sum((inside & (z == kth_Q[:, None])).to(tl.int32), 1)
+    below = tl.where(inside & (z < kth_Q[:, None]), z, float("-inf"))
+    next_Q = tl.where(above_Q + ties_Q > k, kth_Q, tl.max(below, 1))
+    return kth_Q, next_Q, above_Q, ties_Q
 
 
 @triton.jit
-def _chosen(logits_ptr, experts_ptr, row_R, num_rows, num_experts, k, BLOCK_K: tl.constexpr):
-    """Return the (R, K) logits of the chosen experts, where they stand, and which there are."""
+def _chosen(logits_ptr, experts_ptr, row_Q, num_rows, num_experts, k, BLOCK_K: tl.constexpr):
+    """Return the (Q, K) logits of the chosen experts, where they stand, and which there are."""
     i = tl.arange(0, BLOCK_K)[None, :]
-    inside = (row_R < num_rows)[:, None] & (i < k)
-    at = row_R[:, None] * k + i
+    inside = (row_Q < num_rows)[:, None] & (i < k)
+    at = row_Q[:, None] * k + i
     expert = tl.load(experts_ptr + at, mask=inside, other=0)
-    z = tl.load(logits_ptr + row_R[:, None] * num_experts + expert, mask=inside, other=0.0)
+    z = tl.load(logits_ptr + row_Q[:, None] * num_experts + expert, mask=inside, other=0.0)
     return z.to(tl.float32), at, inside
 
 
@@ -60,59 +60,59 @@ def _forward(
     logits_ptr, experts_ptr, p_ptr, tau_ptr, num_rows, num_experts, k, temperature,
     BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    row_R = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row_Q = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK_E)[None, :]
-    inside = (row_R < num_rows)[:, None] & (col < num_experts)
-    at = row_R[:, None] * num_experts + col
+    inside = (row_Q < num_rows)[:, None] & (col < num_experts)
+    at = row_Q[:, None] * num_experts + col
     z = tl.load(logits_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
-    kth_R, next_R, above_R, ties_R = _select(z, inside, k, ROWS)
+    kth_Q, next_Q, above_Q, ties_Q = _select(z, inside, k, ROWS)
     # Only differences matter; those to the k-th are exact where they are small.
-    base_R = tl.where(tl.abs(kth_R) == float("inf"), 0.0, kth_R)
-    u = tl.maximum((z - base_R[:, None]) / temperature, _LOWEST)
-    is_above = z > kth_R[:, None]
-    is_below = inside & (z < kth_R[:, None])
+    base_Q = tl.where(tl.abs(kth_Q) == float("inf"), 0.0, kth_Q)
+    u = tl.maximum((z - base_Q[:, None]) / temperature, _LOWEST)
+    is_above = z > kth_Q[:, None]
+    is_below = inside & (z < kth_Q[:, None])
     # Of entries equal to the k-th some are among the k largest, and it does not matter which.
-    top_ties_R = (k - above_R).to(tl.float32)
-    other_ties_R = (ties_R - (k - above_R)).to(tl.float32)
-    last_R = tl.maximum((kth_R - base_R) / temperature, _LOWEST)
-    next_R = tl.maximum((next_R - base_R) / temperature, _LOWEST)
-    low_R = next_R - tl.log(k.to(tl.float32))
-    high_R = last_R + tl.log((num_experts - k).to(tl.float32))
-    tau_R = (last_R + next_R) * 0.5
+    top_ties_Q = (k - above_Q).to(tl.float32)
+    other_ties_Q = (ties_Q - (k - above_Q)).to(tl.float32)
+    last_Q = tl.maximum((kth_Q - base_Q) / temperature, _LOWEST)
+    next_Q = tl.maximum((next_Q - base_Q) / temperature, _LOWEST)
+    low_Q = next_Q - tl.log(k.to(tl.float32))
+    high_Q = last_Q + tl.log((num_experts - k).to(tl.float32))
+    tau_Q = (last_Q + next_Q) * 0.5
     steps_left = tl.full((), _MAX_STEPS, tl.int32)
     while steps_left > 0:
-        have = tl.where(is_below, tl.sigmoid(u - tau_R[:, None]), 0.0)
-        lack = tl.where(is_above, tl.sigmoid(tau_R[:, None] - u), 0.0)
-        tie_has_R, tie_lacks_R = tl.sigmoid(last_R - tau_R), tl.sigmoid(tau_R - last_R)
-        have_R = tl.sum(have, 1) + other_ties_R * tie_has_R
-        lack_R = tl.sum(lack, 1) + top_ties_R * tie_lacks_R
-        have2_R = tl.sum(have * have, 1) + other_ties_R * tie_has_R * tie_has_R
-        lack2_R = tl.sum(lack * lack, 1) + top_ties_R * tie_lacks_R * tie_lacks_R
-        slope_R = have2_R / have_R + lack2_R / lack_R - 2.0
-        value_R = tl.log(have_R) - tl.log(lack_R)
-        low_R = tl.where(value_R > 0, tau_R, low_R)
-        high_R = tl.where(value_R < 0, tau_R, high_R)
-        newton_R = tau_R - value_R / slope_R
-        is_between = (newton_R >= low_R) & (newton_R <= high_R)
-        further_R = tl.where(is_between, newton_R, (low_R + high_R) * 0.5)
+        have = tl.where(is_below, tl.sigmoid(u - tau_Q[:, None]), 0.0)
+        lack = tl.where(is_above, tl.sigmoid(tau_Q[:, None] - u), 0.0)
+        tie_has_Q, tie_lacks_Q = tl.sigmoid(last_Q - tau_Q), tl.sigmoid(tau_Q - last_Q)
+        have_Q = tl.sum(have, 1) + other_ties_Q * tie_has_Q
+        lack_Q = tl.sum(lack, 1) + top_ties_Q * tie_lacks_Q
+        have2_Q = tl.sum(have * have, 1) + other_ties_Q * tie_has_Q * tie_has_Q
+        lack2_Q = tl.sum(lack * lack, 1) + top_ties_Q * tie_lacks_Q * tie_lacks_Q
+        slope_Q = have2_Q / have_Q + lack2_Q / lack_Q - 2.0
+        value_Q = tl.log(have_Q) - tl.log(lack_Q)
+        low_Q = tl.where(value_Q > 0, tau_Q, low_Q)
+        high_Q = tl.where(value_Q < 0, tau_Q, high_Q)
+        newton_Q = tau_Q - value_Q / slope_Q
+        is_between = (newton_Q >= low_Q) & (newton_Q <= high_Q)
+        further_Q = tl.where(is_between, newton_Q, (low_Q + high_Q) * 0.5)
         # Where a side underflows, or the row has NaN, the start stands.
-        further_R = tl.where(tl.abs(value_R) < float("inf"), further_R, tau_R)
-        has_moved = tl.abs(further_R - tau_R) > (1.0 + tl.abs(tau_R)) * _TOLERANCE
+        further_Q = tl.where(tl.abs(value_Q) < float("inf"), further_Q, tau_Q)
+        has_moved = tl.abs(further_Q - tau_Q) > (1.0 + tl.abs(tau_Q)) * _TOLERANCE
         steps_left = tl.max(has_moved.to(tl.int32), 0) * (steps_left - 1)
-        tau_R = further_R
-    is_bad_R = tl.max((z != z).to(tl.int32), 1) > 0
-    tau_R = tl.where(is_bad_R, float("nan"), tau_R)
+        tau_Q = further_Q
+    is_bad_Q = tl.max((z != z).to(tl.int32), 1) > 0
+    tau_Q = tl.where(is_bad_Q, float("nan"), tau_Q)
     # The backward pass makes p of the logits again.
-    tl.store(tau_ptr + row_R, base_R, mask=row_R < num_rows)
-    tl.store(tau_ptr + num_rows + row_R, tau_R, mask=row_R < num_rows)
+    tl.store(tau_ptr + row_Q, base_Q, mask=row_Q < num_rows)
+    tl.store(tau_ptr + num_rows + row_Q, tau_Q, mask=row_Q < num_rows)
     if BLOCK_K > 0:
         z, at, inside = _chosen(
-            logits_ptr, experts_ptr, row_R, num_rows, num_experts, k, BLOCK_K
+            logits_ptr, experts_ptr, row_Q, num_rows, num_experts, k, BLOCK_K
         )  # fmt: skip
-        p = tl.sigmoid((z - base_R[:, None]) / temperature - tau_R[:, None])
+        p = tl.sigmoid((z - base_Q[:, None]) / temperature - tau_Q[:, None])
         tl.store(p_ptr + at, p.to(p_ptr.dtype.element_ty), mask=inside)
     else:
-        p = tl.sigmoid((z - base_R[:, None]) / temperature - tau_R[:, None])
+        p = tl.sigmoid((z - base_Q[:, None]) / temperature - tau_Q[:, None])
         tl.store(p_ptr + at, p.to(p_ptr.dtype.element_ty), mask=inside)
 
 
@@ -121,28 +121,28 @@ def _backward(
     logits_ptr, experts_ptr, tau_ptr, grad_ptr, result_ptr, num_rows, num_experts, temperature,
     K: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    row_R = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row_Q = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK_E)[None, :]
-    inside_R = row_R < num_rows
-    inside = inside_R[:, None] & (col < num_experts)
-    at = row_R[:, None] * num_experts + col
+    inside_Q = row_Q < num_rows
+    inside = inside_Q[:, None] & (col < num_experts)
+    at = row_Q[:, None] * num_experts + col
     z = tl.load(logits_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
-    base_R = tl.load(tau_ptr + row_R, mask=inside_R, other=0.0)
-    tau_R = tl.load(tau_ptr + num_rows + row_R, mask=inside_R, other=0.0)
-    x = (z - base_R[:, None]) / temperature - tau_R[:, None]
+    base_Q = tl.load(tau_ptr + row_Q, mask=inside_Q, other=0.0)
+    tau_Q = tl.load(tau_ptr + num_rows + row_Q, mask=inside_Q, other=0.0)
+    x = (z - base_Q[:, None]) / temperature - tau_Q[:, None]
     # p (1 - p) without the cancellation in 1 - p.
     v = tl.where(inside, tl.sigmoid(-x) * tl.sigmoid(x), 0.0)
     if K > 0:
         g = tl.zeros([ROWS, BLOCK_E], tl.float32)
         for i in tl.static_range(K):
-            expert_R = tl.load(experts_ptr + row_R * K + i, mask=inside_R, other=0)
-            g_R = tl.load(grad_ptr + row_R * K + i, mask=inside_R, other=0.0).to(tl.float32)
-            g += tl.where(col == expert_R[:, None], g_R[:, None], 0.0)
+            expert_Q = tl.load(experts_ptr + row_Q * K + i, mask=inside_Q, other=0)
+            g_Q = tl.load(grad_ptr + row_Q * K + i, mask=inside_Q, other=0.0).to(tl.float32)
+            g += tl.where(col == expert_Q[:, None], g_Q[:, None], 0.0)
     else:
         g = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    total_R = tl.sum(v, 1)
-    mean_R = tl.sum(v * g, 1) / tl.where(total_R > 0, total_R, 1.0)
-    result = (g - mean_R[:, None]) * v / temperature
+    total_Q = tl.sum(v, 1)
+    mean_Q = tl.sum(v * g, 1) / tl.where(total_Q > 0, total_Q, 1.0)
+    result = (g - mean_Q[:, None]) * v / temperature
     tl.store(result_ptr + at, result.to(result_ptr.dtype.element_ty), mask=inside)
 
 
@@ -211,7 +211,7 @@ def _tile(num_experts: int) -> dict[str, int]:
     return {"BLOCK_E": block, "ROWS": max(1, _TILE // block)}
 
 
-def variants() -> list[Variant]:
+def compilations() -> list[Compilation]:
     """Return what to compile ahead of time."""
     found = []
     for dtype in ("fp32", "bf16"):
@@ -230,5 +230,5 @@ def variants() -> list[Variant]:
                     if argument not in constants
                 }
                 which = f"soft_topk {kernel.__name__.strip('_')}, {name}"
-                found.append(Variant(which, kernel, signature, constants, _WARPS))
+                found.append(Compilation(which, kernel, signature, constants, _WARPS))
     return found

@@ -21,7 +21,7 @@ def path_of(owner: Any, attribute: str) -> str:
     return f"{module}.{name}.{attribute}" if module else f"{name}.{attribute}"
 
 
-class PatchSet:
+class Replacements:
     """An ordered set of attribute replacements, applied one by one and undone all together."""
 
     def __init__(self, name: str) -> None:
@@ -42,7 +42,7 @@ class PatchSet:
         """Replace a callable by ``make(original)``.
 
         Raises:
-            ImportError: the owner has no such attribute; names its path and the patch set.
+            ImportError: the owner has no such attribute; names its path and these replacements.
         """
         original: Any = getattr(owner, attribute, _MISSING)
         if original is _MISSING:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_maxscore._patches import PatchSet
+from megatron_maxscore._replacements import Replacements
 
 
 def test_undo_restores_own_and_inherited_attributes():
@@ -20,22 +20,22 @@ def test_undo_restores_own_and_inherited_attributes():
         pass
 
     owner = SimpleNamespace(value=1)
-    patches = PatchSet("test")
-    patches.set(owner, "value", 2)
-    patches.set(owner, "value", 3)
-    patches.wrap(Child, "method", lambda original: lambda self: original(self) + "+")
+    replacements = Replacements("test")
+    replacements.set(owner, "value", 2)
+    replacements.set(owner, "value", 3)
+    replacements.wrap(Child, "method", lambda original: lambda self: original(self) + "+")
     assert owner.value == 3 and Child().method() == "base+" and Base().method() == "base"
     assert Child.method.__wrapped__ is Base.method
-    assert patches
-    patches.undo()
-    assert owner.value == 1 and "method" not in vars(Child) and not patches
+    assert replacements
+    replacements.undo()
+    assert owner.value == 1 and "method" not in vars(Child) and not replacements
 
 
 def test_missing_symbol_is_named():
     with pytest.raises(ImportError, match=r"test: json\.no_such does not exist.*0\.17 to 0\.19"):
         import json
 
-        PatchSet("test").wrap(json, "no_such", lambda original: original)
+        Replacements("test").wrap(json, "no_such", lambda original: original)
 
 
 CPU_MODE = """

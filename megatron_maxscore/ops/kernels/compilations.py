@@ -7,7 +7,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Variant:
+class Compilation:
     """A kernel with the types of its arguments.
 
     Attributes:
