@@ -18,8 +18,8 @@ import triton
 from torch import Tensor
 
 from megatron_maxscore.flow.device import layout
-from megatron_maxscore.flow.device.decisions import END, GO_ON, HOLD
 from megatron_maxscore.flow.device.kernel import solve_kernel
+from megatron_maxscore.flow.device.sweeps import END, GO_ON, HOLD
 
 __all__ = ["END", "GO_ON", "HOLD", "REGISTERS", "WARPS", "Shape", "Solve", "is_cooperative"]
 # Entries of a tile; its rows are fewer than 64, which is what counts of a tile have bits for.

@@ -105,7 +105,7 @@ class _Finish:
 
     Attributes:
         prices_BE: (B, E) int64.
-        excess_BJ: (B, J + 1) int64 units above capacity, the sink last.
+        excess_BJ: (B, J) int64 units above capacity, the sink last.
         slack_BE: (B, E) int64 unused units that the sink has placed.
         left_B: (B,) int64 units that are left to be moved.
         reach_B: (B,) int64 the limit of all swaps, or the least of those that differ.
@@ -213,7 +213,7 @@ class _Finish:
     ) -> tuple[BoolArray, IntArray, IntArray, IntArray, BoolArray]:
         """Move units among contested rows; return what they have now, and what changes.
 
-        That is excess, slack, (B, E + 1) potentials, and which pairs of experts had too few swaps.
+        That is excess, slack, (B, J) potentials, and which pairs of experts had too few swaps.
         """
         excess_BJ, slack_BE = self.excess_BJ.copy(), self.slack_BE.copy()
         potential_BJ, lacks_FEE = passes.augment(
@@ -223,14 +223,14 @@ class _Finish:
         return found.held_A, excess_BJ, slack_BE, potential_BJ, lacks_FEE
 
     def _even_limits(self, reach_F: IntArray) -> IntArray:
-        """Return (L, E, P) int64 limits that are the same for all pairs of experts."""
+        """Return (F, E, P) int64 limits that are the same for all pairs of experts."""
         num_experts = self.problem.num_experts
         limit_FEP = np.empty((reach_F.size, num_experts, padded(num_experts)), np.int64)
         limit_FEP[:] = reach_F[:, None, None]
         return limit_FEP
 
     def _limits(self) -> IntArray:
-        """Return (L, E, E) int64 limits of problems whose limits differ.
+        """Return (F, E, E) int64 limits of problems whose limits differ.
 
         One round.
 

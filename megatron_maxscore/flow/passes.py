@@ -161,7 +161,7 @@ def nearest(
     Args:
         least_FEE: (F, E, E) int64 cost of the cheapest swap of each pair.
         prices_BE: (B, E) int64.
-        excess_BJ: (B, J + 1) int64 units above capacity, the sink last.
+        excess_BJ: (B, J) int64 units above capacity, the sink last.
         slack_BE: (B, E) int64 unused units that the sink has placed.
         has_sink_B: (B,) bool, whether capacities leave slack.
         slot_B: (B,) int64 place of each problem in ``least``, -1 for those to leave out.
@@ -256,7 +256,7 @@ def level_out(found: Contested, excess_BJ: IntArray) -> None:
 
     Args:
         found: contested rows; ``held_A`` is changed in place.
-        excess_BJ: (B, J + 1) int64 units above capacity; changed in place.
+        excess_BJ: (B, J) int64 units above capacity; changed in place.
     """
     augmenting.level_out_problems(
         0, excess_BJ.shape[0], found.first_B, found.first_C, found.expert_A, found.value_A,
@@ -283,12 +283,12 @@ def augment(
         limit_FEP: (F, E, P) int64 with which rows were collected.
         wanted_FEE: (F, E, E) int32, about how many of the cheapest swaps within the limits take
             part.
-        excess_BJ: (B, J + 1) int64 units above capacity, the sink last; changed in place.
+        excess_BJ: (B, J) int64 units above capacity, the sink last; changed in place.
         slack_BE: (B, E) int64 unused units that the sink has placed; changed in place.
         has_sink_B: (B,) bool, whether capacities leave slack.
 
     Returns:
-        (B, E + 1) int64 by how much prices rise, and (F, E, E) bool, which pairs of experts had
+        (B, J) int64 by how much prices rise, and (F, E, E) bool, which pairs of experts had
         too few swaps to go on.
     """
     potential_BJ = np.zeros_like(excess_BJ)

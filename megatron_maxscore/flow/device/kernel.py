@@ -8,8 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megatron_maxscore.flow.device import decisions, rows
 from megatron_maxscore.flow.device import layout as at
+from megatron_maxscore.flow.device import rounds, rows, sweeps
 from megatron_maxscore.flow.device.rows import get, vec
 
 
@@ -67,7 +67,7 @@ def solve_kernel(
         first: number of the first phase, 0 for the scan.
         last: number of the one after the last; a solve ends of itself.
         members: programs of a problem.
-        end: GO_ON, HOLD or END of :mod:`decisions`: what follows a sweep.
+        end: GO_ON, HOLD or END of :mod:`sweeps`: what follows a sweep.
         mark: an integer that is written into the header, for ranks to compare.
         warm_stride: between the problems' prices, 0 where they share them.
         capacity_stride: the same of capacities and quotas.
@@ -114,14 +114,14 @@ def solve_kernel(
             if n > 0:
                 kind = get(state + at.KIND)
                 if kind == at.SCAN:
-                    decisions.after_scan(header, state, warm, E, BLOCK_E)
+                    sweeps.after_scan(header, state, warm, E, BLOCK_E)
                     kind = tl.full((), at.SWEEP, tl.int32)
                 elif kind == at.SWEEP:
-                    kind = decisions.after_sweep(
+                    kind = sweeps.after_sweep(
                         header, state, before, capacities, quotas, T, end, E, K, BLOCK_E
                     )
                 elif kind == at.ROUND:
-                    decisions.after_round(
+                    rounds.after_round(
                         state, before, keys_before, bits, T, member, members, per * ROWS, K,
                         BLOCK_E, S,
                     )  # fmt: skip
@@ -129,10 +129,10 @@ def solve_kernel(
                     kind = kind + 1
                 tl.debug_barrier()
                 if kind == at.ROUND:
-                    kind = decisions.plan(state, quotas, T, E, K, BLOCK_E, S)
+                    kind = rounds.plan(state, quotas, T, E, K, BLOCK_E, S)
                     tl.debug_barrier()
                 if kind == at.CONCLUDE:
-                    decisions.final_prices(header, state, capacities, E, K, BLOCK_E)
+                    rounds.final_prices(header, state, capacities, E, K, BLOCK_E)
             tl.store(state + at.KIND, kind)
             # What the next phase fills.
             clear, clear_keys = counters + ((n + 1) % 3) * COUNTS, keys_3 + ((n + 1) % 3) * KEYS
@@ -169,7 +169,7 @@ def solve_kernel(
                     BLOCK_E, ROWS,
                 )  # fmt: skip
                 if member == 0:
-                    decisions.sum_up(
+                    rounds.sum_up(
                         header, state, quotas, partial, results, FINE * tiles, T, E,
                         BLOCK_E,
                     )  # fmt: skip
