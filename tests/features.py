@@ -134,6 +134,11 @@ FEATURES = (
         "MTP layers", f"{EP2} --mtp-num-layers 1", moe_layers=(0, 1, 2), scopes=("local", "group")
     ),
     Item("router replay", f"{EP2} --moe-enable-routing-replay"),
+    Item(
+        "allgather dispatcher", f"{EP2} --moe-token-dispatcher-type allgather",
+        scopes=("local", "group"),
+    ),
+    Item("router fusion (our kernels in its place)", f"{EP2} --moe-router-fusion"),
     Item("forced load balancing", f"{EP2} --moe-router-force-load-balancing"),
     Item("per-layer logging", f"{EP2} --moe-per-layer-logging"),
     Item(
@@ -160,10 +165,6 @@ REFUSALS = (
     Refusal(
         "expert bias", "--moe-router-enable-expert-bias --moe-router-score-function sigmoid",
         ("--moe-router-enable-expert-bias", "prices do its work"),
-    ),
-    Refusal(
-        "allgather dispatcher", "--moe-token-dispatcher-type allgather",
-        ("--moe-token-dispatcher-type allgather", "use alltoall"),
     ),
     Refusal(
         "flex dispatcher", "--moe-token-dispatcher-type flex",
@@ -206,9 +207,6 @@ REFUSALS = (
     Refusal(
         "capacity factor that drops", "--moe-expert-capacity-factor 1.0",
         ("--moe-expert-capacity-factor", "--maxscore-capacity-factor"),
-    ),
-    Refusal(
-        "router fusion", "--moe-router-fusion", ("--moe-router-fusion", "leave it out"),
     ),
     Refusal(
         "CUDA graph of the router",

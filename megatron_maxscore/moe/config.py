@@ -260,7 +260,6 @@ def check_transformer_config(config: Any, options: MaxScoreConfig) -> None:
         ("moe_router_enable_expert_bias", "prices do its work, leave it out"),
         ("moe_router_num_groups", "leave group-limited routing out"),
         ("moe_router_group_topk", "leave group-limited routing out"),
-        ("moe_router_fusion", "leave it out"),
         ("batch_invariant_mode", "leave it out"),
         ("use_megatron_fsdp", "use --use-distributed-optimizer"),
         ("use_torch_fsdp2", "use --use-distributed-optimizer"),
@@ -285,9 +284,10 @@ def check_transformer_config(config: Any, options: MaxScoreConfig) -> None:
                 "use --maxscore-scope group or local"
             )
     dispatcher = get("moe_token_dispatcher_type")
-    if dispatcher not in (None, "alltoall"):
+    if dispatcher not in (None, "alltoall", "allgather"):
         raise ValueError(
-            f"{who} cannot be combined with --moe-token-dispatcher-type {dispatcher}; use alltoall"
+            f"{who} cannot be combined with --moe-token-dispatcher-type {dispatcher}; use alltoall "
+            "or allgather"
         )
     score_function = get("moe_router_score_function")
     if options.gate == "soft_topk" and score_function not in (None, "softmax"):

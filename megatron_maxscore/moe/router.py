@@ -30,7 +30,7 @@ from megatron_maxscore.moe.evaluation import check_no_cache, uses_flow
 from megatron_maxscore.moe.plan import RoutingPlan
 from megatron_maxscore.moe.recording import ScoreRecorder
 from megatron_maxscore.moe.scopes import Scope
-from megatron_maxscore.moe.seam import Selector, with_pre_softmax, without_bad_scores
+from megatron_maxscore.moe.seam import Selector, seen_with, without_bad_scores
 from megatron_maxscore.ops import soft_topk, soft_topk_at
 
 # Name of the buffer of running average prices, also in checkpoints.
@@ -138,10 +138,13 @@ class MaxScoreRouter(TopKRouter):
     ) -> None:
         options = maxscore or MaxScoreConfig.from_transformer_config(config)
         check_transformer_config(config, options)
+        # Transformer Engine's fused routing asks nobody for the experts.
+        values = {"moe_router_fusion": False}
         if options.gate == "soft_topk":
             # With softmax before the selection Megatron passes gates on as they are; otherwise it
             # renormalises them over the chosen experts.
-            config = with_pre_softmax(config)
+            values["moe_router_pre_softmax"] = True
+        config = seen_with(config, values)
         super().__init__(config, pg_collection, is_mtp_layer, **kwargs)
         self.options = options
         self.temperature = options.temperature_for(config)

@@ -15,18 +15,23 @@ from megatron_maxscore.flow.places import is_device
 from megatron_maxscore.ops import finite
 
 
-def with_pre_softmax(config: Any) -> Any:
-    """Return the same config seen with ``moe_router_pre_softmax``.
+def seen_with(config: Any, values: dict[str, Any]) -> Any:
+    """Return the same config, seen with other values of some attributes.
 
     The config is shared by all layers and by whoever changes it later (an annealed loss
     coefficient, padding in decoding): so not a copy, but an object with the same attributes.
     """
-    name = "moe_router_pre_softmax"
-    # A property comes before the attribute of the same name.
-    seen = property(lambda self: True, lambda self, value: self.__dict__.update({name: value}))
+
+    def seen(name: str) -> property:
+        # A property comes before the attribute of the same name.
+        return property(
+            lambda self: values[name], lambda self, value: self.__dict__.update({name: value})
+        )
+
     # Copies and pickles are views again, of the copied config.
-    again = lambda self: (with_pre_softmax, (config,))  # noqa: E731
-    members = {name: seen, "__reduce__": again, "__reduce_ex__": lambda self, _: again(self)}
+    again = lambda self: (seen_with, (config, values))  # noqa: E731
+    members: dict[str, Any] = {name: seen(name) for name in values}
+    members |= {"__reduce__": again, "__reduce_ex__": lambda self, _: again(self)}
     view_class = type(type(config).__name__, (type(config),), members)
     view: Any = object.__new__(view_class)
     view.__dict__ = config.__dict__

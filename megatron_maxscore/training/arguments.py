@@ -93,6 +93,13 @@ def say_once(args: Any) -> None:
     _say(
         f"MaxScore routing, scope {args.maxscore_scope}, mode {args.maxscore_mode}, solved {where}"
     )
+    if getattr(args, "moe_router_fusion", False):
+        _say("--moe-router-fusion: MaxScore's own kernels take the place of the fused router")
+    if getattr(args, "moe_router_force_load_balancing", False):
+        _say(
+            "warning: --moe-router-force-load-balancing replaces the router's logits by random "
+            "ones, so the router learns nothing; it is for benchmarks, leave it out to train"
+        )
 
 
 def check_arguments(args: Any) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -217,7 +218,9 @@ def _assignments(dispatcher: Any) -> int:
 
     if isinstance(dispatcher, MaxScoreTokenDispatcher) and dispatcher.is_filled:
         return int(dispatcher.num_out_tokens)
-    return int(dispatcher.hidden_shape_before_permute[0] * dispatcher.config.moe_router_topk)
+    # The one attribute that all of Megatron's dispatchers have; (S, B, H) of this rank.
+    tokens = math.prod(dispatcher.hidden_shape[:-1])
+    return int(tokens * dispatcher.config.moe_router_topk)
 
 
 def _most_experts(layers: list[Any]) -> int:

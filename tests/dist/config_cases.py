@@ -133,14 +133,12 @@ REFUSED = {
         "--moe-expert-capacity-factor",
         "--maxscore-capacity-factor",
     ],
-    "--moe-token-dispatcher-type allgather": ["allgather", "alltoall"],
     "--moe-token-dispatcher-type flex": ["flex", "alltoall"],
     "--moe-router-score-function sigmoid": ["sigmoid", "--maxscore-gate score"],
     "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --maxscore-gate score": [
         "--moe-router-enable-expert-bias"
     ],
     "--moe-router-num-groups 2 --moe-router-group-topk 1": ["--moe-router-num-groups"],
-    "--moe-router-fusion": ["--moe-router-fusion"],
     "--num-experts 7 --expert-model-parallel-size 2": ["--num-experts 7", "divisible"],
     "--bogus-flag 3": ["--bogus-flag"],
     "--moe-router-type best": ["--moe-router-type", "best"],

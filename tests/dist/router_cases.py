@@ -166,6 +166,17 @@ def losses_like_stock(rank, size, balancing, z_loss=None, per_token=False):
     return sorted(stock)
 
 
+def routed_with(rank, size, **settings):
+    """Return probs and map of a layer, and the gradient of its router's weight with a loss."""
+    layer = make_layer(
+        ep=size, moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.3, **settings
+    )
+    layer.train()
+    probs, routing_map = layer.router(own_input(rank, 20))
+    probs.square().sum().backward()
+    return probs.detach(), routing_map, layer.router.weight.grad
+
+
 def padding(rank, size):
     """Valid tokens get the best assignment that leaves padding its room."""
     from tests.oracles import check_assignment

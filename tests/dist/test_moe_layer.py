@@ -20,6 +20,10 @@ LAYOUTS = [
 ]
 
 
+# Megatron's own, behind our router.
+ALLGATHER = dict(moe_token_dispatcher_type="allgather")
+
+
 def total_loads(results, experts=cases.EXPERTS):
     loads = [0] * experts
     for result in results:
@@ -67,6 +71,8 @@ def test_round_trip_where_loads_are_not_static(ranks, size, layout, kind):
         (4, dict(tp=2, ep=2, etp=2, num_tokens=21)),
         (4, dict(ep=4, options=MaxScoreConfig(gate="score"))),
         (4, dict(ep=4, moe_router_dtype="fp64")),
+        (4, dict(tp=2, ep=2, etp=2, **ALLGATHER)),
+        (4, dict(ep=4, options=MaxScoreConfig(scope="group"), **ALLGATHER)),
     ],
 )
 def test_layer_equals_a_loop_over_tokens(ranks, size, settings):

@@ -73,6 +73,15 @@ def test_auxiliary_losses_are_stocks(ranks, balancing, per_token):
     assert names[0] == names[1] and len(names[0]) == 1
 
 
+def test_router_fusion_changes_nothing(ranks):
+    """Transformer Engine's fused routing, which is not even installed here, is not used."""
+    plain = ranks(2, cases.routed_with)
+    for found, expected in zip(
+        ranks(2, cases.routed_with, moe_router_fusion=True), plain, strict=True
+    ):
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
 def test_z_loss_is_stocks(ranks):
     names = ranks(2, cases.losses_like_stock, balancing="none", z_loss=0.1)
     assert names == [["z_loss"]] * 2
