@@ -341,8 +341,8 @@ def bars(rows: list[Row], demo: Path) -> list[tuple[str, str, bool | None]]:
         add(f"cold, {BAR_SIZE}: repeated tokens and plateaus / generic <= 4", plateau, 4.0)
     iid = at(BAR_SIZE, "iid", "cold")
     for solver, unit in (("cold", iid), ("warm", at(BAR_SIZE, "iid", "warm"))):
-        share = {f: t / unit for f in PROBABILITIES if unit and (t := at(BAR_SIZE, f, solver))}
-        add(f"{solver}, {BAR_SIZE}: probabilities / iid <= 4 (aim)", share, 4.0)
+        times = {f: t / unit for f in PROBABILITIES if unit and (t := at(BAR_SIZE, f, solver))}
+        add(f"{solver}, {BAR_SIZE}: probabilities / iid <= 4 (aim)", times, 4.0)
     warm = {
         row.family: row.median / topk
         for row in rows

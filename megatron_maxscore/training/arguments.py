@@ -86,7 +86,7 @@ def _say(text: str) -> None:
 
 
 def say_once(args: Any) -> None:
-    """Say on rank 0 what routes and which solver runs."""
+    """Say on rank 0 what routes, which solver runs, and which flags do less than they say."""
     where = "on the CPU"
     if args.maxscore_mode != "exact" and not cpu.is_enabled():
         where = "on the GPU"
