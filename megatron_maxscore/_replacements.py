@@ -26,7 +26,7 @@ class Replacements:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._undo: list[tuple[Any, str, Any]] = []
+        self._undo: list[Callable[[], None]] = []
 
     def __bool__(self) -> bool:
         return bool(self._undo)
@@ -35,8 +35,16 @@ class Replacements:
         """Set ``owner.attribute = value``, remembering what the owner itself held before."""
         # An attribute found on a base class is not in vars(owner): undoing then deletes ours.
         before = vars(owner).get(attribute, _MISSING)
-        self._undo.append((owner, attribute, before))
+        if before is _MISSING:
+            self._undo.append(lambda: delattr(owner, attribute))
+        else:
+            self._undo.append(lambda: setattr(owner, attribute, before))
         setattr(owner, attribute, value)
+
+    def set_item(self, items: dict, key: Any, value: Any) -> None:
+        """Set ``items[key] = value``, a key that is not there yet."""
+        self._undo.append(lambda: items.pop(key))
+        items[key] = value
 
     def wrap(self, owner: Any, attribute: str, make: Callable[[Any], Callable]) -> None:
         """Replace a callable by ``make(original)``.
@@ -57,8 +65,4 @@ class Replacements:
     def undo(self) -> None:
         """Put everything back, newest first."""
         while self._undo:
-            owner, attribute, before = self._undo.pop()
-            if before is _MISSING:
-                delattr(owner, attribute)
-            else:
-                setattr(owner, attribute, before)
+            self._undo.pop()()

@@ -13,6 +13,7 @@ TP2_EP2 = (
     "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2 "
     "--expert-tensor-parallel-size"
 )
+FLEX = "--moe-router-dtype fp32 --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend"
 VPP = f"{PIPELINE} --num-layers 4 --num-layers-per-virtual-pipeline-stage 1"
 
 
@@ -138,6 +139,8 @@ FEATURES = (
         "allgather dispatcher", f"{EP2} --moe-token-dispatcher-type allgather",
         scopes=("local", "group"),
     ),
+    Item("flex dispatcher, DeepEP (stand-in)", f"{EP2} {FLEX} deepep", scopes=("local", "group")),
+    Item("flex dispatcher, HybridEP (stand-in)", f"{EP2} {FLEX} hybridep", scopes=("local",)),
     Item("router fusion (our kernels in its place)", f"{EP2} --moe-router-fusion"),
     Item("forced load balancing", f"{EP2} --moe-router-force-load-balancing"),
     Item("per-layer logging", f"{EP2} --moe-per-layer-logging"),
@@ -167,8 +170,15 @@ REFUSALS = (
         ("--moe-router-enable-expert-bias", "prices do its work"),
     ),
     Refusal(
-        "flex dispatcher", "--moe-token-dispatcher-type flex",
-        ("--moe-token-dispatcher-type flex", "use alltoall"),
+        "NCCL EP in CPU mode",
+        "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend ncclep",
+        ("--moe-flex-dispatcher-backend ncclep", "use hybridep"), since="0.19",
+    ),
+    Refusal(
+        "a budget of rows that is too small",
+        f"{FLEX} hybridep --use-transformer-engine-op-fuser "
+        "--moe-expert-rank-capacity-factor 0.9",
+        ("--moe-expert-rank-capacity-factor 0.9", "at least 1"), since="0.18",
     ),
     Refusal(
         "Megatron-FSDP", "--use-megatron-fsdp",

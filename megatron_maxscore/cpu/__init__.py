@@ -9,6 +9,7 @@ them, and both may be called twice. What is answered is listed by module:
 * :mod:`~megatron_maxscore.cpu.streams` -- streams, events, synchronisation
 * :mod:`~megatron_maxscore.cpu.rng` -- the CUDA generator and Megatron's RNG tracker
 * :mod:`~megatron_maxscore.cpu.collectives` -- the backend name and gloo's gaps
+* :mod:`~megatron_maxscore.cpu.deep_ep` -- DeepEP and HybridEP, where they are missing
 * :mod:`~megatron_maxscore.cpu.processes` -- spawned processes and data loaders
 * :mod:`~megatron_maxscore.cpu.megatron_fixes` -- symbols of Megatron that assume a GPU build
 * :mod:`~megatron_maxscore.cpu.arguments` -- Megatron's arguments without Transformer Engine
@@ -29,6 +30,7 @@ from megatron_maxscore._replacements import Replacements
 from megatron_maxscore.cpu import (
     arguments,
     collectives,
+    deep_ep,
     devices,
     megatron_fixes,
     processes,
@@ -57,7 +59,7 @@ def enable() -> None:
         return
     # torch.compile on these wrappers gains nothing on CPU and costs seconds of start-up.
     _compile(False)
-    for part in (devices, streams, rng, collectives, processes, megatron_fixes):
+    for part in (deep_ep, devices, streams, rng, collectives, processes, megatron_fixes):
         for answer in part.ANSWERS:
             answer(_replacements)
 

@@ -283,12 +283,6 @@ def check_transformer_config(config: Any, options: MaxScoreConfig) -> None:
                 f"--maxscore-scope sequence cannot be combined with {flag}, which packs sequences; "
                 "use --maxscore-scope group or local"
             )
-    dispatcher = get("moe_token_dispatcher_type")
-    if dispatcher not in (None, "alltoall", "allgather"):
-        raise ValueError(
-            f"{who} cannot be combined with --moe-token-dispatcher-type {dispatcher}; use alltoall "
-            "or allgather"
-        )
     score_function = get("moe_router_score_function")
     if options.gate == "soft_topk" and score_function not in (None, "softmax"):
         raise ValueError(

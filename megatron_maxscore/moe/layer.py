@@ -18,9 +18,13 @@ from typing import Any
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.moe.token_dispatcher import (
+    MoEAlltoAllTokenDispatcher,
+    MoEFlexTokenDispatcher,
+)
 
 from megatron_maxscore._replacements import Replacements
+from megatron_maxscore.moe.budgets import BudgetedFlexTokenDispatcher
 from megatron_maxscore.moe.config import MaxScoreConfig
 from megatron_maxscore.moe.dispatcher import MaxScoreTokenDispatcher
 from megatron_maxscore.moe.router import MaxScoreRouter
@@ -124,15 +128,25 @@ def choose_router(config: Any, submodules: MoESubmodules) -> MoESubmodules:
 def choose_dispatcher(layer: Any, pg_collection: Any) -> None:
     """Give a layer with our router our dispatcher, in place of Megatron's all-to-all one.
 
+    Megatron's flex dispatcher with HybridEP and a budget of rows gets one without in evaluation.
+
     Args:
         layer: a MoELayer whose dispatcher is built.
         pg_collection: the process groups that it was built with, None for Megatron's default ones.
     """
     stock = layer.token_dispatcher
-    is_ours = isinstance(layer.router, MaxScoreRouter)
-    if not is_ours or type(stock) is not MoEAlltoAllTokenDispatcher:
+    if not isinstance(layer.router, MaxScoreRouter):
         return
-    layer.token_dispatcher = MaxScoreTokenDispatcher(
+    build: Any
+    if type(stock) is MoEAlltoAllTokenDispatcher:
+        build = MaxScoreTokenDispatcher
+    elif type(stock) is MoEFlexTokenDispatcher and _has_budget(layer.config):
+        build = functools.partial(
+            BudgetedFlexTokenDispatcher, is_training=lambda: bool(layer.training)
+        )
+    else:
+        return
+    layer.token_dispatcher = build(
         layer.num_local_experts,
         layer.local_expert_indices,
         config=layer.config,
@@ -140,6 +154,12 @@ def choose_dispatcher(layer: Any, pg_collection: Any) -> None:
     )
     if stock.shared_experts is not None:
         layer.token_dispatcher.set_shared_experts(stock.shared_experts)
+
+
+def _has_budget(config: Any) -> bool:
+    # From megatron-core 0.18.
+    factor = getattr(config, "moe_expert_rank_capacity_factor", None)
+    return factor is not None and config.moe_flex_dispatcher_backend == "hybridep"
 
 
 def _choosing_router(original: Any) -> Any:

@@ -148,7 +148,17 @@ class MaxScoreRouter(TopKRouter):
         super().__init__(config, pg_collection, is_mtp_layer, **kwargs)
         self.options = options
         self.temperature = options.temperature_for(config)
-        self.scope = Scope(options, pg_collection, config.sequence_parallel)
+        self.scope = Scope(
+            options,
+            pg_collection,
+            config.sequence_parallel,
+            knows_splits=config.moe_token_dispatcher_type == "alltoall",
+        )
+        # Those other backends of the flex dispatcher find the experts by a top-k over the gates.
+        self._is_chosen_by_gates = (
+            config.moe_token_dispatcher_type == "flex"
+            and config.moe_flex_dispatcher_backend != "hybridep"
+        )
         # Of the attempt at a global batch that is under way, and of the last one that has ended.
         self.statistics = SolveStatistics()
         self.last_statistics = SolveStatistics()
@@ -181,6 +191,7 @@ class MaxScoreRouter(TopKRouter):
         1. Note what is known of the call, and replace logits that are not finite.
         2. Let Megatron route: it applies jitter and losses, and asks :meth:`select` for the experts
            and their gates, which asks :meth:`assign` for the experts. It makes probs and map.
+           Where the dispatcher finds the experts by their gates, none of these may be 0.
         3. Attach the plan to the map, for the dispatcher.
         4. Count the call towards prices and statistics when its backward pass runs.
 
@@ -206,6 +217,9 @@ class MaxScoreRouter(TopKRouter):
             decision = _local.under_way.decision
         finally:
             _local.under_way = before
+        if self._is_chosen_by_gates:
+            tiny = torch.finfo(probs.dtype).tiny
+            probs = probs.masked_fill(routing_map & (probs == 0), tiny)
         if decision is None:
             return probs, routing_map
         # 3. Megatron's dropping, which inference may switch on, changes the map.

@@ -36,6 +36,8 @@ class Scope:
         options: MaxScore's options; scope, mode and capacity factor count.
         pg_collection: Megatron's process groups ``tp``, ``tp_cp`` and ``tp_ep``.
         sequence_parallel: whether tensor-parallel ranks hold different tokens.
+        knows_splits: whether the dispatcher is ours, which expects of every rank what the
+            configuration says.
 
     Raises:
         ValueError: the collection lacks the group of the scope.
@@ -46,8 +48,10 @@ class Scope:
         options: MaxScoreConfig,
         pg_collection: Any,
         sequence_parallel: bool,
+        knows_splits: bool,
     ) -> None:
         self.options = options
+        self._knows_splits = knows_splits
         self._tp_ep = getattr(pg_collection, "tp_ep", None)
         self.rank = self._tp_ep.rank() if self._tp_ep is not None else 0
         self.ranks = self._tp_ep.size() if self._tp_ep is not None else 1
@@ -126,14 +130,16 @@ class Scope:
         order = None if self._has_copies else solution.order
         return self._plan(experts_TK, static, self._loads(solution), fits, order), solution
 
-    @staticmethod
     def _plan(
+        self,
         experts_TK: Tensor,
         static: StaticLoads | None,
         loads_RE: Tensor | None,
         fits: bool,
         order: Tensor | None,
     ) -> RoutingPlan:
+        if not self._knows_splits:
+            return RoutingPlan(experts_TK)
         num_tokens = None if static is None else static.num_tokens
         return RoutingPlan(experts_TK, order, static, loads_RE, num_tokens, fits)
 

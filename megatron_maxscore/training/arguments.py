@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
+import math
 import os
 import sys
 from typing import Any
@@ -13,6 +14,7 @@ from megatron_maxscore import cpu
 from megatron_maxscore._replacements import Replacements
 from megatron_maxscore._run import is_rank_zero
 from megatron_maxscore.flow.places import is_interpreted
+from megatron_maxscore.moe.budgets import least_rank_factor, most_rows_of_an_expert
 from megatron_maxscore.moe.config import (
     VARIABLE_LENGTHS,
     MaxScoreConfig,
@@ -25,6 +27,12 @@ from megatron_maxscore.releases import names_bound_early
 OF_THIS_RUN = (
     "maxscore_stats_", "maxscore_record_", "maxscore_export_", "maxscore_eval_", "maxscore_fixed_",
 )  # fmt: skip
+# What Megatron says of the packages of its flex dispatcher, and their names.
+_BACKENDS = {
+    "deepep": ("HAVE_DEEP_EP", "DeepEP (the package deep_ep)"),
+    "hybridep": ("HAVE_HYBRIDEP", "HybridEP (the package deep_ep of DeepEP's branch hybrid-ep)"),
+    "ncclep": ("HAVE_TE_EP", "Transformer Engine built with NVTE_BUILD_WITH_NCCL_EP=1"),
+}
 # Options with which the number of tokens of a microbatch is not known in advance.
 _VARYING = (*VARIABLE_LENGTHS, "sft", "perform_rl_step", "rl_use_sequence_packing")
 
@@ -131,12 +139,14 @@ def check_arguments(args: Any) -> None:
                 f"--moe-router-topk {args.moe_router_topk} is more than --num-experts "
                 f"{args.num_experts}; lower --moe-router-topk"
             )
+    _check_dispatcher(args)
     _check_data_paths(args)
     _check_written_paths(options)
     _check_asynchronous_saving(args)
     if args.moe_router_type == "maxscore":
         if args.maxscore_fixed_shape is None:
             args.maxscore_fixed_shape = _fixed_shape(args)
+        _check_rank_capacity(args, options)
         if options.gate == "soft_topk" and args.moe_router_topk == 1:
             # Megatron asks for it with a softmax over one expert, which SoftTopk is not.
             args.moe_router_pre_softmax = True
@@ -182,6 +192,84 @@ def _fixed_shape(args: Any) -> list[int]:
     if args.sequence_parallel:
         split *= args.tensor_model_parallel_size
     return [args.seq_length // split, args.micro_batch_size]
+
+
+def _check_dispatcher(args: Any) -> None:
+    """Refuse a flex dispatcher whose package is missing, before ranks meet."""
+    if getattr(args, "moe_token_dispatcher_type", None) != "flex" or args.num_experts is None:
+        return
+    from megatron.core.transformer.moe import fused_a2a
+
+    backend = "deepep" if args.moe_enable_deepep else args.moe_flex_dispatcher_backend
+    mark, package = _BACKENDS[backend]
+    if getattr(fused_a2a, mark, False):
+        return
+    fix = f"needs {package}, which is not installed; install it, or use another backend or"
+    if backend == "ncclep" and cpu.is_enabled():
+        fix = "runs on GPUs, and this is CPU mode; use hybridep or"
+    raise ValueError(
+        f"--moe-flex-dispatcher-backend {backend} {fix} --moe-token-dispatcher-type alltoall"
+    )
+
+
+def _check_rank_capacity(args: Any, options: MaxScoreConfig) -> None:
+    """Refuse a budget of rows in which a step's rows do not fit."""
+    factor = getattr(args, "moe_expert_rank_capacity_factor", None)
+    if factor is None:
+        return
+    backend = args.moe_flex_dispatcher_backend
+    least = least_factor(args, options)
+    if least is not None and factor < least:
+        raise ValueError(
+            f"--moe-expert-rank-capacity-factor {factor} is too small for what a rank receives; "
+            f"make it at least {math.ceil(least * 1e4) / 1e4:g}"
+        )
+    local = args.num_experts // args.expert_model_parallel_size
+    # All tokens may go to the experts of one rank.
+    worst = _tp_ep_ranks(args) * min(1.0, local / args.moe_router_topk)
+    if backend == "ncclep" and options.eval_routing != "flow" and factor < worst:
+        raise ValueError(
+            f"--moe-expert-rank-capacity-factor {factor} bounds what a rank receives, and "
+            f"--maxscore-eval-routing {options.eval_routing} routes by prices, which do not; use "
+            "--maxscore-eval-routing flow, or --moe-flex-dispatcher-backend hybridep"
+        )
+
+
+def _tp_ep_ranks(args: Any) -> int:
+    """Return how many ranks share one set of experts."""
+    expert_tensor = args.expert_tensor_parallel_size
+    if expert_tensor is None:
+        expert_tensor = args.tensor_model_parallel_size
+    return int(args.expert_model_parallel_size * expert_tensor)
+
+
+def least_factor(args: Any, options: MaxScoreConfig) -> float | None:
+    """Return the least safe ``--moe-expert-rank-capacity-factor`` of a launch, None if unknown.
+
+    Args:
+        args: parsed arguments.
+        options: MaxScore's own options.
+    """
+    from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantization
+
+    shape = args.maxscore_fixed_shape or _fixed_shape(args)
+    if not math.prod(shape):
+        return None
+    num_tokens = math.prod(shape)
+    most = most_rows_of_an_expert(
+        options,
+        num_tokens,
+        args.seq_length,
+        args.moe_router_topk,
+        args.num_experts,
+        _tp_ep_ranks(args),
+    )
+    is_quantised = getattr(args, "fp8", None) or getattr(args, "fp4", None)
+    align = 0
+    if is_quantised or args.moe_flex_dispatcher_backend == "ncclep":
+        align = get_align_size_for_quantization(args)
+    local = args.num_experts // args.expert_model_parallel_size
+    return least_rank_factor(most, local, align, num_tokens * args.moe_router_topk)
 
 
 def _check_data_paths(args: Any) -> None:

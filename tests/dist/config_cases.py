@@ -133,7 +133,6 @@ REFUSED = {
         "--moe-expert-capacity-factor",
         "--maxscore-capacity-factor",
     ],
-    "--moe-token-dispatcher-type flex": ["flex", "alltoall"],
     "--moe-router-score-function sigmoid": ["sigmoid", "--maxscore-gate score"],
     "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --maxscore-gate score": [
         "--moe-router-enable-expert-bias"

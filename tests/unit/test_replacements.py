@@ -73,7 +73,11 @@ start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timin
 with torch.cuda.stream(torch.cuda.Stream()):
     start.record(); end.record()
 assert start.elapsed_time(end) >= 0
+import deep_ep, deep_ep.utils
+assert deep_ep.Buffer and deep_ep.HybridEPBuffer and deep_ep.utils.EventOverlap
 cpu.disable(); cpu.disable()
+import sys
+assert "deep_ep" not in sys.modules and "deep_ep.utils" not in sys.modules
 assert not cpu.is_enabled() and not torch._dynamo.config.disable
 for owner in (torch, torch.cuda, dist, torch.Tensor, torch.nn.Module):
     for name in list(vars(owner)):

@@ -1,0 +1,85 @@
+"""How many rows a rank receives at most, and the budget that recipes reserve for them.
+
+``--moe-expert-rank-capacity-factor`` sizes the buffer into which Megatron's flex dispatcher
+receives: HybridEP drops rows beyond it, NCCL EP stops. In training MaxScore bounds every expert's
+load, so the least safe factor is known before the first step. In evaluation by prices nothing
+bounds the loads.
+
+Shape letters: see :mod:`megatron_maxscore`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher
+from torch import Tensor
+
+from megatron_maxscore.moe.config import MaxScoreConfig
+
+
+def most_rows_of_an_expert(
+    options: MaxScoreConfig, num_tokens: int, sequence: int, topk: int, num_experts: int, ranks: int
+) -> int:
+    """Return how many rows one expert gets at most in a training pass.
+
+    Args:
+        options: scope and capacity factor count.
+        num_tokens: of each rank.
+        sequence: tokens of a whole sequence, over all ranks among which it is split.
+        topk: experts per token.
+        num_experts: E.
+        ranks: R, that share the experts.
+    """
+    factor = options.capacity_factor
+    total = ranks * num_tokens
+    if options.scope == "group":
+        return math.ceil(total * topk * factor / num_experts)
+    if options.scope == "sequence":
+        return total * math.ceil(sequence * topk * factor / num_experts) // sequence
+    if factor == 1.0 and num_tokens * topk >= num_experts:
+        return math.ceil(total * topk / num_experts)  # remainders rotate over the ranks
+    return ranks * math.ceil(num_tokens * topk * factor / num_experts)
+
+
+def least_rank_factor(most_rows: int, local_experts: int, align: int, assignments: int) -> float:
+    """Return the least ``--moe-expert-rank-capacity-factor`` with which all rows fit.
+
+    Args:
+        most_rows: of an expert.
+        local_experts: Z, of each rank.
+        align: to which each expert's rows are padded; 0 or 1 for none.
+        assignments: of each rank's tokens, T times K.
+    """
+    padded = math.ceil(most_rows / max(align, 1)) * max(align, 1)
+    return local_experts * padded / assignments
+
+
+class BudgetedFlexTokenDispatcher(MoEFlexTokenDispatcher):
+    """Megatron's flex dispatcher, whose budget of rows holds in training alone.
+
+    HybridEP then takes as many rows as there are, at the price of a host sync.
+
+    Args:
+        *args: as for Megatron's dispatcher.
+        is_training: whether the layer is in training mode.
+        **kwargs: as for Megatron's dispatcher.
+    """
+
+    def __init__(self, *args: Any, is_training: Callable[[], bool], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._is_training = is_training
+
+    def dispatch_preprocess(
+        self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Prepare for dispatch; see the base class."""
+        factor = self.config.moe_expert_rank_capacity_factor
+        manager: Any = self._comm_manager
+        manager.moe_expert_rank_capacity_factor = factor if self._is_training() else None
+        prepared: tuple[Tensor, Tensor] = super().dispatch_preprocess(
+            hidden_states, routing_map, probs
+        )
+        return prepared
