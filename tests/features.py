@@ -117,9 +117,15 @@ FEATURES = (
     Item("router dtype fp64", f"{EP2} --moe-router-dtype fp64"),
     Item("bf16 router", f"{EP2} --bf16"),
     Item("top-k scaling factor", f"{EP2} --moe-router-topk-scaling-factor 2.5"),
+    Item("score function sigmoid", f"{EP2} --moe-router-score-function sigmoid"),
     Item(
-        "score function sigmoid",
-        f"{EP2} --moe-router-score-function sigmoid --maxscore-gate score",
+        "score function sqrtsoftplus", f"{EP2} --moe-router-score-function sqrtsoftplus",
+        since="0.18",
+    ),
+    Item(
+        "expert bias, which holds the prices",
+        f"{EP2} --moe-router-score-function sigmoid --moe-router-enable-expert-bias",
+        scopes=("local", "group"),
     ),
     Item("pre-softmax", f"{EP2} --moe-router-pre-softmax --maxscore-gate score"),
     Item(
@@ -166,8 +172,14 @@ REFUSALS = (
         ("--moe-router-num-groups", "leave group-limited routing out"),
     ),
     Refusal(
-        "expert bias", "--moe-router-enable-expert-bias --moe-router-score-function sigmoid",
-        ("--moe-router-enable-expert-bias", "prices do its work"),
+        "expert bias of a softmax", "--moe-router-enable-expert-bias",
+        ("--moe-router-enable-expert-bias", "--moe-router-score-function sigmoid"),
+    ),
+    Refusal(
+        "logits as objective with an expert bias",
+        "--moe-router-enable-expert-bias --moe-router-score-function sigmoid "
+        "--maxscore-objective logits",
+        ("--moe-router-enable-expert-bias", "leave --maxscore-objective out"),
     ),
     Refusal(
         "NCCL EP in CPU mode",

@@ -69,7 +69,9 @@ LAYERS = {
     ),
     "decoding with a KV cache": layer("test_serving.py::test_kv_cache"),
     "Megatron's static inference engine": layer("test_serving.py::test_static_engine"),
-    "bias for stock's inference routers": layer("test_router.py::test_exported_bias_serves_stock"),
+    "expert bias in stock's routers, also for inference": layer(
+        "test_router.py::test_expert_bias_is_what_stock_routes_by"
+    ),
 }
 CHECKPOINTS = {
     "resume": same("test_training.py::test_resumed_run_continues_bit_for_bit"),
@@ -77,8 +79,8 @@ CHECKPOINTS = {
     "stock's into ours and back": same(
         "test_training.py::test_checkpoints_of_stock_and_maxscore_load_into_each_other"
     ),
-    "expert bias exported, served by stock": same(
-        "test_training.py::test_exported_bias_serves_stock_in_evaluation"
+    "expert bias to stock and back, with no export": same(
+        "test_training.py::test_expert_bias_goes_to_stock_and_back"
     ),
     "another number of experts: refused": same(
         "test_training.py::test_another_number_of_experts_is_refused_before_training"

@@ -20,18 +20,19 @@ from megatron_maxscore.moe.router import MaxScoreRouter  # noqa: E402
 _assign = MaxScoreRouter.assign
 
 
-def assign_by_prices(self, scores, call):
+def assign_by_prices(self, scores, call, biased=None):
     """Solve for the prices, and choose by those of the batches before.
 
     Args:
         self: the router.
         scores: (T, E).
         call: as for the router.
+        biased: as for the router.
     """
-    decision = _assign(self, scores, call)
+    decision = _assign(self, scores, call, biased)
     if not self.training:
         return decision
-    experts = (scores - self.expert_prices.to(scores.dtype)).topk(self.topk, dim=1).indices
+    experts = (scores - self.prices.to(scores.dtype)).topk(self.topk, dim=1).indices
     return replace(decision, plan=RoutingPlan(experts))
 
 

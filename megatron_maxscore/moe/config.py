@@ -57,10 +57,11 @@ class MaxScoreConfig:
         "Capacity of an expert over an equal share of the assignments, at least 1. Nothing is "
         "ever dropped; at 1.0 every expert gets exactly its share.",
     )
-    gate: Literal["soft_topk", "score"] = option(
-        "soft_topk",
+    gate: Literal["auto", "soft_topk", "score"] = option(
+        "auto",
         "Weight of an expert's output. soft_topk: SoftTopk of the logits, unchanged. score: what "
-        "Megatron makes of --moe-router-score-function for the chosen experts.",
+        "Megatron makes of --moe-router-score-function for the chosen experts. auto: soft_topk for "
+        "softmax, score for sigmoid and sqrtsoftplus.",
     )
     variant: Literal["bientropic", "softmax"] = option(
         "bientropic",
@@ -79,10 +80,11 @@ class MaxScoreConfig:
         "With N > 0 multiply all gates of a token but its largest by max(4 - 3 step / N, 1), as "
         "the code that the paper's authors released does with 30000.",
     )
-    objective: Literal["logits", "scores"] = option(
-        "logits",
+    objective: Literal["auto", "logits", "scores"] = option(
+        "auto",
         "What the flow maximises. scores: SoftTopk values, or with --maxscore-gate score the "
-        "values of the score function.",
+        "values of the score function. auto: scores with --moe-router-enable-expert-bias, which is "
+        "added to them, and logits otherwise.",
     )
     eval_routing: Literal["both", "price", "flow"] = option(
         "both",
@@ -91,12 +93,6 @@ class MaxScoreConfig:
     )
     price_decay: float = option(
         0.9, "Decay per global batch of the running average of expert prices, in [0, 1)."
-    )
-    export_bias: bool = option(
-        False,
-        "Write minus the prices as expert_bias into checkpoints too, so that stock routers with "
-        "--moe-router-enable-expert-bias choose as price routing does. Exact with score function "
-        "sigmoid or sqrtsoftplus, --maxscore-gate score and --maxscore-objective scores.",
     )
     fixed_shape: list[int] | None = option(  # noqa: RUF009
         None,
@@ -143,14 +139,8 @@ class MaxScoreConfig:
         ):
             if not ok:
                 raise ValueError(f"{flag(name)} must be {range_text}, got {getattr(self, name)}")
-        if self.gate != "soft_topk":
-            for name in ("normalize_gates", "anneal_steps", "temperature", "variant"):
-                default = type(self).__dataclass_fields__[name].default
-                if getattr(self, name) != default:
-                    raise ValueError(
-                        f"{flag(name)} is for --maxscore-gate soft_topk, which "
-                        f"--maxscore-gate {self.gate} replaces; leave one of them out"
-                    )
+        if self.gate == "score":
+            self._refuse_soft_topk_options("--maxscore-gate score")
         for name in ("record_layers", "record_steps"):
             text = getattr(self, name)
             if text is None:
@@ -164,6 +154,14 @@ class MaxScoreConfig:
                 parse_numbers(text)
             except ValueError as error:
                 raise ValueError(f"{flag(name)}: {error}") from None
+
+    def _refuse_soft_topk_options(self, cause: str) -> None:
+        for name in ("normalize_gates", "anneal_steps", "temperature", "variant"):
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(
+                    f"{flag(name)} is for --maxscore-gate soft_topk, which {cause} replaces; "
+                    "leave one of them out"
+                )
 
     def _check_type(self, name: str, hint: Any) -> None:
         """Refuse a value of another type: JSON's "no" would count as true."""
@@ -198,6 +196,44 @@ class MaxScoreConfig:
         }
         return cls(**present)
 
+    def resolved_for(self, config: Any) -> MaxScoreConfig:
+        """Return these options with gate and objective as they are for a score function.
+
+        Args:
+            config: a TransformerConfig, or Megatron's parsed arguments.
+
+        Raises:
+            ValueError: the score function and an option contradict each other; names both.
+        """
+        score_function = getattr(config, "moe_router_score_function", None) or "softmax"
+        has_bias = getattr(config, "moe_router_enable_expert_bias", False)
+        is_softmax = score_function == "softmax"
+        if has_bias and is_softmax:
+            raise ValueError(
+                "--moe-router-enable-expert-bias needs --moe-router-score-function sigmoid or "
+                "sqrtsoftplus; use one of them, or leave the bias out"
+            )
+        if has_bias and self.objective == "logits":
+            raise ValueError(
+                "--maxscore-objective logits cannot be combined with "
+                "--moe-router-enable-expert-bias, which is added to the scores; leave "
+                "--maxscore-objective out"
+            )
+        if self.gate == "soft_topk" and not is_softmax:
+            raise ValueError(
+                "--maxscore-gate soft_topk replaces --moe-router-score-function "
+                f"{score_function}; leave --maxscore-gate out, or leave the score function at "
+                "softmax"
+            )
+        if not is_softmax:
+            self._refuse_soft_topk_options(f"--moe-router-score-function {score_function}")
+        gate, objective = self.gate, self.objective
+        if gate == "auto":
+            gate = "soft_topk" if is_softmax else "score"
+        if objective == "auto":
+            objective = "scores" if has_bias else "logits"
+        return dataclasses.replace(self, gate=gate, objective=objective)
+
     def temperature_for(self, config: Any) -> float:
         """Return SoftTopk's temperature in a model, in the unit of the logits.
 
@@ -229,6 +265,7 @@ def check_transformer_config(config: Any, options: MaxScoreConfig) -> None:
             (getattr(config, n) for n in names if getattr(config, n, None) is not None), None
         )
 
+    options = options.resolved_for(config)
     num_experts, topk = get("num_moe_experts", "num_experts"), get("moe_router_topk")
     who = "--moe-router-type maxscore"
     if num_experts is None:
@@ -257,7 +294,6 @@ def check_transformer_config(config: Any, options: MaxScoreConfig) -> None:
         )
     refused = (
         ("moe_pad_expert_input_to_capacity", "splits are static already, leave it out"),
-        ("moe_router_enable_expert_bias", "prices do its work, leave it out"),
         ("moe_router_num_groups", "leave group-limited routing out"),
         ("moe_router_group_topk", "leave group-limited routing out"),
         ("batch_invariant_mode", "leave it out"),
@@ -284,11 +320,6 @@ def check_transformer_config(config: Any, options: MaxScoreConfig) -> None:
                 "use --maxscore-scope group or local"
             )
     score_function = get("moe_router_score_function")
-    if options.gate == "soft_topk" and score_function not in (None, "softmax"):
-        raise ValueError(
-            f"--maxscore-gate soft_topk replaces --moe-router-score-function {score_function}; "
-            "use --maxscore-gate score, or leave the score function at softmax"
-        )
     _check_gates_can_learn(topk, num_experts, score_function, get, options)
     if options.record_layers is not None:
         layers = (get("num_layers") or 0) + (get("mtp_num_layers") or 0)
@@ -298,15 +329,6 @@ def check_transformer_config(config: Any, options: MaxScoreConfig) -> None:
                 f"--maxscore-record-layers {options.record_layers} names layer {max(numbers)}, but "
                 f"the model has {layers} layers, numbered from 1"
             )
-    if options.export_bias and (
-        score_function not in ("sigmoid", "sqrtsoftplus")
-        or (options.gate, options.objective) != ("score", "scores")
-    ):
-        raise ValueError(
-            "--maxscore-export-bias is exact only where the flow maximises what the bias is added "
-            "to; use it with --moe-router-score-function sigmoid (or sqrtsoftplus), "
-            "--maxscore-gate score and --maxscore-objective scores"
-        )
     if get("transformer_impl") == "inference_optimized":
         raise ValueError(
             f"{who} cannot be combined with --transformer-impl inference_optimized; use "

@@ -108,7 +108,10 @@ class MaxScoreRouter(TopKRouter):
 
     In training every token gets exactly k experts and no expert more than its capacity. In
     evaluation each token takes the k largest of score minus price on its own, with prices averaged
-    over training (:attr:`expert_prices`); gates are never changed by prices.
+    over training (:attr:`prices`); gates are never changed by prices.
+
+    With ``moe_router_enable_expert_bias`` the prices are kept in Megatron's ``expert_bias``, as the
+    largest price minus each, so that checkpoints serve stock routers as they are.
 
     In scope ``local`` it communicates nothing. In scopes ``group`` and ``sequence`` every solve
     exchanges counts and a few rows between the ranks of ``tp_ep`` or ``tp_cp``, which must route
@@ -124,7 +127,9 @@ class MaxScoreRouter(TopKRouter):
         ValueError: the configuration cannot be combined with MaxScore routing.
     """
 
-    expert_prices: Tensor
+    expert_prices: Tensor | None
+    expert_bias: Tensor | None
+    enable_expert_bias: bool
     router_replay: Any  # Megatron's, which has no types
 
     def __init__(
@@ -138,6 +143,7 @@ class MaxScoreRouter(TopKRouter):
     ) -> None:
         options = maxscore or MaxScoreConfig.from_transformer_config(config)
         check_transformer_config(config, options)
+        options = options.resolved_for(config)
         # Transformer Engine's fused routing asks nobody for the experts.
         values = {"moe_router_fusion": False}
         if options.gate == "soft_topk":
@@ -168,7 +174,8 @@ class MaxScoreRouter(TopKRouter):
         zeros_E = torch.zeros(
             config.num_moe_experts, dtype=torch.float32, device=self.weight.device
         )
-        self.register_buffer(PRICES_NAME, zeros_E)
+        # With Megatron's expert bias the prices live there.
+        self.register_buffer(PRICES_NAME, None if self.enable_expert_bias else zeros_E)
         # Sum over the counted passes of the current global batch, and their number; never saved.
         self.register_buffer("price_sum", zeros_E.clone(), persistent=False)
         self.register_buffer("price_count", zeros_E.new_zeros(()), persistent=False)
@@ -217,6 +224,8 @@ class MaxScoreRouter(TopKRouter):
             decision = _local.under_way.decision
         finally:
             _local.under_way = before
+        if call.bad_T is not None and not call.is_reported:
+            probs = probs.masked_fill(call.bad_T[:, None] & routing_map, math.nan)
         if self._is_chosen_by_gates:
             tiny = torch.finfo(probs.dtype).tiny
             probs = probs.masked_fill(routing_map & (probs == 0), tiny)
@@ -242,11 +251,12 @@ class MaxScoreRouter(TopKRouter):
         """Return gates (T, K) and experts (T, K) int64 when Megatron's routing function asks.
 
         1. Choose the experts: by the flow of the objective, or by a replay.
-        2. Make their gates of the logits, or of Megatron's scores.
-        3. Give tokens with bad logits NaN, if nobody will report them.
+        2. Make their gates of the logits, or of Megatron's scores. With an expert bias Megatron
+           makes them itself, since its scores here have the bias in them.
 
         Args:
-            scores_TE: Megatron's scores, or its logits without pre-softmax.
+            scores_TE: Megatron's scores, with the expert bias if there is one, or its logits
+                without pre-softmax.
             replay: Megatron's, None if there is none.
         """
         under_way: _UnderWay = _local.under_way
@@ -259,8 +269,9 @@ class MaxScoreRouter(TopKRouter):
         def choose(*_: Any, **__: Any) -> tuple[Tensor, Tensor]:
             with torch.no_grad():
                 objective_TE = self._objective(wide_TE, scores_TE)
+                biased_TE = scores_TE if self.enable_expert_bias else None
                 under_way.decision = recompute.decide_once(
-                    self, lambda: self.assign(objective_TE, call)
+                    self, lambda: self.assign(objective_TE, call, biased_TE)
                 )
             experts_TK = under_way.decision.plan.experts_TK
             assert experts_TK is not None
@@ -272,6 +283,8 @@ class MaxScoreRouter(TopKRouter):
         else:
             _, experts_TK = replay.get_replay_topk(scores_TE, self.topk, None, None, choose)
         # 2.
+        if self.enable_expert_bias:
+            return scores_TE, experts_TK
         if self.options.gate == "soft_topk":
             gates_TK = soft_topk_at(wide_TE, experts_TK, self.temperature, self.options.variant)
             # Up to 0.17 gates are scattered into a tensor of the logits' dtype.
@@ -279,13 +292,11 @@ class MaxScoreRouter(TopKRouter):
                 gates_TK = gates_TK.to(scores_TE.dtype)
         else:
             gates_TK = scores_TE.gather(1, experts_TK)
-        gates_TK = self._shaped(gates_TK)
-        # 3.
-        if call.bad_T is not None and not call.is_reported:
-            gates_TK = gates_TK.masked_fill(call.bad_T[:, None], math.nan)
-        return gates_TK, experts_TK
+        return self._shaped(gates_TK), experts_TK
 
-    def assign(self, scores_TE: Tensor, call: RoutingCall) -> Decision:
+    def assign(
+        self, scores_TE: Tensor, call: RoutingCall, biased_TE: Tensor | None = None
+    ) -> Decision:
         """Return the experts by the rule in force: prices, or the flow.
 
         By the flow in scopes ``group`` and ``sequence`` every rank of the scope must call it; the
@@ -294,12 +305,15 @@ class MaxScoreRouter(TopKRouter):
         Args:
             scores_TE: (T, E) what the flow maximises.
             call: the routing call.
+            biased_TE: (T, E) Megatron's scores plus its expert bias, if there is one: what stock
+                routers choose by.
 
         Raises:
             ValueError: flow routing in evaluation while a key-value cache is in use.
         """
         if not self.training and not uses_flow(self.options.eval_routing):
-            biased_TE = scores_TE - self.expert_prices.to(scores_TE.dtype)
+            if biased_TE is None:
+                biased_TE = scores_TE - self.prices.to(scores_TE.dtype)
             return Decision(RoutingPlan(biased_TE.topk(self.topk, dim=1).indices))
         if not self.training:
             check_no_cache()
@@ -307,11 +321,11 @@ class MaxScoreRouter(TopKRouter):
         if turn is not None and self._recorder is not None and call.may_count:
             self._recorder.record(
                 self.layer_number or 0, self._iteration(), scores_TE, self.topk,
-                self.scope.capacity(scores_TE, self.topk, turn), self.expert_prices, call.valid_T,
+                self.scope.capacity(scores_TE, self.topk, turn), self.prices, call.valid_T,
             )  # fmt: skip
         started = time.perf_counter()
         routed, solution = self.scope.solve(
-            scores_TE, call.batch_size, self.topk, self.expert_prices, call.valid_T, turn
+            scores_TE, call.batch_size, self.topk, self.prices, call.valid_T, turn
         )
         seconds = time.perf_counter() - started
         routed = dataclasses.replace(routed, is_reported=call.is_reported)
@@ -376,26 +390,48 @@ class MaxScoreRouter(TopKRouter):
         if self.score_function == "softmax":
             # Without pre-softmax the seam hands over logits.
             return torch.softmax(logits_TE, dim=-1)
-        return scores_TE
+        if not self.enable_expert_bias:
+            return scores_TE
+        if self.score_function == "sigmoid":
+            return torch.sigmoid(logits_TE.float())
+        return torch.nn.functional.softplus(logits_TE.float()).sqrt()
 
     def _iteration(self) -> int:
         """Return the number of the current global batch, the same on all ranks."""
         return self._batches + 1 if RUN.iteration is None else RUN.iteration()
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Save; minus the prices too, as a stock router's bias, if that is asked for."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.options.export_bias:
-            destination[prefix + BIAS_NAME] = -self.expert_prices.detach()
+    @property
+    def prices(self) -> Tensor:
+        """(E,) float32 running averages of the prices, up to a constant."""
+        if self.expert_prices is not None:
+            return self.expert_prices
+        assert self.expert_bias is not None
+        return -self.expert_bias
+
+    def set_prices(self, prices_E: Tensor) -> None:
+        """Set the (E,) float32 prices."""
+        if self.expert_prices is not None:
+            self.expert_prices.copy_(prices_E)
+        else:
+            assert self.expert_bias is not None
+            # No bias below 0: converters mask the experts of groups that are left out by 0.
+            self.expert_bias.copy_(prices_E.max() - prices_E)
+
+    def _apply_expert_bias(self, *args: Any, **kwargs: Any) -> None:
+        """Count no tokens: Megatron's rule then leaves the bias as it is, and prices set it."""
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Load; a state of a stock router has no prices, they then start at zero."""
-        if prefix + PRICES_NAME not in state_dict:
-            state_dict[prefix + PRICES_NAME] = torch.zeros_like(self.expert_prices)
-        # Written for stock routers; the prices say the same.
-        state_dict.pop(prefix + BIAS_NAME, None)
+        """Load; where a state has no prices they start at zero."""
+        prices = state_dict.get(prefix + PRICES_NAME)
+        if self.expert_prices is None:
+            state_dict.pop(prefix + PRICES_NAME, None)
+            if prefix + BIAS_NAME not in state_dict:
+                zeros = torch.zeros_like(self.prices)
+                state_dict[prefix + BIAS_NAME] = zeros if prices is None else prices.max() - prices
+        elif prices is None:
+            state_dict[prefix + PRICES_NAME] = torch.zeros_like(self.prices)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _maintain_float32_expert_bias(self) -> None:
@@ -430,11 +466,11 @@ class MaxScoreRouter(TopKRouter):
         num_layers = self.config.num_layers + (self.config.mtp_num_layers or 0)
         if number is not None and self.is_mtp_layer:
             number += self.config.num_layers
-        return metrics.Place(number, num_layers, self.tp_dp_cp_group, self.expert_prices.device)
+        return metrics.Place(number, num_layers, self.tp_dp_cp_group, self.prices.device)
 
     def end_batch(self, has_stepped: bool = True) -> None:
         """End a global batch: take the pending prices, if the optimizer has taken its step."""
         if has_stepped and self.pending_prices is not None:
-            self.expert_prices.copy_(self.pending_prices)
+            self.set_prices(self.pending_prices)
         self.pending_prices = None
         self._batches += 1

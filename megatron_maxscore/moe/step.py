@@ -59,7 +59,7 @@ def raise_on_bad_scores(routers: Sequence[MaxScoreRouter], iteration: int) -> No
     Raises:
         BadScoresError: names iteration, layer, rank and count.
     """
-    device = routers[0].expert_prices.device if routers else _default_device()
+    device = routers[0].prices.device if routers else _default_device()
     totals = torch.zeros(2, dtype=torch.int64, device=device)
     for router in routers:
         totals[0] += router.statistics.bad_tokens
@@ -104,7 +104,7 @@ def evaluated_bad_tokens(routers: Sequence[MaxScoreRouter]) -> int:
     Args:
         routers: this rank's routers.
     """
-    device = routers[0].expert_prices.device if routers else _default_device()
+    device = routers[0].prices.device if routers else _default_device()
     total = torch.zeros((), dtype=torch.int64, device=device)
     for router in routers:
         total += router.evaluated_bad_tokens
@@ -151,11 +151,10 @@ def end_attempt(routers: Sequence[MaxScoreRouter]) -> None:
         mean_E = row[:-1] / row[-1].clamp(min=1.0)
         decay = router.options.price_decay
         # A buffer of zeros has no history: the first average is the first batch's.
-        started = (router.expert_prices != 0).any()
-        averaged_E = torch.where(
-            started, decay * router.expert_prices + (1.0 - decay) * mean_E, mean_E
-        )
-        router.end_attempt(torch.where(row[-1] > 0, averaged_E, router.expert_prices))
+        prices_E = router.prices
+        started = (prices_E != 0).any()
+        averaged_E = torch.where(started, decay * prices_E + (1.0 - decay) * mean_E, mean_E)
+        router.end_attempt(torch.where(row[-1] > 0, averaged_E, prices_E))
 
 
 def end_batch(routers: Sequence[MaxScoreRouter], has_stepped: bool = True) -> None:

@@ -25,7 +25,7 @@ from megatron_maxscore.releases import names_bound_early
 
 # What a run writes, and how it evaluates, is not restored from the checkpoint of another.
 OF_THIS_RUN = (
-    "maxscore_stats_", "maxscore_record_", "maxscore_export_", "maxscore_eval_", "maxscore_fixed_",
+    "maxscore_stats_", "maxscore_record_", "maxscore_eval_", "maxscore_fixed_",
 )  # fmt: skip
 # What Megatron says of the packages of its flex dispatcher, and their names.
 _BACKENDS = {
@@ -103,6 +103,11 @@ def say_once(args: Any) -> None:
     )
     if getattr(args, "moe_router_fusion", False):
         _say("--moe-router-fusion: MaxScore's own kernels take the place of the fused router")
+    if getattr(args, "moe_router_enable_expert_bias", False):
+        _say(
+            "--moe-router-enable-expert-bias: the bias holds MaxScore's prices; "
+            "--moe-router-bias-update-rate is ignored"
+        )
     if getattr(args, "moe_router_force_load_balancing", False):
         _say(
             "warning: --moe-router-force-load-balancing replaces the router's logits by random "
@@ -147,7 +152,7 @@ def check_arguments(args: Any) -> None:
         if args.maxscore_fixed_shape is None:
             args.maxscore_fixed_shape = _fixed_shape(args)
         _check_rank_capacity(args, options)
-        if options.gate == "soft_topk" and args.moe_router_topk == 1:
+        if options.resolved_for(args).gate == "soft_topk" and args.moe_router_topk == 1:
             # Megatron asks for it with a softmax over one expert, which SoftTopk is not.
             args.moe_router_pre_softmax = True
 

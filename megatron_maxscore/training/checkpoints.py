@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ from megatron_maxscore._replacements import Replacements
 from megatron_maxscore._run import is_rank_zero
 from megatron_maxscore.errors import CollectiveError
 from megatron_maxscore.moe.router import BIAS_NAME, PRICES_NAME
+from megatron_maxscore.training.steps import uses_maxscore
 
 
 class OtherExpertsError(CollectiveError):
@@ -23,18 +25,22 @@ def hook(replacements: Replacements) -> None:
 
 
 def _price_entries(state: Any) -> Iterator[tuple[dict, str, Any]]:
-    """Yield (containing dict, key, sharded tensor) of every price buffer in a nested state."""
+    """Yield (containing dict, key, sharded tensor) of all prices and biases in a nested state."""
     for key, value in list(state.items()) if isinstance(state, dict) else ():
         if isinstance(value, dict):
             yield from _price_entries(value)
-        elif str(getattr(value, "key", "")).endswith(f".{PRICES_NAME}"):
+        elif _name_of(value) in (PRICES_NAME, BIAS_NAME):
             yield state, key, value
+
+
+def _name_of(value: Any) -> str:
+    return str(getattr(value, "key", "")).rpartition(".")[2]
 
 
 def _check_experts(entries: list[tuple[dict, str, Any]], metadata: Any, directory: Any) -> None:
     """Refuse a checkpoint of other experts; every rank reads the same metadata."""
     for _, _, value in entries:
-        weight = value.key.removesuffix(PRICES_NAME) + "weight"
+        weight = value.key.removesuffix(_name_of(value)) + "weight"
         saved = metadata.get(weight)
         if saved is None:
             continue
@@ -50,19 +56,25 @@ def _without_absent_prices(original: Any) -> Any:
     def load(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
         from megatron.core import dist_checkpointing
 
-        entries = list(_price_entries(sharded_state_dict))
+        entries = [
+            entry
+            for entry in _price_entries(sharded_state_dict)
+            # A bias may be a stock router's.
+            if _name_of(entry[2]) == PRICES_NAME or uses_maxscore()
+        ]
         if entries:
             metadata = dist_checkpointing.load_tensors_metadata(str(checkpoint_dir))
-            present = metadata.keys()
-            absent = [(owner, key) for owner, key, value in entries if value.key not in present]
-            # What an export has added is for stock routers; here prices say it.
-            for owner, key, _ in entries:
-                owner.pop(key.removesuffix(PRICES_NAME) + BIAS_NAME, None)
             _check_experts(entries, metadata, checkpoint_dir)
-            for owner, key in absent:
-                # The router fills what is missing with zeros when the state reaches it.
+            absent = [entry for entry in entries if entry[2].key not in metadata]
+            for owner, key, value in absent:
+                # The router fills what is missing when the state reaches it: from the prices of a
+                # run without an expert bias, or with zeros.
                 del owner[key]
-            if absent and is_rank_zero():
+                prices = value.key.removesuffix(_name_of(value)) + PRICES_NAME
+                if prices in metadata:
+                    name = key.removesuffix(BIAS_NAME) + PRICES_NAME
+                    owner[name] = dataclasses.replace(value, key=prices)
+            if is_rank_zero() and any(key.endswith(PRICES_NAME) for _, key, _ in absent):
                 print(
                     f"megatron_maxscore: {checkpoint_dir} has no expert prices; they start at zero",
                     flush=True,

@@ -45,7 +45,8 @@ def _iteration() -> int:
     return max(1, int(getattr(args, "iteration", None) or 0))
 
 
-def _uses_maxscore() -> bool:
+def uses_maxscore() -> bool:
+    """Return whether Megatron's arguments ask for MaxScore routing."""
     from megatron.training import get_args
 
     return bool(get_args().moe_router_type == "maxscore")
@@ -53,7 +54,7 @@ def _uses_maxscore() -> bool:
 
 def _ending_batch(original: Any) -> Any:
     def train_step(*args: Any, **kwargs: Any) -> Any:
-        if not _uses_maxscore():
+        if not uses_maxscore():
             return original(*args, **kwargs)
         # The third argument in every release; a script may have wrapped the function before us.
         routers = maxscore_routers(kwargs["model"] if "model" in kwargs else args[2])
@@ -73,7 +74,7 @@ def _ending_batch(original: Any) -> Any:
 
 def _ending_attempt(original: Any) -> Any:
     def finalize_model_grads(model: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _uses_maxscore():
+        if not uses_maxscore():
             return original(model, *args, **kwargs)
         routers = maxscore_routers(model)
         skip = False

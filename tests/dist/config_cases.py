@@ -71,7 +71,10 @@ def specs(rank, size):
             assert not ours and not any(type(d) is MaxScoreTokenDispatcher for d in dispatchers)
         else:
             assert len(ours) == len(routers)
-            assert all(type(r) is MaxScoreRouter and r.options == options for r in ours)
+            assert all(
+                type(r) is MaxScoreRouter and r.options == options.resolved_for(r.config)
+                for r in ours
+            )
             assert all(type(d) is MaxScoreTokenDispatcher for d in dispatchers)
             assert any(r.is_mtp_layer for r in ours), "the MTP layer is ours too"
         found.append(len(ours))
@@ -133,10 +136,17 @@ REFUSED = {
         "--moe-expert-capacity-factor",
         "--maxscore-capacity-factor",
     ],
-    "--moe-router-score-function sigmoid": ["sigmoid", "--maxscore-gate score"],
-    "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --maxscore-gate score": [
-        "--moe-router-enable-expert-bias"
+    "--moe-router-score-function sigmoid --maxscore-gate soft_topk": [
+        "--moe-router-score-function sigmoid",
+        "leave --maxscore-gate out",
     ],
+    "--moe-router-score-function sigmoid --maxscore-temperature 2": [
+        "--maxscore-temperature",
+        "--moe-router-score-function sigmoid",
+    ],
+    "--moe-router-enable-expert-bias": ["--moe-router-score-function sigmoid or sqrtsoftplus"],
+    "--moe-router-score-function sigmoid --moe-router-enable-expert-bias "
+    "--maxscore-objective logits": ["--maxscore-objective logits", "--moe-router-enable-expert"],
     "--moe-router-num-groups 2 --moe-router-group-topk 1": ["--moe-router-num-groups"],
     "--num-experts 7 --expert-model-parallel-size 2": ["--num-experts 7", "divisible"],
     "--bogus-flag 3": ["--bogus-flag"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import torch
 
@@ -275,33 +277,104 @@ def replay(rank, size):
     return recorded[0].shape
 
 
-def exported_bias(rank, size, score_function):
-    """Route by prices, with stock's biased routing, and without a bias.
+def expert_bias(rank, size, score_function, objective="auto"):
+    """Route with an expert bias by ours, by stock, and without a bias, in evaluation.
 
-    Returns the exported bias, the prices, and (probs, map) of each.
+    Returns the saved state's names, the bias, the prices, and (probs, map) of each.
     """
     settings = dict(ep=size, moe_router_score_function=score_function)
-    options = MaxScoreConfig(gate="score", objective="scores", export_bias=True)
-    ours = make_layer(options=options, **settings)
-    ours.router.expert_prices.copy_(torch.linspace(-0.2, 0.2, EXPERTS))
+    options = MaxScoreConfig(objective=objective)
+    ours = make_layer(options=options, moe_router_enable_expert_bias=True, **settings)
+    prices = torch.linspace(-0.2, 0.2, EXPERTS)
+    ours.router.set_prices(prices)
     saved = {name: value.clone() for name, value in ours.router.state_dict().items()}
-    bias, prices = saved["expert_bias"], ours.router.expert_prices.clone()
     ours.router.load_state_dict(saved)
     stock = make_layer(router="topk", moe_router_enable_expert_bias=True, **settings)
-    saved.pop("expert_prices")
     stock.router.load_state_dict(saved)
+    # A run without the bias has prices, which become the bias.
+    older = {"weight": saved["weight"], "expert_prices": prices.clone()}
+    ours.router.load_state_dict(older)
+    assert torch.equal(ours.router.expert_bias, saved["expert_bias"])
+    ours.router.load_state_dict({"weight": saved["weight"]})
+    assert not ours.router.expert_bias.any()
+    ours.router.load_state_dict(saved)
     hidden = own_input(rank, 64).detach()
     found = []
-    for layer in (ours, stock):
+    plain = make_layer(router="topk", **settings)
+    plain.router.load_state_dict({"weight": saved["weight"]})
+    for layer in (ours, stock, plain):
         layer.eval()
         with torch.no_grad():
             found.append(layer.router(hidden))
-    plain = make_layer(router="topk", **settings).eval()
-    saved.pop("expert_bias")
-    plain.router.load_state_dict(saved)
+    if score_function == "sigmoid":
+        _check_inference_router(stock, saved, hidden, *found[0])
+    return sorted(saved), saved["expert_bias"], prices, found
+
+
+def _check_inference_router(layer, saved, hidden, probs, routing_map):
+    """Compare Megatron's router for inference with what ours has returned."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.moe.router import InferenceTopKRouter
+
+    collection = ProcessGroupCollection.use_mpu_process_groups()
+    router = InferenceTopKRouter(layer.config, collection).eval()
+    router.load_state_dict(saved)
     with torch.no_grad():
-        found.append(plain.router(hidden))
-    return bias, prices, found
+        gates_TK, experts_TK = router._forward(hidden)
+    dense = torch.zeros_like(probs).scatter(1, experts_TK, gates_TK)
+    assert torch.equal(dense, probs) and torch.equal(dense > 0, routing_map)
+
+
+def expert_bias_in_training(rank, size, score_function, frozen=False):
+    """Train with an expert bias through Megatron's own end of a step.
+
+    Checks gates and the optimum of every step. Returns the biases of all steps, and what they
+    should be by the prices of the solves.
+    """
+    from megatron_maxscore.moe.step import end_attempt, end_batch
+
+    finalize = importlib.import_module("megatron.core.distributed.finalize_model_grads")
+    layer = make_layer(
+        ep=size, moe_router_score_function=score_function, moe_router_enable_expert_bias=True
+    ).train()
+    router = layer.router
+    router.frozen_expert_bias = frozen
+    router.set_prices(torch.linspace(0.0, 0.01, EXPERTS))
+    biases, expected = [router.expert_bias.clone()], [router.expert_bias.clone()]
+    for step in range(3):
+        hidden = own_input(rank + 10 * step, 21)  # 42 assignments over 8 experts
+        mask = torch.zeros(1, 21, dtype=torch.bool)
+        mask[:, 17:] = True
+        probs, routing_map = router(hidden, padding_mask=mask)
+        logits_TE = router.gating(hidden).reshape(21, EXPERTS).detach()
+        experts_TK = routing_map.nonzero()[:, 1].reshape(21, TOPK)
+        gates_TK = reference_gates(logits_TE, experts_TK, score_function, False, "score")
+        torch.testing.assert_close(probs.gather(1, experts_TK).double(), gates_TK)
+        matrix = reference_objective(logits_TE, score_function, "score", "scores").numpy()
+        own = routing_map.numpy()
+        valid = ~mask.reshape(-1).numpy()
+        taken = own[~valid].sum(0)
+        capacity = own.sum(0) - taken
+        assert own.sum(0).max() - own.sum(0).min() <= 1
+        best = highs_objective(matrix[valid], TOPK, capacity)
+        np.testing.assert_allclose(matrix[valid][own[valid]].sum(), best, rtol=1e-6)
+        probs.sum().backward()
+        assert not router.local_tokens_per_expert.any()
+        before = router.expert_bias.clone()
+        prices = router.prices
+        mean = torch.cat([router.price_sum, router.price_count.reshape(1)])
+        torch.distributed.all_reduce(mean)
+        end_attempt([router])
+        finalize._update_router_expert_bias(
+            [layer], layer.config, tp_dp_cp_group=router.tp_dp_cp_group
+        )
+        assert torch.equal(router.expert_bias, before), "stock's rule moved the bias"
+        end_batch([router])
+        averaged = 0.9 * prices + 0.1 * mean[:-1] / mean[-1]
+        biases.append(router.expert_bias.clone())
+        expected.append(averaged.max() - averaged)
+    assert router.expert_prices is None and not router.local_tokens_per_expert.any()
+    return biases, expected
 
 
 def double_gates(rank, size):

@@ -25,14 +25,13 @@ def build(size, ours):
         num_layers=2, hidden_size=32, num_attention_heads=4, num_moe_experts=EXPERTS,
         moe_router_topk=TOPK, moe_ffn_hidden_size=32, moe_router_score_function="sigmoid",
         moe_router_load_balancing_type="none", moe_token_dispatcher_type="alltoall",
-        moe_router_enable_expert_bias=not ours, expert_model_parallel_size=size,
+        moe_router_enable_expert_bias=True, expert_model_parallel_size=size,
         add_bias_linear=False, use_cpu_initialization=True, gradient_accumulation_fusion=False,
         bias_activation_fusion=False, persist_layer_norm=False,
     )  # fmt: skip
     spec = get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False)
     if ours:
-        options = MaxScoreConfig(gate="score", objective="scores", export_bias=True)
-        spec = with_maxscore(spec, options)
+        spec = with_maxscore(spec, MaxScoreConfig())
     model = GPTModel(
         config, spec, vocab_size=VOCABULARY, max_sequence_length=2 * LENGTH,
         position_embedding_type="rope",
@@ -41,13 +40,12 @@ def build(size, ours):
 
 
 def pair(size):
-    """Return our model and stock's with the weights and the bias that ours has saved."""
+    """Return our model and stock's with the weights and the bias of ours."""
     groups(ep=size)
     ours, stock = build(size, True), build(size, False)
     for layer in ours.decoder.layers:
-        layer.mlp.router.expert_prices.copy_(torch.linspace(-0.1, 0.1, EXPERTS))
-    saved = ours.state_dict()
-    stock.load_state_dict({k: v for k, v in saved.items() if not k.endswith("expert_prices")})
+        layer.mlp.router.set_prices(torch.linspace(-0.1, 0.1, EXPERTS))
+    stock.load_state_dict(ours.state_dict())
     return ours, stock
 
 

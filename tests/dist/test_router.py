@@ -120,14 +120,26 @@ def test_arguments(ranks):
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_exported_bias_serves_stock(ranks, function):
-    """Stock's biased routing with the exported bias chooses and weighs as price routing."""
-    for bias, prices, (ours, stock, plain) in ranks(
-        2, cases.exported_bias, score_function=function
+def test_expert_bias_is_what_stock_routes_by(ranks, function):
+    for names, bias, prices, (ours, stock, plain) in ranks(
+        2, cases.expert_bias, score_function=function
     ):
-        assert torch.equal(bias, -prices)
+        assert names == ["expert_bias", "weight"]
+        assert bias.dtype == torch.float32 and torch.equal(bias, prices.max() - prices)
         assert torch.equal(ours[0], stock[0]) and torch.equal(ours[1], stock[1])
         assert not torch.equal(ours[1], plain[1]), "the bias changes nothing"
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_expert_bias_holds_the_prices(ranks, function, frozen):
+    results = ranks(2, cases.expert_bias_in_training, score_function=function, frozen=frozen)
+    for biases, expected in results:
+        for step, (bias, wanted) in enumerate(zip(biases, expected, strict=True)):
+            assert torch.equal(bias, results[0][0][step]), "replicas are equal"
+            torch.testing.assert_close(bias, biases[0] if frozen else wanted)
+            assert bias.min() == 0.0
+        assert frozen or not torch.equal(biases[-1], biases[0])
 
 
 def test_router_sees_changes_of_the_config(ranks):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
@@ -276,34 +277,38 @@ def test_wrong_options_end_every_rank_with_one_line(tmp_path, flags, words):
 
 @pytest.mark.full
 @on_every_release
-def test_exported_bias_serves_stock_in_evaluation(tmp_path, release):
-    flags = "--expert-model-parallel-size 2 --ckpt-format torch_dist --train-iters 20"
-    score = "--moe-router-score-function sigmoid"
+def test_expert_bias_goes_to_stock_and_back(tmp_path, release):
+    flags = (
+        "--expert-model-parallel-size 2 --ckpt-format torch_dist --moe-router-score-function "
+        "sigmoid --moe-router-enable-expert-bias --override-opt_param-scheduler"
+    )
+    stock_flags = f"{flags} --moe-router-load-balancing-type none"
     checkpoint = tmp_path / "checkpoint"
-    exporting = "--maxscore-gate score --maxscore-objective scores --maxscore-export-bias"
-    ours = succeed(
-        tmp_path / "ours",
-        2,
-        f"{MAXSCORE} {flags} {score} {exporting} --save {checkpoint} --save-interval 20",
-        environment=on(release),
-    )
-    serving = f"--moe-router-load-balancing-type none {score}"
-    serving += f" --no-load-optim --no-load-rng --load {checkpoint}"
-    stock = succeed(
-        tmp_path / "stock",
-        2,
-        f"{flags} {serving} --moe-router-enable-expert-bias",
-        module="megatron_maxscore.cpu",
-        environment=on(release),
-    )
-    assert not stock.losses
-    assert stock.validation[""] == ours.validation["(price routing)"]
-    # And training goes on from it.
-    again = succeed(
-        tmp_path / "again", 2,
-        f"{MAXSCORE} {flags.replace('20', '22')} {score} {exporting} --load {checkpoint} "
-        "--override-opt_param-scheduler", environment=on(release))  # fmt: skip
-    assert len(again.losses) == 2
+
+    def train(name, steps, own, **kwargs):
+        return succeed(
+            tmp_path / name, 2,
+            f"{own} --train-iters {steps} --load {checkpoint} --save {checkpoint} "
+            "--save-interval 10", environment=on(release), **kwargs,
+        )  # fmt: skip
+
+    stock = dict(module="megatron_maxscore.cpu")
+    ours = train("ours", 20, f"{MAXSCORE} {flags}")
+    assert "--moe-router-bias-update-rate is ignored" in ours.output
+    # Stock evaluates the checkpoint as it is, and trains on from it.
+    evaluated = train("evaluated", 20, f"{stock_flags} --no-load-optim --no-load-rng", **stock)
+    assert not evaluated.losses
+    assert evaluated.validation[""] == ours.validation["(price routing)"]
+    onward = train("onward", 30, stock_flags, **stock)
+    # And back again: the bias is the warm start.
+    again = train("again", 40, f"{MAXSCORE} {flags}")
+    losses = [[float.fromhex(text) for text in run.losses] for run in (ours, onward, again)]
+    assert [len(part) for part in losses] == [20, 10, 10]
+    assert "start at zero" not in again.output
+    for before, after in itertools.pairwise(losses):
+        assert after[0] < before[-1] + 0.1, "the loss goes on where it was"
+    for line in again.statistics:
+        assert line["loads"] == [[128] * 8] * 2 and line["dropped"] == [0, 0]
 
 
 @pytest.mark.full
