@@ -99,6 +99,10 @@ FEATURES = (
         f"{EP2} --moe-shared-expert-intermediate-size 32 --moe-shared-expert-overlap",
         scopes=("local", "group"),
     ),
+    Item(
+        "group-limited routing",
+        f"{EP2} --moe-router-num-groups 4 --moe-router-group-topk 2", scopes=("local", "group"),
+    ),
     Item("z-loss", f"{EP2} --moe-z-loss-coeff 1e-3"),
     Item(
         "auxiliary loss",
@@ -168,8 +172,13 @@ FEATURES = (
 _MAXSCORE = "--moe-router-type maxscore"
 REFUSALS = (
     Refusal(
-        "group-limited routing", "--moe-router-num-groups 4 --moe-router-group-topk 2",
-        ("--moe-router-num-groups", "leave group-limited routing out"),
+        "more groups than experts of a token",
+        "--moe-router-num-groups 4 --moe-router-group-topk 4",
+        ("--moe-router-group-topk 4", "at most --moe-router-topk 2"),
+    ),
+    Refusal(
+        "groups of unequal size", "--moe-router-num-groups 3 --moe-router-group-topk 1",
+        ("--moe-router-num-groups", "--num-experts 8"),
     ),
     Refusal(
         "expert bias of a softmax", "--moe-router-enable-expert-bias",

@@ -30,11 +30,13 @@ def make_layer(
     tokens: int = 0,
     mode: str = "auto",
     is_forced: bool = False,
+    **settings: Any,
 ) -> Any:
     """Build the layer, bfloat16 on the CPU; with Megatron's top-k router if it is not ours.
 
     ``tokens`` is how many every microbatch is said to have; 0: that is not said. ``is_forced``:
     Megatron's router replaces its logits by random ones, which balances loads and learns nothing.
+    ``settings`` are more of the TransformerConfig.
     """
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -49,7 +51,7 @@ def make_layer(
         moe_token_dispatcher_type="alltoall", moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0, add_bias_linear=False, bias_activation_fusion=False,
         gradient_accumulation_fusion=False, bf16=True, params_dtype=torch.bfloat16,
-        moe_router_force_load_balancing=is_forced,
+        moe_router_force_load_balancing=is_forced, **settings,
     )  # fmt: skip
     spec = get_moe_module_spec(use_te=False, num_experts=experts, moe_grouped_gemm=False)
     if is_ours:

@@ -294,8 +294,6 @@ def check_transformer_config(config: Any, options: MaxScoreConfig) -> None:
         )
     refused = (
         ("moe_pad_expert_input_to_capacity", "splits are static already, leave it out"),
-        ("moe_router_num_groups", "leave group-limited routing out"),
-        ("moe_router_group_topk", "leave group-limited routing out"),
         ("batch_invariant_mode", "leave it out"),
         ("use_megatron_fsdp", "use --use-distributed-optimizer"),
         ("use_torch_fsdp2", "use --use-distributed-optimizer"),
@@ -304,6 +302,7 @@ def check_transformer_config(config: Any, options: MaxScoreConfig) -> None:
         if get(name):
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{who} cannot be combined with {flag}; {fix}")
+    _check_groups(topk, num_experts, get)
     if (get("context_parallel_size") or 1) > 1 and get("transformer_impl") == "local":
         raise ValueError(
             f"{who} cannot be combined with --context-parallel-size {get('context_parallel_size')} "
@@ -341,6 +340,23 @@ def check_transformer_config(config: Any, options: MaxScoreConfig) -> None:
         raise ValueError(
             f"{who} cannot be captured in Megatron's CUDA graphs yet; use "
             "--cuda-graph-modules attn (before megatron-core 0.18 --cuda-graph-scope attn)"
+        )
+
+
+def _check_groups(topk: int, num_experts: int, get: Any) -> None:
+    """Refuse groups of experts that cannot be."""
+    groups, chosen = get("moe_router_num_groups"), get("moe_router_group_topk")
+    if not chosen:
+        return
+    if not groups or num_experts % groups:
+        raise ValueError(
+            f"--moe-router-group-topk {chosen} needs --moe-router-num-groups, a number that "
+            f"--num-experts {num_experts} is a multiple of; it is {groups}"
+        )
+    if not 1 <= chosen <= min(groups, topk):
+        raise ValueError(
+            f"--moe-router-group-topk {chosen} must be at most --moe-router-num-groups {groups} "
+            f"and at most --moe-router-topk {topk}; change one of them"
         )
 
 

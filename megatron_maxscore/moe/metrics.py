@@ -28,11 +28,12 @@ PREFIX = "maxscore/"
 # objective, unconstrained: score per token, as routed and if every token had its k best experts;
 # score_ratio: the former over the latter, what balance costs. first_choices: share of tokens that
 # have their k best experts. load_p05 to load_max: of the experts of the problem, over their mean.
+# outside_groups: share of assignments outside a token's groups, 0 without group-limited routing.
 NAMES = tuple(
     PREFIX + name
     for name in (
         "objective", "unconstrained", "score_ratio", "first_choices", "gap", "rounds",
-        "price_range", "load_p05", "load_p95", "load_max", "solve_ms",
+        "price_range", "load_p05", "load_p95", "load_max", "outside_groups", "solve_ms",
     )
 )  # fmt: skip
 
@@ -93,12 +94,13 @@ def values_of(
     valid_T: Tensor | None,
     solution: FlowSolution,
     seconds: float,
+    inside_TE: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Return :func:`measured` values of a call with this plan; none if they are not due."""
     if not _are_due():
         return {}
     assert plan.experts_TK is not None
-    return measured(scores_TE, plan.experts_TK, valid_T, solution, seconds)
+    return measured(scores_TE, plan.experts_TK, valid_T, solution, seconds, inside_TE)
 
 
 def measured(
@@ -107,6 +109,7 @@ def measured(
     valid_T: Tensor | None,
     solution: FlowSolution,
     seconds: float,
+    inside_TE: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Return the values of one solve.
 
@@ -116,6 +119,7 @@ def measured(
         valid_T: (T,) bool, False = padding, which does not count.
         solution: of the problem that these tokens are part of.
         seconds: of the host in the solve.
+        inside_TE: (T, E) bool, experts of each token's groups; None without group-limited routing.
 
     Returns:
         0-dim tensors by the names in :data:`NAMES`, without prefix.
@@ -146,8 +150,18 @@ def measured(
         "load_p05": low,
         "load_p95": high,
         "load_max": loads_E.max(),
+        "outside_groups": _outside(experts_TK, counts_T, inside_TE),
         "solve_ms": torch.tensor(1e3 * seconds),
     }
+
+
+def _outside(experts_TK: Tensor, counts_T: Tensor, inside_TE: Tensor | None) -> Tensor:
+    """Return the share of tokens' assignments that are outside of their groups."""
+    if inside_TE is None:
+        return torch.zeros(())
+    is_outside_TK = ~inside_TE.gather(1, experts_TK) & counts_T[:, None]
+    assignments = counts_T.sum().clamp(min=1) * experts_TK.shape[1]
+    return is_outside_TK.sum() / assignments
 
 
 def _store(name: str, value: Tensor, place: Place) -> None:

@@ -27,6 +27,7 @@ from megatron_maxscore.moe.config import MaxScoreConfig, check_transformer_confi
 from megatron_maxscore.moe.context import RUN
 from megatron_maxscore.moe.counting import Pass, SolveStatistics
 from megatron_maxscore.moe.evaluation import check_no_cache, uses_flow
+from megatron_maxscore.moe.groups import Groups
 from megatron_maxscore.moe.plan import RoutingPlan
 from megatron_maxscore.moe.recording import ScoreRecorder
 from megatron_maxscore.moe.scopes import Scope
@@ -160,6 +161,7 @@ class MaxScoreRouter(TopKRouter):
             config.sequence_parallel,
             knows_splits=config.moe_token_dispatcher_type == "alltoall",
         )
+        self.groups = Groups.of(config)
         # Those other backends of the flex dispatcher find the experts by a top-k over the gates.
         self._is_chosen_by_gates = (
             config.moe_token_dispatcher_type == "flex"
@@ -311,12 +313,20 @@ class MaxScoreRouter(TopKRouter):
         Raises:
             ValueError: flow routing in evaluation while a key-value cache is in use.
         """
-        if not self.training and not uses_flow(self.options.eval_routing):
-            if biased_TE is None:
-                biased_TE = scores_TE - self.prices.to(scores_TE.dtype)
-            return Decision(RoutingPlan(biased_TE.topk(self.topk, dim=1).indices))
-        if not self.training:
+        inside_TE = None
+        is_by_price = not self.training and not uses_flow(self.options.eval_routing)
+        if not self.training and not is_by_price:
             check_no_cache()
+        if biased_TE is None and (self.groups or is_by_price):
+            biased_TE = scores_TE - self.prices.to(scores_TE.dtype)
+        if self.groups:
+            assert biased_TE is not None
+            inside_TE = self._inside(self.groups, biased_TE, call, is_by_price)
+            biased_TE = self.groups.only(biased_TE, inside_TE)
+            scores_TE = self.groups.preferred(scores_TE, inside_TE)
+        if is_by_price:
+            assert biased_TE is not None
+            return Decision(RoutingPlan(biased_TE.topk(self.topk, dim=1).indices))
         turn = self._iteration() + RUN.microbatch if self.training else None
         if turn is not None and self._recorder is not None and call.may_count:
             self._recorder.record(
@@ -331,8 +341,24 @@ class MaxScoreRouter(TopKRouter):
         routed = dataclasses.replace(routed, is_reported=call.is_reported)
         if not self.training:
             return Decision(routed)
-        values = metrics.values_of(scores_TE, routed, call.valid_T, solution, seconds)
+        values = metrics.values_of(scores_TE, routed, call.valid_T, solution, seconds, inside_TE)
         return Decision(routed, Pass.of(solution, seconds, call.bad_T, routed, values))
+
+    def _inside(
+        self, groups: Groups, biased_TE: Tensor, call: RoutingCall, is_by_price: bool
+    ) -> Tensor:
+        """Return (T, E) bool, the experts of the groups that each token chooses or gets."""
+        scores_TG = groups.scores(biased_TE)
+        if is_by_price or groups.chosen == groups.number:
+            groups_TC = groups.best(scores_TG)
+        else:
+            no_prices = self.price_sum.new_zeros(groups.number)
+            plan, _ = self.scope.solve(
+                scores_TG, call.batch_size, groups.chosen, no_prices, call.valid_T, None
+            )
+            assert plan.experts_TK is not None
+            groups_TC = plan.experts_TK
+        return groups.inside(groups_TC, biased_TE.shape[1])
 
     def _own_part(self, padding_mask: Tensor, num_tokens: int) -> Tensor:
         """Return the mask of this rank's tokens.

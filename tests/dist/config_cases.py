@@ -147,7 +147,7 @@ REFUSED = {
     "--moe-router-enable-expert-bias": ["--moe-router-score-function sigmoid or sqrtsoftplus"],
     "--moe-router-score-function sigmoid --moe-router-enable-expert-bias "
     "--maxscore-objective logits": ["--maxscore-objective logits", "--moe-router-enable-expert"],
-    "--moe-router-num-groups 2 --moe-router-group-topk 1": ["--moe-router-num-groups"],
+    "--moe-router-group-topk 1": ["--moe-router-group-topk 1", "--moe-router-num-groups"],
     "--num-experts 7 --expert-model-parallel-size 2": ["--num-experts 7", "divisible"],
     "--bogus-flag 3": ["--bogus-flag"],
     "--moe-router-type best": ["--moe-router-type", "best"],

@@ -377,6 +377,61 @@ def expert_bias_in_training(rank, size, score_function, frozen=False):
     return biases, expected
 
 
+def group_limited(rank, size, function, bias=False, tokens=64, experts=16, topk=4):
+    """Route to groups of experts, in training, by prices, and by stock.
+
+    Checks both optima in training against HiGHS. Returns the share of assignments outside of the
+    chosen groups, and (probs, map) in evaluation of ours and stock's.
+    """
+    settings = dict(
+        ep=size, experts=experts, moe_router_topk=topk, moe_router_score_function=function,
+        moe_router_num_groups=4, moe_router_group_topk=2, moe_router_enable_expert_bias=bias,
+        moe_router_pre_softmax=function == "softmax",
+    )  # fmt: skip
+    layer = make_layer(options=MaxScoreConfig(gate="score", objective="scores"), **settings)
+    prices = torch.linspace(0.0, 0.05, experts)
+    layer.router.set_prices(prices)
+    hidden = own_input(rank, tokens).detach() * 5
+    noted = []
+    find = layer.router._inside
+    layer.router._inside = lambda *args: noted.append(find(*args)) or noted[0]
+    _, routing_map = layer.train().router(hidden)
+    del layer.router._inside
+    inside = noted[0].numpy()
+    logits_TE = layer.router.gating(hidden).reshape(tokens, experts).detach()
+    matrix = reference_objective(logits_TE, function, "score", "scores").numpy()
+    # Groups: each is chosen as often as any other, and their scores are as large as can be.
+    chosen = inside.reshape(tokens, 4, 4)
+    assert (chosen.any(2) == chosen.all(2)).all()
+    chosen = chosen.any(2)
+    assert chosen.sum(1).tolist() == [2] * tokens and chosen.sum(0).tolist() == [tokens // 2] * 4
+    of_group = np.sort((matrix - prices.double().numpy()).reshape(tokens, 4, 4), axis=2)
+    of_group = of_group[..., -2:].sum(2)
+    best = highs_objective(of_group, 2, chosen.sum(0))
+    np.testing.assert_allclose(of_group[chosen].sum(), best, rtol=1e-5)
+    # Experts: those of other groups cost a row range.
+    ranges = matrix.max(1, keepdims=True) - matrix.min(1, keepdims=True)
+    preferred = matrix - ranges * ~inside
+    own = routing_map.numpy()
+    assert (own.sum(1) == topk).all()
+    loads = own.sum(0)
+    assert loads.max() - loads.min() <= 1
+    best = highs_objective(preferred, topk, loads)
+    np.testing.assert_allclose(preferred[own].sum(), best, rtol=1e-6)
+    outside = float((own & ~inside).sum() / own.sum())
+    stock = make_layer(router="topk", **settings)
+    state = dict(layer.router.state_dict())
+    state.pop("expert_prices", None)
+    stock.router.load_state_dict(state)
+    if not bias:
+        layer.router.set_prices(torch.zeros(experts))
+    found = []
+    for other in (layer, stock):
+        with torch.no_grad():
+            found.append(other.eval().router(hidden))
+    return outside, found
+
+
 def double_gates(rank, size):
     """With a router in float64 gates are SoftTopk's in float64, not rounded on the way."""
     from megatron_maxscore.ops import soft_topk

@@ -142,6 +142,17 @@ def test_expert_bias_holds_the_prices(ranks, function, frozen):
         assert frozen or not torch.equal(biases[-1], biases[0])
 
 
+@pytest.mark.parametrize(
+    ("function", "bias"), [("softmax", False)] + [(f, b) for f in FUNCTIONS for b in (False, True)]
+)
+def test_group_limited_routing(ranks, function, bias):
+    for outside, (ours, stock) in ranks(2, cases.group_limited, function=function, bias=bias):
+        assert outside <= 0.01
+        # By prices it is stock's rule: with the bias, and without prices.
+        assert torch.equal(ours[1], stock[1])
+        torch.testing.assert_close(ours[0], stock[0])
+
+
 def test_router_sees_changes_of_the_config(ranks):
     """What is changed in the layer's config later counts; only softmax before selection is ours."""
     for config, seen, copies, gradient in ranks(2, config_cases.config_is_shared):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_maxscore.flow import certified, engine, solve
 from megatron_maxscore.flow.device import layout
+from megatron_maxscore.moe.groups import Groups
 from tests.draws import unequal_capacities
 from tests.kernels.engine_model import Model
 from tests.kernels.watching import Watch
@@ -287,6 +288,23 @@ def test_scores_that_are_not_finite_count_as_zero():
         scores[row, expert], clean[row, expert] = value, 0.0
     found, expected = bounded(scores, 2), bounded(clean, 2)
     assert torch.equal(found.experts, expected.experts) and found.bad == 2
+
+
+def test_groups_of_experts():
+    groups = Groups(number=4, chosen=2, topk=4)
+    work = workload("iid", 512, 16, 4)
+    scores_TG = groups.scores(work.scores)
+    found = bounded(scores_TG, 2)
+    exact = solve(scores_TG, 2)
+    assert_sound(scores_TG, 2, torch.full((4,), 256), found)
+    spans = float((scores_TG.amax(1) - scores_TG.amin(1)).sum())
+    assert (exact.objective - found.objective) / spans <= 4e-4
+    inside = groups.inside(found.experts, 16)
+    preferred = groups.preferred(work.scores, inside)
+    found = bounded(preferred, 4)
+    assert_sound(preferred, 4, torch.full((16,), 128), found)
+    assert found.gap <= 4e-4
+    assert (~inside.gather(1, found.experts)).float().mean() <= 0.01
 
 
 def test_a_forbidden_arc_costs_a_row_range():

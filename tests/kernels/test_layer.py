@@ -70,3 +70,26 @@ def test_what_a_forward_pass_launches(layer, as_on_a_device, monkeypatch):
     assert ours.by_whom["ours"].total() <= 6, ours.by_whom["ours"]
     assert ours.made["ours"] <= 8, ours.made
     assert stock.by_whom["ours"].total() == 0 < stock.by_whom["megatron"].total()
+
+
+def test_groups_and_an_expert_bias_wait_for_nothing(layer, as_on_a_device, monkeypatch):
+    limited = make_layer(
+        tokens=TOKENS, mode="bounded", moe_router_num_groups=4, moe_router_group_topk=2,
+        moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True,
+    )  # fmt: skip
+    inside = []
+    find = limited.router._inside
+    limited.router._inside = lambda *args: inside.append(find(*args)) or inside[-1]
+    hidden = torch.randn(TOKENS, 1, HIDDEN, dtype=torch.bfloat16)
+    routed(limited, hidden)
+    with Watch().kernels(monkeypatch) as watch:
+        routed(limited, hidden)
+    # One solve for the groups, one for the experts.
+    assert watch.operations["solve_kernel"] == 2
+    _, routing_map = limited.router(hidden)
+    assert (routing_map.sum(0) == TOKENS * TOPK // EXPERTS).all()
+    groups = inside[-1].reshape(TOKENS, 4, -1)
+    assert (groups.any(2) == groups.all(2)).all()
+    # The engine may leave a few assignments less than optimal.
+    assert (routing_map & ~inside[-1]).sum() <= 0.02 * TOKENS * TOPK
+    assert groups.any(2).sum(0).tolist() == [TOKENS * 2 // 4] * 4
