@@ -209,17 +209,6 @@ REFUSALS = (
         "Torch FSDP2", "--use-torch-fsdp2", ("--use-torch-fsdp2", "--use-distributed-optimizer"),
     ),
     Refusal(
-        "fp8/fp4 padding that quotas do not meet",
-        "--fp8-format hybrid --moe-router-padding-for-quantization --seq-length 60 "
-        "--max-position-embeddings 60",
-        ("--moe-router-padding-for-quantization", "30", "multiple of 16", "--seq-length"),
-    ),
-    Refusal(
-        "fp8/fp4 padding outside scope local",
-        "--fp8-format hybrid --moe-router-padding-for-quantization --maxscore-scope group",
-        ("--moe-router-padding-for-quantization", "--maxscore-scope local"),
-    ),
-    Refusal(
         "context parallelism without Transformer Engine", "--context-parallel-size 2",
         ("--context-parallel-size 2", "--transformer-impl transformer_engine"),
     ),
@@ -290,6 +279,10 @@ LET_THROUGH = (
         "CUDA graph, by the flag's older name", "--cuda-graph-impl local --cuda-graph-scope attn"
     ),
     Refusal("permute fusion", "--moe-permute-fusion"),
+    Refusal(
+        "fp8 padding of experts' rows, in any scope",
+        "--fp8-format hybrid --moe-router-padding-for-quantization --maxscore-scope group",
+    ),
     Refusal("Transformer Engine with context parallelism", "--context-parallel-size 2 {te}"),
 )
 

@@ -309,8 +309,6 @@ def check_transformer_config(config: Any, options: MaxScoreConfig) -> None:
             "and --transformer-impl local, whose attention Megatron does not split; use "
             "--transformer-impl transformer_engine"
         )
-    if get("moe_router_padding_for_quantization") or get("moe_router_padding_for_fp8"):
-        _check_quantization_padding(config, options)
     for name in (*VARIABLE_LENGTHS, "sft"):
         if options.scope == "sequence" and get(name):
             flag = "--" + name.replace("_", "-")
@@ -382,30 +380,4 @@ def _check_gates_can_learn(
             f"--moe-router-topk {topk} takes all --num-experts {num_experts} experts, for which "
             "--maxscore-variant bientropic makes every gate 1, and the router learns nothing; "
             "lower --moe-router-topk, or use --maxscore-gate score"
-        )
-
-
-def _check_quantization_padding(config: Any, options: MaxScoreConfig) -> None:
-    """Refuse padding of each expert's tokens unless the quotas need none."""
-    from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantization
-
-    who = "--moe-router-type maxscore cannot be combined with --moe-router-padding-for-quantization"
-    if options.scope != "local" or options.capacity_factor != 1.0:
-        raise ValueError(
-            f"{who} unless every expert's load is known; use --maxscore-scope local and "
-            "--maxscore-capacity-factor 1"
-        )
-    length = getattr(config, "seq_length", None)
-    if length is None:
-        return  # a TransformerConfig: the dispatcher pads what needs it
-    split = config.context_parallel_size
-    if config.sequence_parallel:
-        split *= config.tensor_model_parallel_size
-    assignments = length * config.micro_batch_size // split * config.moe_router_topk
-    align = get_align_size_for_quantization(config) or 16
-    if assignments % (config.num_experts * align):
-        raise ValueError(
-            f"{who} where an expert's share of a rank's {assignments} assignments, "
-            f"{assignments / config.num_experts:g}, is no multiple of {align}; change "
-            "--seq-length or --micro-batch-size, or leave the padding out"
         )

@@ -18,13 +18,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantization
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
 
 from megatron_maxscore.flow.places import is_device
 from megatron_maxscore.moe import permutation
+from megatron_maxscore.moe.config import MaxScoreConfig
 from megatron_maxscore.moe.plan import RoutingPlan, StaticLoads, attach, plan_of
 from megatron_maxscore.moe.quotas import quotas
+from megatron_maxscore.moe.seam import seen_with
 
 
 class _Counts(NamedTuple):
@@ -65,6 +68,26 @@ class _Filled(NamedTuple):
     is_reported: bool
 
 
+def knows_splits(config: Any, options: MaxScoreConfig) -> bool:
+    """Return whether a layer's dispatcher is ours and takes its splits from the routing.
+
+    Where each expert's rows are padded to a multiple, for fp8 and fp4, it does only if all quotas
+    are multiples already. Otherwise Megatron pads the map, counts and gathers.
+
+    Args:
+        config: a TransformerConfig.
+        options: MaxScore's own options.
+    """
+    if config.moe_token_dispatcher_type != "alltoall":
+        return False
+    if not config.moe_router_padding_for_quantization:
+        return True
+    multiple = config.num_moe_experts * max(get_align_size_for_quantization(config), 1)
+    assignments = math.prod(options.fixed_shape or (0, 0)) * config.moe_router_topk
+    is_static = options.scope == "local" and options.capacity_factor == 1.0
+    return is_static and assignments > 0 and assignments % multiple == 0
+
+
 class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
     """All-to-all dispatcher with splits known from the routing.
 
@@ -84,6 +107,7 @@ class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
     """
 
     # Megatron's, which has no types.
+    config: Any
     cuda_dtoh_point: str
     input_splits: Any
     output_splits: Any
@@ -95,6 +119,9 @@ class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
         self._known: dict[StaticLoads, _Splits] = {}
         self._filled: _Filled | None = None
         self._dtoh_point = self.cuda_dtoh_point
+        self._config_without_padding = seen_with(
+            self.config, {"moe_router_padding_for_quantization": False}
+        )
 
     @property
     def _rank(self) -> int:
@@ -146,7 +173,8 @@ class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
            not fit. How it was filled waits on the dispatcher for :meth:`combine_postprocess`, as
            Megatron's own splits do: its combine gets nothing else.
         2. Let Megatron permute tokens; it asks :meth:`preprocess` for the splits, and finds the
-           order in the map's plan (:mod:`permutation`).
+           order in the map's plan (:mod:`permutation`). Static loads are multiples already where
+           experts' rows are padded (:func:`knows_splits`).
 
         Args:
             hidden_states: (S, B, H).
@@ -159,9 +187,15 @@ class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
         if plan.num_tokens not in (None, routing_map.shape[0]) or not plan.fits:
             hidden_states, routing_map, probs = self._fill(hidden_states, routing_map, probs, plan)
         # 2.
-        dispatched: tuple[Tensor, Tensor] = super().dispatch_preprocess(
-            hidden_states, routing_map, probs
-        )
+        config = self.config
+        if plan.static is not None:
+            self.config = self._config_without_padding
+        try:
+            dispatched: tuple[Tensor, Tensor] = super().dispatch_preprocess(
+                hidden_states, routing_map, probs
+            )
+        finally:
+            self.config = config
         return dispatched
 
     def combine_postprocess(self, permutated_local_input_tokens: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from megatron_maxscore.moe import metrics, microbatches, plan, recompute
 from megatron_maxscore.moe.config import MaxScoreConfig, check_transformer_config
 from megatron_maxscore.moe.context import RUN
 from megatron_maxscore.moe.counting import Pass, SolveStatistics
+from megatron_maxscore.moe.dispatcher import knows_splits
 from megatron_maxscore.moe.evaluation import check_no_cache, uses_flow
 from megatron_maxscore.moe.groups import Groups
 from megatron_maxscore.moe.plan import RoutingPlan
@@ -159,13 +160,13 @@ class MaxScoreRouter(TopKRouter):
             options,
             pg_collection,
             config.sequence_parallel,
-            knows_splits=config.moe_token_dispatcher_type == "alltoall",
+            knows_splits=knows_splits(config, options),
         )
         self.groups = Groups.of(config)
-        # Those other backends of the flex dispatcher find the experts by a top-k over the gates.
-        self._is_chosen_by_gates = (
-            config.moe_token_dispatcher_type == "flex"
-            and config.moe_flex_dispatcher_backend != "hybridep"
+        # DeepEP and NCCL EP find the experts by a top-k over the gates, and statistics tell padding
+        # by gates of 0.
+        self._needs_positive_gates = (
+            config.moe_token_dispatcher_type == "flex" or config.moe_router_padding_for_quantization
         )
         # Of the attempt at a global batch that is under way, and of the last one that has ended.
         self.statistics = SolveStatistics()
@@ -200,7 +201,7 @@ class MaxScoreRouter(TopKRouter):
         1. Note what is known of the call, and replace logits that are not finite.
         2. Let Megatron route: it applies jitter and losses, and asks :meth:`select` for the experts
            and their gates, which asks :meth:`assign` for the experts. It makes probs and map.
-           Where the dispatcher finds the experts by their gates, none of these may be 0.
+           Where experts are found by their gates, none of these may be 0.
         3. Attach the plan to the map, for the dispatcher.
         4. Count the call towards prices and statistics when its backward pass runs.
 
@@ -228,7 +229,7 @@ class MaxScoreRouter(TopKRouter):
             _local.under_way = before
         if call.bad_T is not None and not call.is_reported:
             probs = probs.masked_fill(call.bad_T[:, None] & routing_map, math.nan)
-        if self._is_chosen_by_gates:
+        if self._needs_positive_gates:
             tiny = torch.finfo(probs.dtype).tiny
             probs = probs.masked_fill(routing_map & (probs == 0), tiny)
         if decision is None:

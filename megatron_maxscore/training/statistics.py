@@ -113,11 +113,12 @@ class _Watch:
     def _counting(self, layer: Any, dispatcher: Any, original: Any) -> Any:
         def dispatch_postprocess(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
-            tokens_TH, tokens_per_expert = result[0], result[1]
+            tokens_TH, tokens_per_expert, gates_T = result
             if layer.training and torch.is_grad_enabled() and tokens_TH.requires_grad:
-                noted = _Dispatched(
-                    tokens_per_expert.detach().cpu().to(torch.int64), _assignments(dispatcher)
-                )
+                count_E = tokens_per_expert.detach().cpu().to(torch.int64)
+                if layer.config.fp8 or layer.config.fp4:
+                    count_E = _without_padding(count_E, gates_T.detach().cpu())
+                noted = _Dispatched(count_E, _assignments(dispatcher))
                 tokens_TH.register_hook(functools.partial(self._count, layer, dispatcher, noted))
             return result
 
@@ -210,6 +211,17 @@ class _Dispatched:
     count_E: torch.Tensor
     assignments: int
     has_counted: bool = False
+
+
+def _without_padding(count_E: torch.Tensor, gates_N: torch.Tensor) -> torch.Tensor:
+    """Return (Z,) int64 how many of each expert's rows are no padding, whose gates are 0.
+
+    Args:
+        count_E: (Z,) int64 rows of each local expert.
+        gates_N: (N,) gates of the rows, in order of the experts.
+    """
+    parts = gates_N[: int(count_E.sum())].split(count_E.tolist())
+    return torch.stack([part.count_nonzero() for part in parts])
 
 
 def _assignments(dispatcher: Any) -> int:

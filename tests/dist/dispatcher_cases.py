@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_maxscore.moe import MaxScoreConfig
+from megatron_maxscore.moe.seam import seen_with
 from tests.dist.cases import EXPERTS, HIDDEN, TOPK, groups, make_layer, own_input
 
 
@@ -155,6 +156,51 @@ def budget_of_rows(rank, size, scope, tokens=128):
     for own, other in zip(outputs[:2], outputs[2:], strict=True):
         torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-7)
     return bool(layer.token_dispatcher.check_over_budget())
+
+
+def padding(rank, size, tokens, scope, shape, flex=False, steps=2):
+    """Train a layer whose experts' rows are padded to multiples of 16, and one without padding.
+
+    Returns the all-gathers of a pass, each local expert's rows, and those that statistics count.
+    """
+    from megatron.core.transformer import transformer_config
+
+    from megatron_maxscore.training.statistics import _without_padding
+    from tests.dist.cases import counted
+
+    settings = dict(
+        ep=size, options=MaxScoreConfig(scope=scope), shape=(tokens, 1) if shape else None
+    )
+    if flex:
+        settings |= dict(moe_token_dispatcher_type="flex", moe_flex_dispatcher_backend="hybridep")
+    layers = []
+    for is_padded in (False, True):
+        torch.manual_seed(3)
+        quantised = dict(fp8="e4m3", moe_router_padding_for_quantization=True)
+        # What rounds to eight bits needs Transformer Engine and a GPU.
+        with mock.patch.object(transformer_config, "is_te_min_version", lambda *_, **__: True):
+            layer = make_layer(**settings, **(quantised if is_padded else {}))
+        layer.experts.config = seen_with(layer.config, {"fp8": None})
+        layers.append(layer.train())
+    noted = [{}, {}]
+    for layer, note in zip(layers, noted, strict=True):
+        _watch(layer, note)
+    gathers = []
+    for step in range(steps):
+        results = []
+        for layer in layers:
+            hidden = own_input(rank + size * step, tokens)
+            with counted() as collectives:
+                output, _ = layer(hidden)
+            gathers.append(collectives["all_gather_into_tensor"] + collectives["all_gather"])
+            output.square().sum().backward()
+            results.append((output.detach(), hidden.grad))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    rows = torch.as_tensor(noted[1]["counts"])
+    real = _without_padding(rows, noted[1]["row gates"].detach())
+    assert real.tolist() == list(noted[0]["counts"])
+    return gathers[-1], rows.tolist(), real.tolist()
 
 
 def stand_ins(rank, size):

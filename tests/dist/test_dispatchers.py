@@ -32,8 +32,7 @@ def test_training_steps_are_those_of_the_all_to_all(ranks, dispatcher, scope, si
 def test_chosen_gates_that_underflow_keep_their_experts(ranks, backend):
     for loads, smallest in ranks(2, cases.chosen_gates_of_zero, backend=backend):
         assert loads == [2 * 24 * 2 // 8] * 8
-        # HybridEP takes the experts from the map.
-        assert (smallest > 0) == (backend == "deepep")
+        assert smallest > 0
 
 
 @pytest.mark.parametrize("dispatcher", ALL)
@@ -51,6 +50,29 @@ def test_longer_batches_than_the_shape_lose_nothing(ranks, dispatcher):
 @pytest.mark.parametrize("scope", ["local", "group"])
 def test_a_budget_of_rows_is_met_in_training_and_cleared_in_evaluation(ranks, scope):
     assert ranks(2, cases.budget_of_rows, scope=scope) == [False] * 2
+
+
+@pytest.mark.parametrize(
+    ("tokens", "scope", "shape", "flex"),
+    [
+        (128, "local", True, False),  # quotas of 32
+        (100, "local", True, False),  # of 25
+        (128, "local", False, False),
+        (128, "group", True, False),
+        (100, "group", False, False),
+        (100, "local", True, True),
+    ],
+)
+def test_padding_for_quantisation(ranks, tokens, scope, shape, flex):
+    is_known = tokens == 128 and scope == "local" and shape
+    for gathers, rows, real in ranks(
+        2, cases.padding, tokens=tokens, scope=scope, shape=shape, flex=flex
+    ):
+        assert all(number % 16 == 0 for number in rows)
+        assert sum(real) == tokens * 2
+        assert (rows == real) == (tokens == 128 and scope == "local")
+        # What Megatron pads it counts and gathers.
+        assert gathers == (0 if is_known else 1) or flex
 
 
 @pytest.mark.parametrize("size", [2, 4])
