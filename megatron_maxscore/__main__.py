@@ -10,6 +10,7 @@ import sys
 COMMANDS = {
     "launch": ("launch", "run a Megatron training script with MaxScore's options (under torchrun)"),
     "cpu": ("cpu.__main__", "run a stock Megatron script on the CPU (under torchrun)"),
+    "check": ("commands.check", "say what MaxScore would do in a launch, without starting it"),
     "patch": ("patch", "put the options into a Megatron-LM fork, or take them out"),
     "prepare": ("commands.prepare", "turn text files into a tokenizer and Megatron data sets"),
     "evaluate": ("commands.evaluate", "evaluate a checkpoint on a data set, by prices and by flow"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 # The newest release that the tests have run with.
@@ -46,18 +47,40 @@ def has_metrics_tracker() -> bool:
     return importlib.util.find_spec("megatron.core.transformer.moe.moe_logging") is not None
 
 
-def graphed_modules(config: Any) -> set[str]:
-    """Return the names of the modules that CUDA graphs capture, empty for whole layers.
+@dataclass(frozen=True)
+class Graph:
+    """CUDA graphs of training.
+
+    Attributes:
+        implementation: none, local, transformer_engine or full_iteration.
+        modules: names of what is captured of each layer; empty for whole layers.
+    """
+
+    implementation: str
+    modules: frozenset[str]
+
+
+def graph_of(config: Any) -> Graph:
+    """Return the CUDA graphs of a configuration, by whatever name its release has for them.
 
     Args:
         config: a TransformerConfig, or Megatron's parsed arguments, which keep the flag's older
             name (to 0.17 the only one) apart.
     """
-    names = ("cuda_graph_modules", "cuda_graph_scope_deprecated", "cuda_graph_scope")
-    modules: Any = next((found for name in names if (found := getattr(config, name, None))), [])
-    if isinstance(modules, str):
-        modules = modules.split(",")
-    return {str(getattr(module, "name", module)) for module in modules}
+    implementation = getattr(config, "cuda_graph_impl", None) or "none"
+    # Older flags, which Megatron's own configuration has turned into the new ones.
+    if getattr(config, "external_cuda_graph", False):
+        implementation = "transformer_engine"
+    elif getattr(config, "enable_cuda_graph", False):
+        implementation = "local"
+    names = ("cuda_graph_scope_deprecated", "cuda_graph_scope", "cuda_graph_modules")
+    given: Any = next((found for name in names if (found := getattr(config, name, None))), [])
+    if isinstance(given, str):
+        given = given.replace(",", " ").split()
+    modules = {str(getattr(module, "name", module)) for module in given} - {"full"}
+    if "full_iteration" in modules:
+        implementation, modules = "full_iteration", set()
+    return Graph(implementation, frozenset(modules))
 
 
 def names_bound_early(name: str) -> list[Any]:

@@ -229,9 +229,25 @@ REFUSALS = (
         ("--moe-expert-capacity-factor", "--maxscore-capacity-factor"),
     ),
     Refusal(
-        "CUDA graph of the router",
-        "--cuda-graph-impl local {graph_flag} moe_router",
-        ("CUDA graph", "attn"),
+        "CUDA graphs of whole layers", "--cuda-graph-impl local",
+        ("CUDA graphs of whole layers", "--cuda-graph-modules attn moe_router moe_preprocess"),
+    ),
+    Refusal(
+        "CUDA graph of the router in scope group",
+        "--cuda-graph-impl transformer_engine {graph_flag} moe_router --maxscore-scope group "
+        "--maxscore-mode auto",
+        ("CUDA graphs of the router", "--maxscore-scope group", "use --maxscore-scope local"),
+    ),
+    Refusal(
+        "CUDA graph of a router that is solved on the host",
+        "--cuda-graph-impl transformer_engine {graph_flag} moe_router",
+        ("CUDA graphs of the router", "--maxscore-mode exact"),
+    ),
+    Refusal(
+        "CUDA graph of a dispatch whose splits vary",
+        "--cuda-graph-impl transformer_engine {graph_flag} moe_router moe_preprocess "
+        "--maxscore-mode auto --seq-length 63 --max-position-embeddings 63",
+        ("CUDA graphs of the dispatch", "252 assignments", "hybridep"),
     ),
     Refusal(
         "top-1 with normalised gates", "--moe-router-topk 1 --maxscore-normalize-gates",
@@ -279,6 +295,11 @@ LET_THROUGH = (
         "CUDA graph, by the flag's older name", "--cuda-graph-impl local --cuda-graph-scope attn"
     ),
     Refusal("permute fusion", "--moe-permute-fusion"),
+    Refusal(
+        "CUDA graph of router and dispatch",
+        "--cuda-graph-impl transformer_engine {graph_flag} attn moe_router moe_preprocess "
+        "--maxscore-mode auto",
+    ),
     Refusal(
         "fp8 padding of experts' rows, in any scope",
         "--fp8-format hybrid --moe-router-padding-for-quantization --maxscore-scope group",

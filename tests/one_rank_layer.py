@@ -30,13 +30,14 @@ def make_layer(
     tokens: int = 0,
     mode: str = "auto",
     is_forced: bool = False,
+    options: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Any:
     """Build the layer, bfloat16 on the CPU; with Megatron's top-k router if it is not ours.
 
     ``tokens`` is how many every microbatch is said to have; 0: that is not said. ``is_forced``:
     Megatron's router replaces its logits by random ones, which balances loads and learns nothing.
-    ``settings`` are more of the TransformerConfig.
+    ``options`` are more of MaxScore's, ``settings`` of the TransformerConfig.
     """
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -55,8 +56,8 @@ def make_layer(
     )  # fmt: skip
     spec = get_moe_module_spec(use_te=False, num_experts=experts, moe_grouped_gemm=False)
     if is_ours:
-        options = MaxScoreConfig(scope="local", mode=mode, fixed_shape=[tokens, 1])
-        spec = with_maxscore(spec, options)
+        own = MaxScoreConfig(mode=mode, fixed_shape=[tokens, 1], **(options or {}))
+        spec = with_maxscore(spec, own)
     collection = ProcessGroupCollection.use_mpu_process_groups()
     arguments = {"config": config, "layer_number": 1, "pg_collection": collection}
     is_plain = callable(spec) and not hasattr(spec, "module")

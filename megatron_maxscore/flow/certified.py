@@ -30,7 +30,7 @@ from megatron_maxscore.flow.solution import ROUNDING, FlowSolution
 # Rows of a problem on one rank and experts, which keys of offers have bits for, and assignments of
 # all ranks.
 MAX_ROWS = 1 << 21
-_MOST_EXPERTS = 1 << 10
+MAX_EXPERTS = 1 << 10
 _MOST_UNITS = (1 << 31) - 1024
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Sweeps of ranks that solve one problem: as many launches and all-reduces.
@@ -64,7 +64,7 @@ def obstacle(scores: Tensor, mode: str, num_ranks: int, has_mask: bool, fill_pad
     checks = (
         (not places.has_triton(), "Triton is not installed"),
         (scores.dtype not in _DTYPES, f"scores are {scores.dtype}"),
-        (scores.shape[-1] > _MOST_EXPERTS, f"{scores.shape[-1]} experts are too many"),
+        (scores.shape[-1] > MAX_EXPERTS, f"{scores.shape[-1]} experts are too many"),
         (some_without, "padding gets no experts"),
         (scores.dim() == 3 and num_ranks > 1, "sequences are split over ranks"),
         (num_ranks == 1 and tokens >= MAX_ROWS, f"{tokens} tokens are too many"),

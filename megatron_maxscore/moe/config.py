@@ -11,9 +11,13 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantization
+
 from megatron_maxscore.flow import MAX_EXPERTS
+from megatron_maxscore.flow.certified import MAX_EXPERTS as MAX_DEVICE_EXPERTS
+from megatron_maxscore.moe.capture import holds_dispatch, holds_router
 from megatron_maxscore.moe.recording import parse_numbers
-from megatron_maxscore.releases import graphed_modules
+from megatron_maxscore.releases import graph_of
 
 PREFIX = "maxscore_"
 # Options of Megatron's with which the number of tokens of a microbatch is not known in advance.
@@ -331,14 +335,70 @@ def check_transformer_config(config: Any, options: MaxScoreConfig) -> None:
             f"{who} cannot be combined with --transformer-impl inference_optimized; use "
             "transformer_engine or local"
         )
-    graphed = graphed_modules(config)
-    if get("cuda_graph_impl") not in (None, "none") and (
-        not graphed or graphed & {"moe", "moe_router", "moe_preprocess", "full_iteration"}
-    ):
+    _check_graphs(config, topk, num_experts, get, options)
+
+
+def _check_graphs(
+    config: Any, topk: int, num_experts: int, get: Any, options: MaxScoreConfig
+) -> None:
+    """Refuse CUDA graphs of what cannot be captured."""
+    graph = graph_of(config)
+    if graph.implementation == "none":
+        return
+    who = "--moe-router-type maxscore cannot be combined with"
+    if graph.implementation != "full_iteration" and (not graph.modules or "moe" in graph.modules):
         raise ValueError(
-            f"{who} cannot be captured in Megatron's CUDA graphs yet; use "
-            "--cuda-graph-modules attn (before megatron-core 0.18 --cuda-graph-scope attn)"
+            f"{who} CUDA graphs of whole layers or of moe (--cuda-graph-impl "
+            f"{graph.implementation}); use --cuda-graph-modules attn moe_router moe_preprocess "
+            "(before megatron-core 0.18 --cuda-graph-scope), or graphs of the full iteration"
         )
+    if not holds_router(config):
+        return
+    refused = (
+        (options.mode == "exact", "--maxscore-mode exact, which solves on the host; leave it out"),
+        (
+            options.scope != "local",
+            f"--maxscore-scope {options.scope}, whose ranks exchange counts; use "
+            "--maxscore-scope local",
+        ),
+        (
+            get("moe_router_dtype") == "fp64",
+            "--moe-router-dtype fp64, which is solved on the host; use fp32",
+        ),
+        (
+            num_experts > MAX_DEVICE_EXPERTS,
+            f"--num-experts {num_experts}, which are solved on the host beyond "
+            f"{MAX_DEVICE_EXPERTS}; lower it",
+        ),
+        (options.record_dir is not None, "--maxscore-record-dir, which writes files; leave it out"),
+        (
+            options.stats_file is not None and graph.implementation == "full_iteration",
+            "--maxscore-stats-file, which copies counts to the host; leave it out",
+        ),
+    )
+    for applies, text in refused:
+        if applies:
+            raise ValueError(f"CUDA graphs of the router cannot be combined with {text}")
+    if get("moe_token_dispatcher_type") == "alltoall" and holds_dispatch(config):
+        assignments = math.prod(options.fixed_shape or (0, 0)) * topk
+        align = 1
+        if get("moe_router_padding_for_quantization") or get("moe_router_padding_for_fp8"):
+            align = max(get_align_size_for_quantization(config), 1)
+        if not assignments or assignments % num_experts or options.capacity_factor != 1.0:
+            raise ValueError(
+                "CUDA graphs of the dispatch need splits that are known in advance and never "
+                f"change, with --moe-token-dispatcher-type alltoall: {assignments} assignments of "
+                f"each rank over --num-experts {num_experts}; change --micro-batch-size or "
+                "--seq-length until they divide, or use --moe-token-dispatcher-type flex "
+                "--moe-flex-dispatcher-backend hybridep"
+            )
+        if assignments % (num_experts * align):
+            raise ValueError(
+                "CUDA graphs of the dispatch cannot be combined with "
+                "--moe-router-padding-for-quantization where rows have to be padded: each "
+                f"expert's share of a rank is {assignments // num_experts}; use "
+                "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep"
+            )
 
 
 def _check_groups(topk: int, num_experts: int, get: Any) -> None:

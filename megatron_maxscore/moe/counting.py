@@ -8,20 +8,24 @@ A global batch may be run again before its optimizer step. What a router has add
 batch began is therefore closed at the end of every attempt (:meth:`SolveStatistics.take`), which
 replaces what an earlier attempt has left.
 
-Shape letters: see :mod:`megatron_maxscore`.
+All counts are tensors that keep their place: a CUDA graph that holds a pass adds to them whenever
+it is replayed.
+
+Shape letters: see :mod:`megatron_maxscore`; M values that metrics measure.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_maxscore.flow import FlowSolution
-from megatron_maxscore.flow.places import is_device
 from megatron_maxscore.moe.plan import RoutingPlan
+
+_COUNTS = ("solves", "bad_tokens", "lost_tokens", "largest_gap", "values_M")
 
 
 @dataclass
@@ -34,7 +38,7 @@ class Pass:
         seconds: of the host in it.
         bad_T: (T,) bool, tokens whose logits were not finite; None if it is known that none is.
         lost_tokens: tokens that did not fit into what other ranks expect of this one.
-        values: what metrics measured; empty where they are not due.
+        values_M: (M,) float64 what metrics measured; None where that is not due.
         has_counted: whether a backward pass has run.
     """
 
@@ -43,7 +47,7 @@ class Pass:
     seconds: float
     bad_T: Tensor | None = None
     lost_tokens: int = 0
-    values: dict[str, Tensor] = field(default_factory=dict)
+    values_M: Tensor | None = None
     has_counted: bool = False
 
     @classmethod
@@ -53,7 +57,7 @@ class Pass:
         seconds: float,
         bad_T: Tensor | None,
         plan: RoutingPlan,
-        values: dict[str, Tensor],
+        values_M: Tensor | None,
     ) -> Pass:
         """Return the pass of a solve; arguments are the attributes, and what it gave."""
         assert plan.experts_TK is not None
@@ -63,7 +67,7 @@ class Pass:
             seconds=seconds,
             bad_T=bad_T,
             lost_tokens=0 if plan.fits else plan.experts_TK.shape[0],
-            values=values,
+            values_M=values_M,
         )
 
 
@@ -72,72 +76,69 @@ class SolveStatistics:
     """What a router's counted passes did.
 
     Attributes:
-        solves: how many.
-        seconds: of the host in them.
-        largest_gap: a 0-dim tensor where it is still on the device.
-        bad_tokens: tokens whose logits were not finite, likewise.
-        lost_tokens: tokens that did not fit into what other ranks expect of this one.
-        values: sums of what metrics measured.
-        measured: how many passes metrics measured.
+        solves: 0-dim int64, how many.
+        bad_tokens: 0-dim int64, tokens whose logits were not finite.
+        lost_tokens: 0-dim int64, tokens that did not fit into what other ranks expect of this one.
+        largest_gap: 0-dim float64.
+        values_M: (M,) float64 sums of what metrics measured; 0 where that was not due.
+        seconds: of the host in solves; those of a CUDA graph take none.
     """
 
-    solves: int = 0
+    solves: Tensor
+    bad_tokens: Tensor
+    lost_tokens: Tensor
+    largest_gap: Tensor
+    values_M: Tensor
     seconds: float = 0.0
-    largest_gap: float | Tensor = 0.0
-    bad_tokens: int | Tensor = 0
-    lost_tokens: int = 0
-    values: dict[str, Tensor] = field(default_factory=dict)
-    measured: int = 0
+
+    @classmethod
+    def zeros(cls, device: torch.device, num_values: int) -> SolveStatistics:
+        """Return those of no pass.
+
+        Args:
+            device: of the scores.
+            num_values: M.
+        """
+        solves, bad, lost = torch.zeros(3, dtype=torch.int64, device=device).unbind()
+        values = torch.zeros(1 + num_values, dtype=torch.float64, device=device)
+        return cls(solves, bad, lost, values[0], values[1:])
 
     def add(self, pass_: Pass) -> None:
-        """Count a pass."""
+        """Count a pass, in place."""
         self.solves += 1
         self.seconds += pass_.seconds
-        self.lost_tokens += pass_.lost_tokens
-        self._see_gap(pass_.gap)
+        if pass_.lost_tokens:
+            self.lost_tokens += pass_.lost_tokens
+        # Exact mode solves on the host.
+        gap = pass_.gap.to(self.largest_gap)
+        torch.maximum(self.largest_gap, gap, out=self.largest_gap)
         if pass_.bad_T is not None:
-            self.see_bad(pass_.bad_T.sum())
-        if pass_.values:
-            self.measured += 1
-            for name, value in pass_.values.items():
-                self.values[name] = self.values[name] + value if name in self.values else value
-
-    def _see_gap(self, gap: Tensor) -> None:
-        # In place, since a captured graph keeps the place.
-        if not is_device(gap):
-            self.largest_gap = max(float(self.largest_gap), float(gap))
-        elif isinstance(self.largest_gap, Tensor):
-            torch.maximum(self.largest_gap, gap, out=self.largest_gap)
-        else:
-            self.largest_gap = gap.clamp(min=self.largest_gap)
-
-    def see_bad(self, count: Tensor) -> None:
-        """Add a number of bad tokens, a 0-dim int64; in place where it is on the device."""
-        if not is_device(count):
-            self.bad_tokens += int(count)
-        elif isinstance(self.bad_tokens, Tensor):
-            self.bad_tokens.add_(count)
-        else:
-            self.bad_tokens = count + self.bad_tokens
+            self.bad_tokens += pass_.bad_T.sum()
+        if pass_.values_M is not None:
+            self.values_M += pass_.values_M
 
     def take(self) -> SolveStatistics:
-        """Return a copy and begin anew; tensors keep their place."""
+        """Return a copy and begin anew, in place."""
         taken = copy.copy(self)
-        for name in ("largest_gap", "bad_tokens"):
-            value = getattr(self, name)
-            if isinstance(value, Tensor):
-                setattr(taken, name, value.clone())
-                value.zero_()
-            else:
-                setattr(self, name, type(value)(0))
-        self.solves, self.seconds, self.lost_tokens, self.measured = 0, 0.0, 0, 0
-        self.values = {}
+        for name in _COUNTS:
+            setattr(taken, name, getattr(self, name).clone())
+        self.clear()
         return taken
 
+    def clear(self) -> None:
+        """Begin anew, in place."""
+        for name in _COUNTS:
+            getattr(self, name).zero_()
+        self.seconds = 0.0
+
+    def to(self, device: torch.device) -> SolveStatistics:
+        """Return it on another device."""
+        if self.solves.device == device:
+            return self
+        moved = {name: getattr(self, name).to(device) for name in _COUNTS}
+        return SolveStatistics(**moved, seconds=self.seconds)
+
     def forget_bad(self) -> None:
-        """Begin to count bad and lost tokens anew."""
-        self.lost_tokens = 0
-        if isinstance(self.bad_tokens, Tensor):
-            self.bad_tokens.zero_()
-        else:
-            self.bad_tokens = 0
+        """Begin to count bad and lost tokens anew, in place."""
+        self.bad_tokens.zero_()
+        self.lost_tokens.zero_()

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megatron_maxscore.flow.places import is_device
 from megatron_maxscore.moe import permutation
+from megatron_maxscore.moe.capture import holds_dispatch, is_capturing
 from megatron_maxscore.moe.config import MaxScoreConfig
 from megatron_maxscore.moe.plan import RoutingPlan, StaticLoads, attach, plan_of
 from megatron_maxscore.moe.quotas import quotas
@@ -88,6 +89,18 @@ def knows_splits(config: Any, options: MaxScoreConfig) -> bool:
     return is_static and assignments > 0 and assignments % multiple == 0
 
 
+# Attributes of Megatron's dispatcher that are on the host where splits are known in advance, and
+# the same in every microbatch of a graph.
+_ON_THE_HOST = (
+    "tokens_per_expert", "input_splits", "output_splits", "output_splits_tp", "num_out_tokens",
+    "num_global_tokens_per_local_expert",
+)  # fmt: skip
+_PREPARED = (
+    *_ON_THE_HOST, "hidden_shape", "hidden_shape_before_permute", "cuda_sync_point",
+    "cuda_dtoh_point",
+)  # fmt: skip
+
+
 class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
     """All-to-all dispatcher with splits known from the routing.
 
@@ -108,6 +121,7 @@ class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
 
     # Megatron's, which has no types.
     config: Any
+    cudagraph_attrs: list[str]
     cuda_dtoh_point: str
     input_splits: Any
     output_splits: Any
@@ -119,6 +133,12 @@ class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
         self._known: dict[StaticLoads, _Splits] = {}
         self._filled: _Filled | None = None
         self._dtoh_point = self.cuda_dtoh_point
+        # What a graph of the preparation has left on the host, where a replay leaves nothing, and
+        # whether the dispatch to come has been prepared by Python.
+        self._captured: dict[str, Any] = {}
+        self._is_prepared = False
+        if holds_dispatch(self.config):
+            self.cudagraph_attrs = [n for n in self.cudagraph_attrs if n not in _ON_THE_HOST]
         self._config_without_padding = seen_with(
             self.config, {"moe_router_padding_for_quantization": False}
         )
@@ -196,7 +216,20 @@ class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
             )
         finally:
             self.config = config
+        if is_capturing():
+            self._captured = {name: getattr(self, name, None) for name in _PREPARED}
+        self._is_prepared = True
         return dispatched
+
+    def token_dispatch(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Send tokens; see the base class. After a graph's replay the splits are those it knows."""
+        if not self._is_prepared:
+            self._filled = None
+            for name, value in self._captured.items():
+                setattr(self, name, value)
+        self._is_prepared = False
+        sent: tuple[Tensor, Tensor] = super().token_dispatch(*args, **kwargs)
+        return sent
 
     def combine_postprocess(self, permutated_local_input_tokens: Tensor) -> Tensor:
         """Bring tokens back to where they were; see the base class."""

@@ -3,8 +3,8 @@
 The training loop decides when (:attr:`RunContext.is_logging`); without it nothing is computed.
 Values stay on the device of the scores, so nothing is synchronised. Each is a mean over the counted
 passes of a global batch (:mod:`counting`), and over the ranks that hold replicas of the router.
-Routers hand them in when an attempt at the batch ends, and the tracker gets them when it reports:
-what an attempt that is repeated has handed in is replaced.
+Routers hand in those of the batch's last attempt when it ends, and the tracker gets them when it
+reports.
 
 Shape letters: see :mod:`megatron_maxscore`.
 """
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_maxscore.flow import FlowSolution
+from megatron_maxscore.moe.capture import is_capturing
 from megatron_maxscore.moe.context import RUN
 from megatron_maxscore.moe.counting import SolveStatistics
 from megatron_maxscore.moe.plan import RoutingPlan
@@ -79,12 +80,10 @@ def give_to_tracker(loss_scale: float) -> None:
         loss_scale: what the tracker multiplies values by: they are sums over microbatches to it.
     """
     for place, statistics in list(_waiting.values()):
-        zero = torch.zeros((), device=place.device)
-        for name in NAMES:
-            total = statistics.values.get(name.removeprefix(PREFIX), zero)
-            value = total.to(device=zero.device, dtype=torch.float32, non_blocking=True)
-            value = value / (max(statistics.measured, 1) * loss_scale)
-            _store(name, value, place)
+        means_M = statistics.values_M / (statistics.solves.clamp(min=1) * loss_scale)
+        means_M = means_M.to(device=place.device, dtype=torch.float32)
+        for name, mean in zip(NAMES, means_M.unbind(), strict=True):
+            _store(name, mean, place)
     _waiting.clear()
 
 
@@ -95,12 +94,19 @@ def values_of(
     solution: FlowSolution,
     seconds: float,
     inside_TE: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """Return :func:`measured` values of a call with this plan; none if they are not due."""
-    if not _are_due():
-        return {}
+) -> Tensor | None:
+    """Return the :func:`measured` values of a call with this plan, (M,) float64 by :data:`NAMES`.
+
+    None if they are not due. A CUDA graph always measures, since it is replayed when they are.
+    """
+    is_due = RUN.is_logging is not None if is_capturing() else _are_due()
+    if not is_due:
+        return None
     assert plan.experts_TK is not None
-    return measured(scores_TE, plan.experts_TK, valid_T, solution, seconds, inside_TE)
+    values = measured(scores_TE, plan.experts_TK, valid_T, solution, seconds, inside_TE)
+    return torch.stack(
+        [values[name.removeprefix(PREFIX)].to(scores_TE.device, torch.float64) for name in NAMES]
+    )
 
 
 def measured(
@@ -136,7 +142,7 @@ def measured(
     best = best_TK.sum(1).where(counts_T, 0.0).sum()
     loads_E = solution.loads.reshape(-1, solution.loads.shape[-1]).sum(0).double()
     loads_E = loads_E / loads_E.mean().clamp(min=1e-30)
-    # Numbers and not a tensor of both, whose copy to the device would be waited for.
+    # Numbers and not tensors of the host, whose copies to the device would be waited for.
     low, high = (torch.quantile(loads_E, share) for share in (0.05, 0.95))
     prices = solution.prices.reshape(-1, solution.prices.shape[-1])
     return {
@@ -145,20 +151,20 @@ def measured(
         "score_ratio": torch.where(best == 0, 1.0, objective / best),
         "first_choices": (is_first_T & counts_T).sum() / num_tokens,
         "gap": solution.gap.max(),
-        "rounds": torch.tensor(float(solution.rounds)),
+        "rounds": scores_TE.new_full((), solution.rounds),
         "price_range": (prices.amax(1) - prices.amin(1)).max(),
         "load_p05": low,
         "load_p95": high,
         "load_max": loads_E.max(),
         "outside_groups": _outside(experts_TK, counts_T, inside_TE),
-        "solve_ms": torch.tensor(1e3 * seconds),
+        "solve_ms": scores_TE.new_full((), 1e3 * seconds),
     }
 
 
 def _outside(experts_TK: Tensor, counts_T: Tensor, inside_TE: Tensor | None) -> Tensor:
     """Return the share of tokens' assignments that are outside of their groups."""
     if inside_TE is None:
-        return torch.zeros(())
+        return torch.zeros((), device=experts_TK.device)
     is_outside_TK = ~inside_TE.gather(1, experts_TK) & counts_T[:, None]
     assignments = counts_T.sum().clamp(min=1) * experts_TK.shape[1]
     return is_outside_TK.sum() / assignments

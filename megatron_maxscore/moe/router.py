@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_maxscore.flow.places import is_device
 from megatron_maxscore.moe import metrics, microbatches, plan, recompute
+from megatron_maxscore.moe.capture import holds_router, is_capturing
 from megatron_maxscore.moe.config import MaxScoreConfig, check_transformer_config
 from megatron_maxscore.moe.context import RUN
 from megatron_maxscore.moe.counting import Pass, SolveStatistics
@@ -131,6 +132,8 @@ class MaxScoreRouter(TopKRouter):
 
     expert_prices: Tensor | None
     expert_bias: Tensor | None
+    anneal_factor: Tensor
+    pending_prices: Tensor
     enable_expert_bias: bool
     router_replay: Any  # Megatron's, which has no types
 
@@ -161,6 +164,7 @@ class MaxScoreRouter(TopKRouter):
             pg_collection,
             config.sequence_parallel,
             knows_splits=knows_splits(config, options),
+            is_graphed=holds_router(config),
         )
         self.groups = Groups.of(config)
         # DeepEP and NCCL EP find the experts by a top-k over the gates, and statistics tell padding
@@ -169,8 +173,8 @@ class MaxScoreRouter(TopKRouter):
             config.moe_token_dispatcher_type == "flex" or config.moe_router_padding_for_quantization
         )
         # Of the attempt at a global batch that is under way, and of the last one that has ended.
-        self.statistics = SolveStatistics()
-        self.last_statistics = SolveStatistics()
+        self.statistics = SolveStatistics.zeros(self.weight.device, len(metrics.NAMES))
+        self.last_statistics = self.statistics.take()
         # Tokens in evaluation whose logits were not finite.
         self.evaluated_bad_tokens: int | Tensor = 0
         self.router_replay = Selector(self.select, self.router_replay)
@@ -183,7 +187,9 @@ class MaxScoreRouter(TopKRouter):
         self.register_buffer("price_sum", zeros_E.clone(), persistent=False)
         self.register_buffer("price_count", zeros_E.new_zeros(()), persistent=False)
         # What the prices become when the optimizer has taken its step.
-        self.pending_prices: Tensor | None = None
+        self.register_buffer("pending_prices", zeros_E.clone(), persistent=False)
+        # Of all gates of a token but the largest.
+        self.register_buffer("anneal_factor", zeros_E.new_ones(()), persistent=False)
         # Set while a training step is under way that raises an error if tokens were bad or lost.
         self.raises_bad_scores = False
         self._batches = 0
@@ -218,7 +224,9 @@ class MaxScoreRouter(TopKRouter):
         logits, bad_T = without_bad_scores(logits, padding_T)
         if bad_T is not None and not self.training:
             self.evaluated_bad_tokens = self.evaluated_bad_tokens + bad_T.sum()
-        is_reported = self.training and self.raises_bad_scores and may_count
+        # Graphs are captured before a step, and replayed in steps.
+        raises_error = self.raises_bad_scores or is_capturing()
+        is_reported = self.training and raises_error and may_count
         call = RoutingCall(padding_T, logits.shape[1], bad_T, may_count, is_reported)
         # 2.
         before, _local.under_way = getattr(_local, "under_way", None), _UnderWay(call)
@@ -338,12 +346,12 @@ class MaxScoreRouter(TopKRouter):
         routed, solution = self.scope.solve(
             scores_TE, call.batch_size, self.topk, self.prices, call.valid_T, turn
         )
-        seconds = time.perf_counter() - started
+        seconds = 0.0 if is_capturing() else time.perf_counter() - started
         routed = dataclasses.replace(routed, is_reported=call.is_reported)
         if not self.training:
             return Decision(routed)
-        values = metrics.values_of(scores_TE, routed, call.valid_T, solution, seconds, inside_TE)
-        return Decision(routed, Pass.of(solution, seconds, call.bad_T, routed, values))
+        values_M = metrics.values_of(scores_TE, routed, call.valid_T, solution, seconds, inside_TE)
+        return Decision(routed, Pass.of(solution, seconds, call.bad_T, routed, values_M))
 
     def _inside(
         self, groups: Groups, biased_TE: Tensor, call: RoutingCall, is_by_price: bool
@@ -388,15 +396,21 @@ class MaxScoreRouter(TopKRouter):
     def _shaped(self, gates_TK: Tensor) -> Tensor:
         """Return the chosen experts' gates, annealed and normalised if that is asked for."""
         if self.options.anneal_steps:
-            factor = max(4.0 - 3.0 * self._step() / self.options.anneal_steps, 1.0)
+            self._anneal()
             is_largest_TK = torch.zeros_like(gates_TK, dtype=torch.bool).scatter_(
                 1, gates_TK.detach().argmax(1, keepdim=True), True
             )
-            gates_TK = torch.where(is_largest_TK, gates_TK, gates_TK * factor)
+            gates_TK = torch.where(is_largest_TK, gates_TK, gates_TK * self.anneal_factor)
         if self.options.normalize_gates:
             tiny = torch.finfo(gates_TK.dtype).tiny
             gates_TK = gates_TK / gates_TK.sum(1, keepdim=True).clamp(min=tiny)
         return gates_TK
+
+    def _anneal(self) -> None:
+        """Set the annealing factor; a graph reads what was set before it is replayed."""
+        if self.options.anneal_steps and not is_capturing():
+            factor = max(4.0 - 3.0 * self._step() / self.options.anneal_steps, 1.0)
+            self.anneal_factor.fill_(factor)
 
     def _step(self) -> float:
         """Return how many optimizer steps were taken before this one.
@@ -464,7 +478,7 @@ class MaxScoreRouter(TopKRouter):
     def _maintain_float32_expert_bias(self) -> None:
         """Keep prices in float32 when a half-precision wrapper has converted the module."""
         super()._maintain_float32_expert_bias()
-        for name in (PRICES_NAME, "price_sum", "price_count"):
+        for name in (PRICES_NAME, "price_sum", "price_count", "pending_prices", "anneal_factor"):
             buffer = getattr(self, name, None)
             if buffer is not None and buffer.dtype != torch.float32:
                 buffer.data = buffer.data.float()
@@ -474,15 +488,22 @@ class MaxScoreRouter(TopKRouter):
         """Whether prices stay as they are, as Megatron's expert bias does then."""
         return getattr(self, "frozen_expert_bias", False) or not self.weight.requires_grad
 
+    def begin_batch(self) -> None:
+        """Begin a global batch: forget passes that were not part of one, as a graph's warm-up."""
+        self.price_sum.zero_()
+        self.price_count.zero_()
+        self.statistics.clear()
+        self.pending_prices.copy_(self.prices)
+        self._anneal()
+
     def end_attempt(self, pending_E: Tensor) -> None:
-        """End an attempt at a global batch; the next one starts from the same prices.
+        """End an attempt at a global batch, in place; the next one starts from the same prices.
 
         Args:
             pending_E: (E,) float32 what prices become if the optimizer takes its step.
         """
-        self.pending_prices = None if self.is_frozen else pending_E
+        self.pending_prices.copy_(pending_E)
         self.last_statistics = self.statistics.take()
-        metrics.hand_in(self, self._place(), self.last_statistics)
         self.price_sum.zero_()
         self.price_count.zero_()
         if self._recorder is not None:
@@ -497,7 +518,14 @@ class MaxScoreRouter(TopKRouter):
 
     def end_batch(self, has_stepped: bool = True) -> None:
         """End a global batch: take the pending prices, if the optimizer has taken its step."""
-        if has_stepped and self.pending_prices is not None:
+        if has_stepped and not self.is_frozen:
             self.set_prices(self.pending_prices)
-        self.pending_prices = None
+        metrics.hand_in(self, self._place(), self.last_statistics)
         self._batches += 1
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Move statistics with the module; they are no buffers, whose type would change."""
+        result = super()._apply(*args, **kwargs)
+        self.statistics = self.statistics.to(self.weight.device)
+        self.last_statistics = self.last_statistics.to(self.weight.device)
+        return result

@@ -38,6 +38,8 @@ class Scope:
         sequence_parallel: whether tensor-parallel ranks hold different tokens.
         knows_splits: whether the dispatcher is ours, which expects of every rank what the
             configuration says.
+        is_graphed: whether a CUDA graph holds the solves of training, in which nothing may follow
+            from the number of the microbatch.
 
     Raises:
         ValueError: the collection lacks the group of the scope.
@@ -49,8 +51,10 @@ class Scope:
         pg_collection: Any,
         sequence_parallel: bool,
         knows_splits: bool,
+        is_graphed: bool = False,
     ) -> None:
         self.options = options
+        self._is_graphed = is_graphed
         self._knows_splits = knows_splits
         self._tp_ep = getattr(pg_collection, "tp_ep", None)
         self.rank = self._tp_ep.rank() if self._tp_ep is not None else 0
@@ -170,7 +174,11 @@ class Scope:
         if turn is None or self._fixed_tokens == 0 or self.options.capacity_factor != 1.0:
             return None
         assert self.options.fixed_shape is not None
-        if self.options.scope == "local":
+        if self._is_graphed:
+            # Without remainders quotas do not turn.
+            is_static = self._fixed_tokens * topk % num_experts == 0
+            turn = 0
+        elif self.options.scope == "local":
             is_static = has_quotas(self._fixed_tokens, topk, num_experts)
         else:
             # Sequences that a rank has to itself, and which are spread evenly.

@@ -44,7 +44,9 @@ def maxscore_routers(model: Iterable[torch.nn.Module]) -> list[MaxScoreRouter]:
     return [m for chunk in model for m in chunk.modules() if isinstance(m, MaxScoreRouter)]
 
 
-def raise_on_bad_scores(routers: Sequence[MaxScoreRouter], iteration: int) -> None:
+def raise_on_bad_scores(
+    routers: Sequence[MaxScoreRouter], iteration: int, has_ended: bool = False
+) -> None:
     """Raise one error on all ranks if any router met NaN or infinite scores since the last call.
 
     Also if a microbatch had more tokens than the fixed shape that was declared. Passes count when
@@ -55,29 +57,32 @@ def raise_on_bad_scores(routers: Sequence[MaxScoreRouter], iteration: int) -> No
     Args:
         routers: this rank's routers.
         iteration: for the message.
+        has_ended: whether the attempt at the batch has ended already (:func:`end_attempt`).
 
     Raises:
         BadScoresError: names iteration, layer, rank and count.
     """
     device = routers[0].prices.device if routers else _default_device()
     totals = torch.zeros(2, dtype=torch.int64, device=device)
-    for router in routers:
-        totals[0] += router.statistics.bad_tokens
-        totals[1] += router.statistics.lost_tokens
+    counts = [router.last_statistics if has_ended else router.statistics for router in routers]
+    for own in counts:
+        totals[0] += own.bad_tokens
+        totals[1] += own.lost_tokens
     if dist.is_initialized():
         dist.all_reduce(totals)
     bad, lost = totals.tolist()
     if bad == lost == 0:
         return
-    own = [
-        (r.layer_number, int(r.statistics.bad_tokens), r.statistics.lost_tokens) for r in routers
+    found_here = [
+        (router.layer_number, int(own.bad_tokens), int(own.lost_tokens))
+        for router, own in zip(routers, counts, strict=True)
     ]
-    everyone: list = [own]
+    everyone: list = [found_here]
     if dist.is_initialized():
         everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, own)
-    for router in routers:
-        router.statistics.forget_bad()
+        dist.all_gather_object(everyone, found_here)
+    for own in counts:
+        own.forget_bad()
     column = 1 if bad else 2
     where = "; ".join(
         f"layer {found[0]} on rank {rank}: {found[column]} tokens"
@@ -118,6 +123,16 @@ def _default_device() -> torch.device:
     if dist.is_initialized() and dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def begin_batch(routers: Sequence[MaxScoreRouter]) -> None:
+    """Begin a global batch, for training loops with CUDA graphs: forget what their warm-up counted.
+
+    Args:
+        routers: this rank's routers.
+    """
+    for router in routers:
+        router.begin_batch()
 
 
 def average_prices(routers: Sequence[MaxScoreRouter]) -> None:

@@ -116,13 +116,29 @@ def say_once(args: Any) -> None:
 
 
 def check_arguments(args: Any) -> None:
-    """Refuse arguments that cannot work.
+    """Refuse arguments that cannot work, on this machine too.
 
     Raises:
         ValueError: names the flags and what mends it.
     """
+    check_configuration(args)
+    _check_dispatcher(args)
+    _check_data_paths(args)
+    _check_written_paths(MaxScoreConfig.from_transformer_config(args))
+    _check_asynchronous_saving(args)
+
+
+def check_configuration(args: Any) -> None:
+    """Refuse arguments that cannot work on any machine, and set what follows from them.
+
+    Raises:
+        ValueError: names the flags and what mends it.
+    """
+    is_ours = args.moe_router_type == "maxscore"
+    if is_ours and args.maxscore_fixed_shape is None:
+        args.maxscore_fixed_shape = _fixed_shape(args)
     options = MaxScoreConfig.from_transformer_config(args)
-    if args.moe_router_type == "maxscore":
+    if is_ours:
         check_transformer_config(args, options)
         if options.mode == "bounded" and cpu.is_enabled() and not is_interpreted():
             raise ValueError(
@@ -144,13 +160,7 @@ def check_arguments(args: Any) -> None:
                 f"--moe-router-topk {args.moe_router_topk} is more than --num-experts "
                 f"{args.num_experts}; lower --moe-router-topk"
             )
-    _check_dispatcher(args)
-    _check_data_paths(args)
-    _check_written_paths(options)
-    _check_asynchronous_saving(args)
-    if args.moe_router_type == "maxscore":
-        if args.maxscore_fixed_shape is None:
-            args.maxscore_fixed_shape = _fixed_shape(args)
+    if is_ours:
         _check_rank_capacity(args, options)
         if options.resolved_for(args).gate == "soft_topk" and args.moe_router_topk == 1:
             # Megatron asks for it with a softmax over one expert, which SoftTopk is not.

@@ -14,9 +14,12 @@ import torch
 
 from megatron_maxscore._replacements import Replacements
 from megatron_maxscore._run import is_rank_zero
+from megatron_maxscore.moe.capture import is_capturing
 from megatron_maxscore.moe.context import RUN
+from megatron_maxscore.moe.router import MaxScoreRouter
 from megatron_maxscore.moe.step import (
     BadScoresError,
+    begin_batch,
     end_attempt,
     end_batch,
     maxscore_routers,
@@ -26,10 +29,12 @@ from megatron_maxscore.moe.step import (
 
 def hook(replacements: Replacements) -> None:
     """Wrap the function that finalizes gradients and the one that takes a step."""
+    from megatron.core import full_cuda_graph
     from megatron.training import training
 
     replacements.wrap(training, "finalize_model_grads", _ending_attempt)
     replacements.wrap(training, "train_step", _ending_batch)
+    replacements.wrap(full_cuda_graph.FullCudaGraphWrapper, "__call__", _graphed)
     replacements.set(RUN, "iteration", _iteration)
 
 
@@ -58,6 +63,7 @@ def _ending_batch(original: Any) -> Any:
             return original(*args, **kwargs)
         # The third argument in every release; a script may have wrapped the function before us.
         routers = maxscore_routers(kwargs["model"] if "model" in kwargs else args[2])
+        begin_batch(routers)
         for router in routers:
             router.raises_bad_scores = True
         try:
@@ -77,17 +83,10 @@ def _ending_attempt(original: Any) -> Any:
         if not uses_maxscore():
             return original(model, *args, **kwargs)
         routers = maxscore_routers(model)
-        skip = False
-        try:
-            # Before Megatron's own check of the gradients, which raises on single ranks.
-            raise_on_bad_scores(routers, _iteration())
-        except BadScoresError as error:
-            # A dynamic loss scaler skips the step and lowers the scale, as for any overflow.
-            skip = _has_dynamic_loss_scale()
-            if not skip:
-                raise
-            if is_rank_zero():
-                print(f"megatron_maxscore: {error.where}; the step is skipped", flush=True)
+        # In a graph nothing can be asked; :func:`_graphed` asks when it has been replayed.
+        is_captured = is_capturing()
+        # Before Megatron's own check of the gradients, which raises on single ranks.
+        skip = not is_captured and _meets_bad_scores(routers)
         result = original(model, *args, **kwargs)
         if skip:
             _overflow(model)
@@ -95,6 +94,52 @@ def _ending_attempt(original: Any) -> Any:
         return result
 
     return finalize_model_grads
+
+
+def _meets_bad_scores(routers: list[MaxScoreRouter], has_ended: bool = False) -> bool:
+    """Return whether the step is to be skipped for bad scores, as for any overflow.
+
+    A dynamic loss scaler skips the step and lowers the scale.
+
+    Args:
+        routers: this rank's routers.
+        has_ended: whether the attempt has ended already.
+
+    Raises:
+        BadScoresError: without a dynamic loss scaler.
+        LengthError: a microbatch had more tokens than was declared.
+    """
+    try:
+        raise_on_bad_scores(routers, _iteration(), has_ended)
+    except BadScoresError as error:
+        if not _has_dynamic_loss_scale():
+            raise
+        if is_rank_zero():
+            print(f"megatron_maxscore: {error.where}; the step is skipped", flush=True)
+        return True
+    return False
+
+
+def _graphed(original: Any) -> Any:
+    """Ask for bad scores after a graph of the whole iteration; keep evaluation out of graphs.
+
+    Megatron has one graph of evaluation, which would replay the first rule's routing for another.
+    """
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not uses_maxscore():
+            return original(self, *args, **kwargs)
+        if kwargs.get("forward_only"):
+            return self.forward_backward_func(*args, **kwargs)
+        result = original(self, *args, **kwargs)
+        if type(self).cuda_graph["training"] is not None:
+            model = kwargs["model"]
+            model = model if isinstance(model, list) else [model]
+            if _meets_bad_scores(maxscore_routers(model), has_ended=True):
+                _overflow(model)
+        return result
+
+    return call
 
 
 def _has_dynamic_loss_scale() -> bool:

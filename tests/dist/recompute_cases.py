@@ -286,7 +286,11 @@ def passes_that_do_not_count(rank, size, recompute):
                 "losses": losses,
                 "prices": [router.expert_prices.clone() for router in routers],
                 "statistics": [
-                    {**dataclasses.asdict(router.last_statistics), "seconds": 0.0}
+                    {
+                        name: value.tolist()
+                        for name, value in dataclasses.asdict(router.last_statistics).items()
+                        if name != "seconds"
+                    }
                     for router in routers
                 ],
             }

@@ -30,22 +30,22 @@ SCRIPT = """
 import json, os, sys
 sys.argv = ["script"]
 os.environ.pop("MEGATRON_MAXSCORE", None)
-from megatron_maxscore.moe import specs
+from megatron_maxscore.moe import environment
 found = {}
 for text in json.loads(sys.stdin.read()):
     os.environ["MEGATRON_MAXSCORE"] = text
     try:
-        specs.options_from_environment()
+        environment.options_from_environment()
         found[text] = "accepted"
     except ValueError as error:
         found[text] = str(error)
 os.environ["MEGATRON_MAXSCORE"] = '{"mode": "bounded"}'
 from megatron_maxscore.moe import MaxScoreConfig
-kept = specs.options_from_environment(MaxScoreConfig(scope="group"))
+kept = environment.options_from_environment(MaxScoreConfig(scope="group"))
 found["beside flags"] = [kept.scope, kept.mode]
 os.environ["MEGATRON_MAXSCORE"] = '{"scope": "sequence"}'
 try:
-    specs.options_from_environment(MaxScoreConfig(scope="group"))
+    environment.options_from_environment(MaxScoreConfig(scope="group"))
 except ValueError as error:
     found["against flags"] = str(error)
 print("FOUND " + json.dumps(found))

@@ -1,0 +1,145 @@
+"""The dry run of a launch: Megatron's recipes, and what it says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.recipes import BENCHMARK, RECIPES
+
+ROOT = Path(__file__).resolve().parents[2]
+# A process of its own: hooks and CPU mode stay installed.
+SCRIPT = """
+import json, os, sys
+os.environ["NVTE_CPU_OFFLOAD_V1"] = "1"  # asked for by Megatron where activations are offloaded
+from megatron_maxscore.commands.check import Launch, examine
+from tests.recipes import RECIPES, command_of, ranks_of
+found = {}
+for name in RECIPES:
+    command = ["--moe-router-type", "maxscore", *command_of(name)]
+    report = examine(Launch(command, ranks_of(name)))
+    found[name] = {"refusal": report.refusal, "unknown": report.unknown, "notes": report.notes}
+print("FOUND " + json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def recipes():
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=240, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.split("FOUND ")[1])
+
+
+def test_every_recipe_passes(recipes):
+    assert len(recipes) == 18
+    assert {name: found["refusal"] for name, found in recipes.items()} == dict.fromkeys(RECIPES, "")
+    assert all(args[BENCHMARK] for args in RECIPES.values())
+    # Known to Megatron's branch dev alone.
+    unknown = {flag for found in recipes.values() for flag in found["unknown"]}
+    assert unknown == {
+        "--chunked-optimizer-state-offload", "--optimizer-state-offload-chunk-size-mb",
+        "--moe-n-hash-layers", "--overlap-p2p-comm",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_is_said_of_a_recipe(recipes, name):
+    args, notes = RECIPES[name], dict(recipes[name]["notes"])
+    split = args["context_parallel_size"] * args["tensor_model_parallel_size"]
+    tokens = args["seq_length"] * args["micro_batch_size"] // split
+    share, rest = divmod(tokens * args["moe_router_topk"], args["num_experts"])
+    assert notes["tokens"].startswith(f"{tokens:,} on each rank")
+    assert notes["each expert"].startswith(f"{share:,} of a rank's tokens")
+    assert ("one more" in notes["each expert"]) == bool(rest)
+    assert "kernels take its place" in notes["--moe-router-fusion"]
+    backend = "deepep" if args.get("moe_enable_deepep") else args["moe_flex_dispatcher_backend"]
+    assert f"flex ({backend})" in notes["dispatch"]
+    assert notes["solver"] == "on the GPU, with a certified gap"
+    function = args.get("moe_router_score_function", "softmax")
+    assert notes["gates"].startswith(
+        "SoftTopk" if function == "softmax" else f"those of {function}"
+    )
+    if args.get("moe_router_enable_expert_bias"):
+        assert "scores" in notes["objective"] and notes["serving"].startswith("yes")
+    factor = args.get("moe_expert_rank_capacity_factor")
+    if factor is not None:
+        # Every expert's rows are a multiple of 256 in these recipes.
+        assert "the least safe one is 1," in notes["--moe-expert-rank-capacity-factor"]
+    assert ("CUDA graphs" in notes) == ("cuda_graph_scope" in args)
+
+
+def test_layers_of_every_recipe():
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.recipe_layers"],
+        capture_output=True, text=True, timeout=240, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.split("FOUND ")[1])
+    assert found.keys() == RECIPES.keys()
+    for name, layer in found.items():
+        args = RECIPES[name]
+        is_softmax = args.get("moe_router_score_function", "softmax") == "softmax"
+        has_bias = args.get("moe_router_enable_expert_bias", False)
+        assert layer == {
+            "router": "MaxScoreRouter",
+            "dispatcher": "MoEFlexTokenDispatcher",
+            "experts": args["num_experts"] // args["expert_model_parallel_size"],
+            "dtype": "torch.bfloat16",
+            "options": ["soft_topk", "logits"] if is_softmax else ["score", "scores"],
+            "bias": has_bias,
+            "groups": "moe_router_num_groups" in args,
+        }, name
+
+
+def check(*command):
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_maxscore", "check", *command],
+        capture_output=True, text=True, timeout=120, cwd=ROOT,
+    )  # fmt: skip
+
+
+MODEL = (
+    "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 128 "
+    "--max-position-embeddings 128 --num-experts 16 --moe-router-topk 2 --micro-batch-size 1 "
+    "--global-batch-size 16 --lr 1e-3 --train-iters 4 --tokenizer-type NullTokenizer "
+    "--vocab-size 100 --moe-token-dispatcher-type alltoall --expert-model-parallel-size 4"
+).split()
+
+
+def test_a_launch_that_works():
+    launcher = "torchrun --nnodes=2 --nproc-per-node 4 -m megatron_maxscore launch".split()
+    done = check(
+        "--", *launcher, "pretrain_gpt.py", *MODEL, "--moe-router-type", "maxscore", "--bf16",
+        "--data-path", "/not/on/this/laptop", "--my-own-flag", "3",
+        "--moe-router-force-load-balancing",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = " ".join(done.stdout.split())
+    for text in ("8 ranks", "skipped: --my-own-flag", "remove it to train", "known in advance"):
+        assert text in said, (text, done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--moe-expert-capacity-factor 1.0", ("--maxscore-capacity-factor",)),
+        ("--moe-router-type best", ("--moe-router-type", "best")),
+        ("--pipeline-model-parallel-size 3", ("pipeline",)),
+    ],
+)
+def test_a_launch_that_would_be_refused(flags, words):
+    done = check("--", "pretrain_gpt.py", *MODEL, "--moe-router-type", "maxscore", *flags.split())
+    assert done.returncode == 1, done.stdout
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("refused: ")]
+    assert all(word in line for word in words), line
+
+
+def test_no_script():
+    done = check("--", "bash", "train.sh")
+    assert done.returncode == 2 and "names no Python script" in done.stderr
