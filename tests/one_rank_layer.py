@@ -63,6 +63,8 @@ def make_layer(
     is_plain = callable(spec) and not hasattr(spec, "module")
     built = spec(**arguments) if is_plain else build_module(spec, **arguments)
     built.set_layer_number(1)
+    if is_ours:
+        built.router.is_cold = False  # as when the first batch has ended
     return built
 
 

@@ -28,6 +28,7 @@ from megatron_maxscore.moe.capture import holds_dispatch, is_capturing
 from megatron_maxscore.moe.config import MaxScoreConfig
 from megatron_maxscore.moe.plan import RoutingPlan, StaticLoads, attach, plan_of
 from megatron_maxscore.moe.quotas import quotas
+from megatron_maxscore.moe.ranges import nvtx
 from megatron_maxscore.moe.seam import seen_with
 
 
@@ -211,9 +212,10 @@ class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
         if plan.static is not None:
             self.config = self._config_without_padding
         try:
-            dispatched: tuple[Tensor, Tensor] = super().dispatch_preprocess(
-                hidden_states, routing_map, probs
-            )
+            with nvtx("dispatch"):
+                dispatched: tuple[Tensor, Tensor] = super().dispatch_preprocess(
+                    hidden_states, routing_map, probs
+                )
         finally:
             self.config = config
         if is_capturing():

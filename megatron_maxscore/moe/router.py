@@ -21,6 +21,7 @@ import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from megatron_maxscore.flow import FlowSolution
 from megatron_maxscore.flow.places import is_device
 from megatron_maxscore.moe import metrics, microbatches, plan, recompute
 from megatron_maxscore.moe.capture import holds_router, is_capturing
@@ -31,6 +32,7 @@ from megatron_maxscore.moe.dispatcher import knows_splits
 from megatron_maxscore.moe.evaluation import check_no_cache, uses_flow
 from megatron_maxscore.moe.groups import Groups
 from megatron_maxscore.moe.plan import RoutingPlan
+from megatron_maxscore.moe.ranges import nvtx
 from megatron_maxscore.moe.recording import ScoreRecorder
 from megatron_maxscore.moe.scopes import Scope
 from megatron_maxscore.moe.seam import Selector, seen_with, without_bad_scores
@@ -40,6 +42,8 @@ from megatron_maxscore.ops import soft_topk, soft_topk_at
 PRICES_NAME = "expert_prices"
 # Stock's name for what is added to scores when experts are chosen.
 BIAS_NAME = "expert_bias"
+# How often a solve on a GPU is made where there are no prices to start from.
+COLD_SOLVES = 3
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,8 @@ class MaxScoreRouter(TopKRouter):
         self._needs_positive_gates = (
             config.moe_token_dispatcher_type == "flex" or config.moe_router_padding_for_quantization
         )
+        # Whether there are no prices to start from; until a global batch has ended.
+        self.is_cold = True
         # Of the attempt at a global batch that is under way, and of the last one that has ended.
         self.statistics = SolveStatistics.zeros(self.weight.device, len(metrics.NAMES))
         self.last_statistics = self.statistics.take()
@@ -279,7 +285,8 @@ class MaxScoreRouter(TopKRouter):
 
         def choose(*_: Any, **__: Any) -> tuple[Tensor, Tensor]:
             with torch.no_grad():
-                objective_TE = self._objective(wide_TE, scores_TE)
+                with nvtx("scores"):
+                    objective_TE = self._objective(wide_TE, scores_TE)
                 biased_TE = scores_TE if self.enable_expert_bias else None
                 under_way.decision = recompute.decide_once(
                     self, lambda: self.assign(objective_TE, call, biased_TE)
@@ -296,14 +303,19 @@ class MaxScoreRouter(TopKRouter):
         # 2.
         if self.enable_expert_bias:
             return scores_TE, experts_TK
+        with nvtx("gates"):
+            return self._gates(wide_TE, scores_TE, experts_TK), experts_TK
+
+    def _gates(self, logits_TE: Tensor, scores_TE: Tensor, experts_TK: Tensor) -> Tensor:
+        """Return the (T, K) gates of chosen experts."""
         if self.options.gate == "soft_topk":
-            gates_TK = soft_topk_at(wide_TE, experts_TK, self.temperature, self.options.variant)
+            gates_TK = soft_topk_at(logits_TE, experts_TK, self.temperature, self.options.variant)
             # Up to 0.17 gates are scattered into a tensor of the logits' dtype.
             if scores_TE.dtype in (torch.bfloat16, torch.float16):
                 gates_TK = gates_TK.to(scores_TE.dtype)
         else:
             gates_TK = scores_TE.gather(1, experts_TK)
-        return self._shaped(gates_TK), experts_TK
+        return self._shaped(gates_TK)
 
     def assign(
         self, scores_TE: Tensor, call: RoutingCall, biased_TE: Tensor | None = None
@@ -343,15 +355,32 @@ class MaxScoreRouter(TopKRouter):
                 self.scope.capacity(scores_TE, self.topk, turn), self.prices, call.valid_T,
             )  # fmt: skip
         started = time.perf_counter()
-        routed, solution = self.scope.solve(
-            scores_TE, call.batch_size, self.topk, self.prices, call.valid_T, turn
-        )
+        with nvtx("solve"):
+            routed, solution = self._solve(scores_TE, call, turn)
         seconds = 0.0 if is_capturing() else time.perf_counter() - started
         routed = dataclasses.replace(routed, is_reported=call.is_reported)
         if not self.training:
             return Decision(routed)
         values_M = metrics.values_of(scores_TE, routed, call.valid_T, solution, seconds, inside_TE)
         return Decision(routed, Pass.of(solution, seconds, call.bad_T, routed, values_M))
+
+    def _solve(
+        self, scores_TE: Tensor, call: RoutingCall, turn: int | None
+    ) -> tuple[RoutingPlan, FlowSolution]:
+        """Solve, warm from the prices.
+
+        Without any, as after a checkpoint that has none, a solve on a GPU is repeated, from the
+        prices that it has found: its gap depends on where it starts.
+        """
+        prices_E = self.prices
+        is_approximate = is_device(scores_TE) and self.options.mode != "exact"
+        solves = COLD_SOLVES if self.is_cold and is_approximate and not is_capturing() else 1
+        for _ in range(solves):
+            routed, solution = self.scope.solve(
+                scores_TE, call.batch_size, self.topk, prices_E, call.valid_T, turn
+            )
+            prices_E = solution.prices if solution.prices.dim() == 1 else solution.prices.mean(0)
+        return routed, solution
 
     def _inside(
         self, groups: Groups, biased_TE: Tensor, call: RoutingCall, is_by_price: bool
@@ -474,6 +503,7 @@ class MaxScoreRouter(TopKRouter):
         elif prices is None:
             state_dict[prefix + PRICES_NAME] = torch.zeros_like(self.prices)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.is_cold = not bool(self.prices.any())
 
     def _maintain_float32_expert_bias(self) -> None:
         """Keep prices in float32 when a half-precision wrapper has converted the module."""
@@ -520,6 +550,7 @@ class MaxScoreRouter(TopKRouter):
         """End a global batch: take the pending prices, if the optimizer has taken its step."""
         if has_stepped and not self.is_frozen:
             self.set_prices(self.pending_prices)
+        self.is_cold = False
         metrics.hand_in(self, self._place(), self.last_statistics)
         self._batches += 1
 

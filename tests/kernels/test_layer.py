@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import megatron_maxscore.cpu
 from megatron_maxscore.moe import router as router_module
 from megatron_maxscore.moe import seam
+from megatron_maxscore.moe.step import average_prices
 from megatron_maxscore.ops.kernels import finite, soft_topk
 from tests.kernels.watching import Watch
 from tests.one_rank_layer import EXPERTS, HIDDEN, TOPK, build, make_layer, routed, tear_down
@@ -93,3 +95,50 @@ def test_groups_and_an_expert_bias_wait_for_nothing(layer, as_on_a_device, monke
     # The engine may leave a few assignments less than optimal.
     assert (routing_map & ~inside[-1]).sum() <= 0.02 * TOKENS * TOPK
     assert groups.any(2).sum(0).tolist() == [TOKENS * 2 // 4] * 4
+
+
+def test_a_router_without_prices_solves_again(as_on_a_device, monkeypatch):
+    """As after a stock checkpoint: from the prices that it has found, until a batch has ended."""
+    layer = make_layer(tokens=TOKENS, mode="bounded")
+    layer.router.is_cold = True
+    starts = []
+    solve = layer.router.scope.solve
+
+    def noting(scores, batch, topk, prices, *rest):
+        plan, solution = solve(scores, batch, topk, prices, *rest)
+        starts.append((prices.clone(), solution.prices.clone()))
+        return plan, solution
+
+    layer.router.scope.solve = noting
+    hidden = torch.randn(TOKENS, 1, HIDDEN, dtype=torch.bfloat16)
+    probs, _ = layer.router(hidden)
+    assert len(starts) == router_module.COLD_SOLVES and not starts[0][0].any()
+    for before, after in itertools.pairwise(starts):
+        assert torch.equal(after[0], before[1])
+    probs.sum().backward()
+    assert layer.router.price_count == 1 and torch.equal(layer.router.price_sum, starts[-1][1])
+    average_prices([layer.router])
+    starts.clear()
+    layer.router(hidden)
+    assert len(starts) == 1 and torch.equal(starts[0][0], layer.router.prices)
+    # A checkpoint with prices is a start, one without is none.
+    saved = {name: value.clone() for name, value in layer.router.state_dict().items()}
+    fresh = make_layer(tokens=TOKENS, mode="bounded").router
+    fresh.load_state_dict(saved)
+    assert not fresh.is_cold
+    fresh.load_state_dict({"weight": saved["weight"]})
+    assert fresh.is_cold
+
+
+def test_parts_are_named_for_the_profiler(layer, as_on_a_device, monkeypatch):
+    from megatron_maxscore.moe import ranges
+
+    open_parts, seen = [], []
+    monkeypatch.setattr(ranges, "nvtx_range_push", open_parts.append)
+    monkeypatch.setattr(
+        ranges, "nvtx_range_pop", lambda message: seen.append((open_parts.pop(), message))
+    )
+    routed(layer, torch.randn(TOKENS, 1, HIDDEN, dtype=torch.bfloat16))
+    assert open_parts == [] and all(pushed == popped for pushed, popped in seen)
+    names = [name for name, _ in seen]
+    assert names == [f"maxscore {part}" for part in ("scores", "solve", "gates", "dispatch")]
