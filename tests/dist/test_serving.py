@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from tests.dist import rl_cases
 from tests.dist import serving_cases as cases
 
 
@@ -19,3 +21,15 @@ def test_static_engine(ranks):
     (answers,) = ranks(1, cases.in_engine)
     assert [len(tokens) for tokens in answers] == [8, 8]
     assert len({token for tokens in answers for token in tokens}) > 4
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, dict(moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True)],
+    ids=["softmax", "expert bias"],
+)
+def test_recorded_rollouts_are_replayed_in_training(ranks, settings):
+    """Training routes by the flow, rollouts by prices; replay makes them one, and is no solve."""
+    for by_flow, replayed, loss in ranks(2, rl_cases.rollouts, **settings):
+        assert loss < 2.5 and by_flow > 1e-3
+        assert replayed <= 1e-6

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import example_recipes
 from tests.recipes import BENCHMARK, RECIPES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,3 +144,13 @@ def test_a_launch_that_would_be_refused(flags, words):
 def test_no_script():
     done = check("--", "bash", "train.sh")
     assert done.returncode == 2 and "names no Python script" in done.stderr
+
+
+@pytest.mark.parametrize("name", example_recipes.NAMES)
+def test_example_recipes_pass(name):
+    command = example_recipes.command_of(name)
+    done = check("--ranks", str(example_recipes.RANKS[name]), "--", "pretrain_gpt.py", *command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "skipped" not in done.stdout
+    said = " ".join(done.stdout.split())
+    assert "flex (hybridep)" in said and "on the GPU, with a certified gap" in said
