@@ -16,10 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests import features  # noqa: E402
-from tests.releases import RELEASES  # noqa: E402
+from tests.releases import NEWEST, RELEASES  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "compatibility.md"
-NEWEST = RELEASES[-1]
 _OLDER = "test_ways_in.py::test_contracts_and_dispatcher[{release}-]"
 
 

@@ -174,7 +174,8 @@ class Solve:
             self.scores, self.prices, capacity, capacity if quota is None else quota,
             *self.arguments, first, last, members or self.members, end.value, mark,
             *(x.stride(0) if x.dim() == 2 else 0 for x in (self.prices, capacity)),
-            **self.shape.constants, num_warps=WARPS, maxnreg=REGISTERS, **options,
+            **self.shape.constants, num_warps=WARPS, maxnreg=REGISTERS, enable_fp_fusion=True,
+            **options,
         )  # fmt: skip
 
     def run(

@@ -37,7 +37,9 @@ def uninstall() -> None:
 def _by_experts(original: Any) -> Any:
     def permute(tokens_TH: Tensor, routing_map: Tensor, *args: Any, **kwargs: Any) -> Any:
         plan = plan_of(routing_map)
-        if plan.experts_TK is None or kwargs.get("fused") or kwargs.get("drop_and_pad"):
+        # The last one is from 0.20, and makes a map that ours does not.
+        others = ("fused", "drop_and_pad", "return_batch_invariant_inverse_map")
+        if plan.experts_TK is None or any(map(kwargs.get, others)):
             return original(tokens_TH, routing_map, *args, **kwargs)
         order = plan.order
         if order is None:

@@ -46,7 +46,7 @@ def forward(x_NE: Tensor) -> tuple[Tensor, Tensor]:
     clean_NE = torch.empty_like(x_NE)
     bad_N = torch.empty(x_NE.shape[:-1], dtype=torch.bool, device=x_NE.device)
     rows, grid, constants = _tiling(x_NE)
-    _forward[grid](x_NE, clean_NE, bad_N.view(torch.int8), rows, **constants)
+    _forward[grid](x_NE, clean_NE, bad_N.view(torch.int8), rows, **constants, enable_fp_fusion=True)
     return clean_NE, bad_N
 
 
@@ -54,7 +54,7 @@ def backward(x_NE: Tensor, grad_NE: Tensor) -> Tensor:
     """Return the gradient, 0 where ``x_NE`` is not finite."""
     result_NE = torch.empty_like(grad_NE)
     rows, grid, constants = _tiling(x_NE)
-    _backward[grid](x_NE, grad_NE, result_NE, rows, **constants)
+    _backward[grid](x_NE, grad_NE, result_NE, rows, **constants, enable_fp_fusion=True)
     return result_NE
 
 

@@ -166,7 +166,7 @@ def forward(
     block_k = 0 if experts_NK is None else triton.next_power_of_2(k)
     _forward[(triton.cdiv(rows, tile["ROWS"]),)](
         logits_NE, logits_NE if experts_NK is None else experts_NK, p, tau_2N, rows, num_experts,
-        k, temperature, **tile, BLOCK_K=block_k, num_warps=_WARPS,
+        k, temperature, **tile, BLOCK_K=block_k, num_warps=_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     return p, tau_2N
 
@@ -195,7 +195,7 @@ def backward(
     k = 0 if experts_NK is None else experts_NK.shape[-1]
     _backward[(triton.cdiv(rows, tile["ROWS"]),)](
         logits_NE, logits_NE if experts_NK is None else experts_NK, tau_2N, grad, result_NE, rows,
-        num_experts, temperature, K=k, **tile, num_warps=_WARPS,
+        num_experts, temperature, K=k, **tile, num_warps=_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     return result_NE
 
