@@ -47,6 +47,11 @@ def has_metrics_tracker() -> bool:
     return importlib.util.find_spec("megatron.core.transformer.moe.moe_logging") is not None
 
 
+def pads_for_operators() -> bool:
+    """Return whether HybridEP pads rows for fused operators in bfloat16 too (from 0.20)."""
+    return version() >= (0, 20)
+
+
 @dataclass(frozen=True)
 class Graph:
     """CUDA graphs of training.

@@ -21,7 +21,7 @@ from megatron_maxscore.moe.config import (
     check_transformer_config,
 )
 from megatron_maxscore.moe.fields import config_fields
-from megatron_maxscore.releases import names_bound_early
+from megatron_maxscore.releases import names_bound_early, pads_for_operators
 
 # What a run writes, and how it evaluates, is not restored from the checkpoint of another.
 OF_THIS_RUN = (
@@ -281,7 +281,7 @@ def least_factor(args: Any, options: MaxScoreConfig) -> float | None:
     )
     is_quantised = getattr(args, "fp8", None) or getattr(args, "fp4", None)
     align = 0
-    if is_quantised or args.moe_flex_dispatcher_backend == "ncclep":
+    if is_quantised or pads_for_operators() or args.moe_flex_dispatcher_backend == "ncclep":
         align = get_align_size_for_quantization(args)
     local = args.num_experts // args.expert_model_parallel_size
     return least_rank_factor(most, local, align, num_tokens * args.moe_router_topk)

@@ -130,7 +130,7 @@ def more_tokens_than_the_shape(rank, size, dispatcher):
     return layer.router.statistics.lost_tokens, bool(torch.isfinite(output).all())
 
 
-def budget_of_rows(rank, size, scope, tokens=128):
+def budget_of_rows(rank, size, scope, tokens=512):
     """Compare a layer whose buffer holds just a step's rows with the all-to-all.
 
     Evaluation by prices sends most tokens to one rank. Local experts play Transformer Engine's
