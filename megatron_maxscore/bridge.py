@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_maxscore.moe import metrics
-from megatron_maxscore.moe.config import PREFIX, MaxScoreConfig, check_transformer_config
+from megatron_maxscore.moe.checks import check_transformer_config
+from megatron_maxscore.moe.config import PREFIX, MaxScoreConfig
 from megatron_maxscore.moe.context import RUN
 from megatron_maxscore.moe.layer import install_layer_hook
 from megatron_maxscore.moe.router import MaxScoreRouter

@@ -285,7 +285,7 @@ def _describe_flags(report: Report, given: set[str], args: Any, options: Any) ->
 
 
 def _describe_shapes(report: Report, args: Any, options: Any) -> None:
-    from megatron_maxscore.training.arguments import least_factor
+    from megatron_maxscore.training.capacity import least_factor
 
     length, batch = args.maxscore_fixed_shape
     tokens = length * batch

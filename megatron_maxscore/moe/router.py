@@ -18,30 +18,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_maxscore.flow import FlowSolution
 from megatron_maxscore.flow.places import is_device
 from megatron_maxscore.moe import metrics, microbatches, plan, recompute
 from megatron_maxscore.moe.capture import holds_router, is_capturing
-from megatron_maxscore.moe.config import MaxScoreConfig, check_transformer_config
+from megatron_maxscore.moe.checks import check_transformer_config
+from megatron_maxscore.moe.config import MaxScoreConfig
 from megatron_maxscore.moe.context import RUN
-from megatron_maxscore.moe.counting import Pass, SolveStatistics
+from megatron_maxscore.moe.counting import Pass
 from megatron_maxscore.moe.dispatcher import knows_splits
 from megatron_maxscore.moe.evaluation import check_no_cache, uses_flow
 from megatron_maxscore.moe.groups import Groups
 from megatron_maxscore.moe.plan import RoutingPlan
 from megatron_maxscore.moe.ranges import nvtx
-from megatron_maxscore.moe.recording import ScoreRecorder
 from megatron_maxscore.moe.scopes import Scope
 from megatron_maxscore.moe.seam import Selector, seen_with, without_bad_scores
+from megatron_maxscore.moe.state import PricedRouter
 from megatron_maxscore.ops import soft_topk, soft_topk_at
 
-# Name of the buffer of running average prices, also in checkpoints.
-PRICES_NAME = "expert_prices"
-# Stock's name for what is added to scores when experts are chosen.
-BIAS_NAME = "expert_bias"
 # How often a solve on a GPU is made where there are no prices to start from.
 COLD_SOLVES = 3
 
@@ -110,15 +106,12 @@ class _UnderWay:
 _local = threading.local()
 
 
-class MaxScoreRouter(TopKRouter):
+class MaxScoreRouter(PricedRouter):
     """Router whose assignment is the maximum-score flow.
 
     In training every token gets exactly k experts and no expert more than its capacity. In
     evaluation each token takes the k largest of score minus price on its own, with prices averaged
     over training (:attr:`prices`); gates are never changed by prices.
-
-    With ``moe_router_enable_expert_bias`` the prices are kept in Megatron's ``expert_bias``, as the
-    largest price minus each, so that checkpoints serve stock routers as they are.
 
     In scope ``local`` it communicates nothing. In scopes ``group`` and ``sequence`` every solve
     exchanges counts and a few rows between the ranks of ``tp_ep`` or ``tp_cp``, which must route
@@ -134,11 +127,6 @@ class MaxScoreRouter(TopKRouter):
         ValueError: the configuration cannot be combined with MaxScore routing.
     """
 
-    expert_prices: Tensor | None
-    expert_bias: Tensor | None
-    anneal_factor: Tensor
-    pending_prices: Tensor
-    enable_expert_bias: bool
     router_replay: Any  # Megatron's, which has no types
 
     def __init__(
@@ -160,8 +148,7 @@ class MaxScoreRouter(TopKRouter):
             # renormalises them over the chosen experts.
             values["moe_router_pre_softmax"] = True
         config = seen_with(config, values)
-        super().__init__(config, pg_collection, is_mtp_layer, **kwargs)
-        self.options = options
+        super().__init__(config, options, pg_collection, is_mtp_layer, **kwargs)
         self.temperature = options.temperature_for(config)
         self.scope = Scope(
             options,
@@ -176,34 +163,11 @@ class MaxScoreRouter(TopKRouter):
         self._needs_positive_gates = (
             config.moe_token_dispatcher_type == "flex" or config.moe_router_padding_for_quantization
         )
-        # Whether there are no prices to start from; until a global batch has ended.
-        self.is_cold = True
-        # Of the attempt at a global batch that is under way, and of the last one that has ended.
-        self.statistics = SolveStatistics.zeros(self.weight.device, len(metrics.NAMES))
-        self.last_statistics = self.statistics.take()
         # Tokens in evaluation whose logits were not finite.
         self.evaluated_bad_tokens: int | Tensor = 0
         self.router_replay = Selector(self.select, self.router_replay)
-        zeros_E = torch.zeros(
-            config.num_moe_experts, dtype=torch.float32, device=self.weight.device
-        )
-        # With Megatron's expert bias the prices live there.
-        self.register_buffer(PRICES_NAME, None if self.enable_expert_bias else zeros_E)
-        # Sum over the counted passes of the current global batch, and their number; never saved.
-        self.register_buffer("price_sum", zeros_E.clone(), persistent=False)
-        self.register_buffer("price_count", zeros_E.new_zeros(()), persistent=False)
-        # What the prices become when the optimizer has taken its step.
-        self.register_buffer("pending_prices", zeros_E.clone(), persistent=False)
-        # Of all gates of a token but the largest.
-        self.register_buffer("anneal_factor", zeros_E.new_ones(()), persistent=False)
         # Set while a training step is under way that raises an error if tokens were bad or lost.
         self.raises_bad_scores = False
-        self._batches = 0
-        self._recorder: ScoreRecorder | None = None
-        if self.options.record_dir is not None:
-            self._recorder = ScoreRecorder(
-                self.options.record_dir, self.options.record_layers, self.options.record_steps
-            )
         recompute.install()
         microbatches.install()
 
@@ -412,16 +376,6 @@ class MaxScoreRouter(TopKRouter):
             return padding_mask
         return padding_mask.chunk(ranks, dim=0)[self.tp_group.rank()]
 
-    def _count(self, pass_: Pass, gradient: Tensor) -> None:
-        """Add a pass, whose backward pass runs, to prices and statistics, once."""
-        if pass_.has_counted:
-            return
-        pass_.has_counted = True
-        self.statistics.add(pass_)
-        with torch.no_grad():
-            self.price_sum += pass_.prices_E
-            self.price_count += 1
-
     def _shaped(self, gates_TK: Tensor) -> Tensor:
         """Return the chosen experts' gates, annealed and normalised if that is asked for."""
         if self.options.anneal_steps:
@@ -434,22 +388,6 @@ class MaxScoreRouter(TopKRouter):
             tiny = torch.finfo(gates_TK.dtype).tiny
             gates_TK = gates_TK / gates_TK.sum(1, keepdim=True).clamp(min=tiny)
         return gates_TK
-
-    def _anneal(self) -> None:
-        """Set the annealing factor; a graph reads what was set before it is replayed."""
-        if self.options.anneal_steps and not is_capturing():
-            factor = max(4.0 - 3.0 * self._step() / self.options.anneal_steps, 1.0)
-            self.anneal_factor.fill_(factor)
-
-    def _step(self) -> float:
-        """Return how many optimizer steps were taken before this one.
-
-        Without Megatron's training loop nobody keeps count but this router, since it was built; in
-        evaluation it then counts as trained to the end.
-        """
-        if RUN.iteration is not None:
-            return RUN.iteration() - 1
-        return self._batches if self.training else math.inf
 
     def _objective(self, logits_TE: Tensor, scores_TE: Tensor) -> Tensor:
         """Return what the flow maximises, (T, E)."""
@@ -465,98 +403,3 @@ class MaxScoreRouter(TopKRouter):
         if self.score_function == "sigmoid":
             return torch.sigmoid(logits_TE.float())
         return torch.nn.functional.softplus(logits_TE.float()).sqrt()
-
-    def _iteration(self) -> int:
-        """Return the number of the current global batch, the same on all ranks."""
-        return self._batches + 1 if RUN.iteration is None else RUN.iteration()
-
-    @property
-    def prices(self) -> Tensor:
-        """(E,) float32 running averages of the prices, up to a constant."""
-        if self.expert_prices is not None:
-            return self.expert_prices
-        assert self.expert_bias is not None
-        return -self.expert_bias
-
-    def set_prices(self, prices_E: Tensor) -> None:
-        """Set the (E,) float32 prices."""
-        if self.expert_prices is not None:
-            self.expert_prices.copy_(prices_E)
-        else:
-            assert self.expert_bias is not None
-            # No bias below 0: converters mask the experts of groups that are left out by 0.
-            self.expert_bias.copy_(prices_E.max() - prices_E)
-
-    def _apply_expert_bias(self, *args: Any, **kwargs: Any) -> None:
-        """Count no tokens: Megatron's rule then leaves the bias as it is, and prices set it."""
-
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        """Load; where a state has no prices they start at zero."""
-        prices = state_dict.get(prefix + PRICES_NAME)
-        if self.expert_prices is None:
-            state_dict.pop(prefix + PRICES_NAME, None)
-            if prefix + BIAS_NAME not in state_dict:
-                zeros = torch.zeros_like(self.prices)
-                state_dict[prefix + BIAS_NAME] = zeros if prices is None else prices.max() - prices
-        elif prices is None:
-            state_dict[prefix + PRICES_NAME] = torch.zeros_like(self.prices)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self.is_cold = not bool(self.prices.any())
-
-    def _maintain_float32_expert_bias(self) -> None:
-        """Keep prices in float32 when a half-precision wrapper has converted the module."""
-        super()._maintain_float32_expert_bias()
-        for name in (PRICES_NAME, "price_sum", "price_count", "pending_prices", "anneal_factor"):
-            buffer = getattr(self, name, None)
-            if buffer is not None and buffer.dtype != torch.float32:
-                buffer.data = buffer.data.float()
-
-    @property
-    def is_frozen(self) -> bool:
-        """Whether prices stay as they are, as Megatron's expert bias does then."""
-        return getattr(self, "frozen_expert_bias", False) or not self.weight.requires_grad
-
-    def begin_batch(self) -> None:
-        """Begin a global batch: forget passes that were not part of one, as a graph's warm-up."""
-        self.price_sum.zero_()
-        self.price_count.zero_()
-        self.statistics.clear()
-        self.pending_prices.copy_(self.prices)
-        self._anneal()
-
-    def end_attempt(self, pending_E: Tensor) -> None:
-        """End an attempt at a global batch, in place; the next one starts from the same prices.
-
-        Args:
-            pending_E: (E,) float32 what prices become if the optimizer takes its step.
-        """
-        self.pending_prices.copy_(pending_E)
-        self.last_statistics = self.statistics.take()
-        self.price_sum.zero_()
-        self.price_count.zero_()
-        if self._recorder is not None:
-            self._recorder.end_attempt()
-
-    def _place(self) -> metrics.Place:
-        number = self.layer_number
-        num_layers = self.config.num_layers + (self.config.mtp_num_layers or 0)
-        if number is not None and self.is_mtp_layer:
-            number += self.config.num_layers
-        return metrics.Place(number, num_layers, self.tp_dp_cp_group, self.prices.device)
-
-    def end_batch(self, has_stepped: bool = True) -> None:
-        """End a global batch: take the pending prices, if the optimizer has taken its step."""
-        if has_stepped and not self.is_frozen:
-            self.set_prices(self.pending_prices)
-        self.is_cold = False
-        metrics.hand_in(self, self._place(), self.last_statistics)
-        self._batches += 1
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """Move statistics with the module; they are no buffers, whose type would change."""
-        result = super()._apply(*args, **kwargs)
-        self.statistics = self.statistics.to(self.weight.device)
-        self.last_statistics = self.last_statistics.to(self.weight.device)
-        return result

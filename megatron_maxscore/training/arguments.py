@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
-import math
 import os
 import sys
 from typing import Any
@@ -14,27 +12,17 @@ from megatron_maxscore import cpu
 from megatron_maxscore._replacements import Replacements
 from megatron_maxscore._run import is_rank_zero
 from megatron_maxscore.flow.places import is_interpreted
-from megatron_maxscore.moe.budgets import least_rank_factor, most_rows_of_an_expert
-from megatron_maxscore.moe.config import (
-    VARIABLE_LENGTHS,
-    MaxScoreConfig,
-    check_transformer_config,
-)
+from megatron_maxscore.moe.checks import check_transformer_config
+from megatron_maxscore.moe.config import MaxScoreConfig
 from megatron_maxscore.moe.fields import config_fields
-from megatron_maxscore.releases import names_bound_early, pads_for_operators
+from megatron_maxscore.releases import names_bound_early
+from megatron_maxscore.training.capacity import check_rank_capacity, fixed_shape
+from megatron_maxscore.training.machine import check_machine
 
 # What a run writes, and how it evaluates, is not restored from the checkpoint of another.
 OF_THIS_RUN = (
     "maxscore_stats_", "maxscore_record_", "maxscore_eval_", "maxscore_fixed_",
 )  # fmt: skip
-# What Megatron says of the packages of its flex dispatcher, and their names.
-_BACKENDS = {
-    "deepep": ("HAVE_DEEP_EP", "DeepEP (the package deep_ep)"),
-    "hybridep": ("HAVE_HYBRIDEP", "HybridEP (the package deep_ep of DeepEP's branch hybrid-ep)"),
-    "ncclep": ("HAVE_TE_EP", "Transformer Engine built with NVTE_BUILD_WITH_NCCL_EP=1"),
-}
-# Options with which the number of tokens of a microbatch is not known in advance.
-_VARYING = (*VARIABLE_LENGTHS, "sft", "perform_rl_step", "rl_use_sequence_packing")
 
 
 def hook(replacements: Replacements) -> None:
@@ -122,10 +110,7 @@ def check_arguments(args: Any) -> None:
         ValueError: names the flags and what mends it.
     """
     check_configuration(args)
-    _check_dispatcher(args)
-    _check_data_paths(args)
-    _check_written_paths(MaxScoreConfig.from_transformer_config(args))
-    _check_asynchronous_saving(args)
+    check_machine(args)
 
 
 def check_configuration(args: Any) -> None:
@@ -136,7 +121,7 @@ def check_configuration(args: Any) -> None:
     """
     is_ours = args.moe_router_type == "maxscore"
     if is_ours and args.maxscore_fixed_shape is None:
-        args.maxscore_fixed_shape = _fixed_shape(args)
+        args.maxscore_fixed_shape = fixed_shape(args)
     options = MaxScoreConfig.from_transformer_config(args)
     if is_ours:
         check_transformer_config(args, options)
@@ -161,7 +146,7 @@ def check_configuration(args: Any) -> None:
                 f"{args.num_experts}; lower --moe-router-topk"
             )
     if is_ours:
-        _check_rank_capacity(args, options)
+        check_rank_capacity(args, options)
         if options.resolved_for(args).gate == "soft_topk" and args.moe_router_topk == 1:
             # Megatron asks for it with a softmax over one expert, which SoftTopk is not.
             args.moe_router_pre_softmax = True
@@ -190,167 +175,6 @@ def _check_no_options(args: Any) -> None:
                 f"{given} is an option of --moe-router-type maxscore, but --moe-router-type is "
                 f"{args.moe_router_type}; add --moe-router-type maxscore, or leave {given} out"
             )
-
-
-def _fixed_shape(args: Any) -> list[int]:
-    """Return what every rank routes in every microbatch, as Megatron's own loaders make them.
-
-    A script may cut batches shorter; the dispatcher then adds rows of zeros.
-    """
-    varies = any(getattr(args, name, False) for name in _VARYING)
-    # Scripts with a loader of their own, and layers that are given a part of the tokens at a time.
-    varies = varies or getattr(args, "dataloader_type", None) == "external"
-    varies = varies or (getattr(args, "mlp_chunks_for_training", None) or 1) > 1
-    if varies or args.seq_length is None or args.micro_batch_size is None:
-        return [0, 0]
-    split = args.context_parallel_size
-    if args.sequence_parallel:
-        split *= args.tensor_model_parallel_size
-    return [args.seq_length // split, args.micro_batch_size]
-
-
-def _check_dispatcher(args: Any) -> None:
-    """Refuse a flex dispatcher whose package is missing, before ranks meet."""
-    if getattr(args, "moe_token_dispatcher_type", None) != "flex" or args.num_experts is None:
-        return
-    from megatron.core.transformer.moe import fused_a2a
-
-    backend = "deepep" if args.moe_enable_deepep else args.moe_flex_dispatcher_backend
-    mark, package = _BACKENDS[backend]
-    if getattr(fused_a2a, mark, False):
-        return
-    fix = f"needs {package}, which is not installed; install it, or use another backend or"
-    if backend == "ncclep" and cpu.is_enabled():
-        fix = "runs on GPUs, and this is CPU mode; use hybridep or"
-    raise ValueError(
-        f"--moe-flex-dispatcher-backend {backend} {fix} --moe-token-dispatcher-type alltoall"
-    )
-
-
-def _check_rank_capacity(args: Any, options: MaxScoreConfig) -> None:
-    """Refuse a budget of rows in which a step's rows do not fit."""
-    factor = getattr(args, "moe_expert_rank_capacity_factor", None)
-    if factor is None:
-        return
-    backend = args.moe_flex_dispatcher_backend
-    least = least_factor(args, options)
-    if least is not None and factor < least:
-        raise ValueError(
-            f"--moe-expert-rank-capacity-factor {factor} is too small for what a rank receives; "
-            f"make it at least {math.ceil(least * 1e4) / 1e4:g}"
-        )
-    local = args.num_experts // args.expert_model_parallel_size
-    # All tokens may go to the experts of one rank.
-    worst = _tp_ep_ranks(args) * min(1.0, local / args.moe_router_topk)
-    if backend == "ncclep" and options.eval_routing != "flow" and factor < worst:
-        raise ValueError(
-            f"--moe-expert-rank-capacity-factor {factor} bounds what a rank receives, and "
-            f"--maxscore-eval-routing {options.eval_routing} routes by prices, which do not; use "
-            "--maxscore-eval-routing flow, or --moe-flex-dispatcher-backend hybridep"
-        )
-
-
-def _tp_ep_ranks(args: Any) -> int:
-    """Return how many ranks share one set of experts."""
-    expert_tensor = args.expert_tensor_parallel_size
-    if expert_tensor is None:
-        expert_tensor = args.tensor_model_parallel_size
-    return int(args.expert_model_parallel_size * expert_tensor)
-
-
-def least_factor(args: Any, options: MaxScoreConfig) -> float | None:
-    """Return the least safe ``--moe-expert-rank-capacity-factor`` of a launch, None if unknown.
-
-    Args:
-        args: parsed arguments.
-        options: MaxScore's own options.
-    """
-    from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantization
-
-    shape = args.maxscore_fixed_shape or _fixed_shape(args)
-    if not math.prod(shape):
-        return None
-    num_tokens = math.prod(shape)
-    most = most_rows_of_an_expert(
-        options,
-        num_tokens,
-        args.seq_length,
-        args.moe_router_topk,
-        args.num_experts,
-        _tp_ep_ranks(args),
-    )
-    is_quantised = getattr(args, "fp8", None) or getattr(args, "fp4", None)
-    align = 0
-    if is_quantised or pads_for_operators() or args.moe_flex_dispatcher_backend == "ncclep":
-        align = get_align_size_for_quantization(args)
-    local = args.num_experts // args.expert_model_parallel_size
-    return least_rank_factor(most, local, align, num_tokens * args.moe_router_topk)
-
-
-def _check_data_paths(args: Any) -> None:
-    """Only some ranks open the data; a missing file would leave the others waiting."""
-    for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
-        for item in getattr(args, name, None) or []:
-            if _is_number(item) or "://" in item:
-                continue
-            for suffix in (".idx", ".bin"):
-                if not os.path.exists(item + suffix):
-                    flag = "--" + name.replace("_", "-")
-                    raise ValueError(
-                        f"{flag} {item}: {item + suffix} does not exist; give the path without "
-                        "its ending, or make the data with python -m megatron_maxscore prepare"
-                    )
-
-
-def _check_written_paths(options: MaxScoreConfig) -> None:
-    """Refuse files that could not be written, before the first step is computed."""
-    # Only the first node writes statistics; torchrun numbers nodes.
-    if options.stats_file is not None and os.environ.get("GROUP_RANK", "0") == "0":
-        path = os.path.abspath(options.stats_file)
-        above = os.path.dirname(path)
-        reason = ""
-        if os.path.isdir(path):
-            reason = "it is a directory; name a file in it"
-        elif not os.path.isdir(above):
-            reason = f"{above} is no directory; make it, or name another file"
-        elif not os.access(path if os.path.exists(path) else above, os.W_OK):
-            reason = "no permission to write there; name another file"
-        if reason:
-            raise ValueError(f"--maxscore-stats-file {path} cannot be written: {reason}")
-    if options.record_dir is not None:
-        path = above = os.path.abspath(options.record_dir)
-        # It is made if need be, with the directories above it.
-        while not os.path.exists(above):
-            above = os.path.dirname(above)
-        reason = ""
-        if not os.path.isdir(above):
-            reason = f"{above} is no directory; name another one"
-        elif not os.access(above, os.W_OK):
-            reason = f"no permission to write in {above}; name another directory"
-        if reason:
-            raise ValueError(f"--maxscore-record-dir {path} cannot be written: {reason}")
-
-
-def _check_asynchronous_saving(args: Any) -> None:
-    """Refuse a way of writing checkpoints whose package is missing, before ranks meet."""
-    # Without the persistent worker Megatron saves synchronously.
-    asked = getattr(args, "async_save", False) and getattr(
-        args, "use_persistent_ckpt_worker", False
-    )
-    strategy = getattr(args, "async_strategy", None)
-    if asked and strategy == "nvrx" and importlib.util.find_spec("nvidia_resiliency_ext") is None:
-        raise ValueError(
-            "--async-save with --async-strategy nvrx needs the package nvidia-resiliency-ext; "
-            "install it, or add --async-strategy mcore"
-        )
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def restore_options(args: Any, saved: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_maxscore._replacements import Replacements
 from megatron_maxscore._run import is_rank_zero
 from megatron_maxscore.errors import CollectiveError
-from megatron_maxscore.moe.router import BIAS_NAME, PRICES_NAME
+from megatron_maxscore.moe.state import BIAS_NAME, PRICES_NAME
 from megatron_maxscore.training.steps import uses_maxscore
 
 

@@ -302,7 +302,7 @@ def missing_backend(rank, size):
     from megatron.core.transformer.moe import fused_a2a
 
     from megatron_maxscore import cpu
-    from megatron_maxscore.training import arguments
+    from megatron_maxscore.training import machine
 
     said = {}
     missing = {"HAVE_DEEP_EP": False, "HAVE_HYBRIDEP": False, "HAVE_TE_EP": False}
@@ -319,7 +319,7 @@ def missing_backend(rank, size):
                 mock.patch.object(cpu, "is_enabled", lambda is_cpu=is_cpu: is_cpu),
             ):
                 try:
-                    arguments._check_dispatcher(args)
+                    machine._check_dispatcher(args)
                 except ValueError as error:
                     said[backend, is_cpu] = str(error)
     return said

@@ -9,7 +9,7 @@ import pytest
 from megatron_maxscore.moe import MaxScoreConfig
 from megatron_maxscore.moe.budgets import least_rank_factor, most_rows_of_an_expert
 from megatron_maxscore.moe.quotas import capacities
-from megatron_maxscore.training.arguments import least_factor
+from megatron_maxscore.training.capacity import least_factor
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.02, 1.5])
@@ -62,21 +62,21 @@ def test_least_factor_of_a_launch(values, expected):
 
 
 def test_a_budget_that_is_too_small_is_refused():
-    from megatron_maxscore.training import arguments
+    from megatron_maxscore.training import capacity
 
     options = MaxScoreConfig()
-    arguments._check_rank_capacity(_args(), options)
+    capacity.check_rank_capacity(_args(), options)
     with pytest.raises(ValueError, match=r"factor 0\.9 is too small .* at least 1$"):
-        arguments._check_rank_capacity(_args(moe_expert_rank_capacity_factor=0.9), options)
+        capacity.check_rank_capacity(_args(moe_expert_rank_capacity_factor=0.9), options)
     with pytest.raises(ValueError, match=r"factor 1\.02 .* at least 1\.024$"):
-        arguments._check_rank_capacity(
+        capacity.check_rank_capacity(
             _args(maxscore_fixed_shape=[1000, 1], fp8="e4m3", moe_expert_rank_capacity_factor=1.02),
             options,
         )
     # Prices bound nothing, and NCCL EP stops where a buffer does not do.
     nccl = _args(moe_flex_dispatcher_backend="ncclep")
     with pytest.raises(ValueError, match="--maxscore-eval-routing flow, or --moe-flex-dispatcher"):
-        arguments._check_rank_capacity(nccl, options)
-    arguments._check_rank_capacity(nccl, MaxScoreConfig(eval_routing="flow"))
+        capacity.check_rank_capacity(nccl, options)
+    capacity.check_rank_capacity(nccl, MaxScoreConfig(eval_routing="flow"))
     nccl.moe_expert_rank_capacity_factor = 64 * 2 / 8  # all tokens to one rank's two experts
-    arguments._check_rank_capacity(nccl, options)
+    capacity.check_rank_capacity(nccl, options)

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_maxscore.moe.config import MaxScoreConfig, check_transformer_config
+from megatron_maxscore.moe.checks import check_transformer_config
+from megatron_maxscore.moe.config import MaxScoreConfig
 from megatron_maxscore.moe.quotas import capacities, own_quotas, quotas
 
 
