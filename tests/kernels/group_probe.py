@@ -126,7 +126,7 @@ def check_layer(rank, size):
     """Route and dispatch in a layer with tokens that differ between the ranks, also in number."""
     from megatron.core.transformer.moe import token_dispatcher
 
-    from megatron_maxscore.moe import MaxScoreConfig, counting, seam
+    from megatron_maxscore.moe import MaxScoreConfig, seam
     from megatron_maxscore.moe import dispatcher as dispatcher_module
     from megatron_maxscore.moe import router as router_module
     from megatron_maxscore.ops.kernels import soft_topk
@@ -144,7 +144,6 @@ def check_layer(rank, size):
     with (
         mock.patch.object(router_module, "is_device", on_device),
         mock.patch.object(seam, "is_device", on_device),
-        mock.patch.object(counting, "is_device", on_device),
         mock.patch.object(dispatcher_module, "is_device", on_device),
         mock.patch.object(kernels, "_kernels", lambda matrix: soft_topk),
         mock.patch.object(token_dispatcher, "maybe_move_tensor_to_cpu", copy),
