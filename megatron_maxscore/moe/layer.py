@@ -125,6 +125,18 @@ def choose_router(config: Any, submodules: MoESubmodules) -> MoESubmodules:
     return dataclasses.replace(submodules, router=router)
 
 
+def _is_hashed(config: Any, arguments: dict[str, Any]) -> bool:
+    """Return whether a layer routes tokens by their ids (Megatron's branch dev), and stays stock.
+
+    Args:
+        config: TransformerConfig.
+        arguments: that ``MoELayer`` is built with.
+    """
+    layers, number = getattr(config, "moe_n_hash_layers", 0), arguments.get("layer_number")
+    is_among = number is not None and number <= layers
+    return is_among and not arguments.get("is_mtp_layer", False)
+
+
 def choose_dispatcher(layer: Any, pg_collection: Any) -> None:
     """Give a layer with our router our dispatcher, in place of Megatron's all-to-all one.
 
@@ -168,8 +180,11 @@ def _choosing_router(original: Any) -> Any:
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         call = signature.bind(self, *args, **kwargs)
         submodules = call.arguments.get("submodules")
+        config = call.arguments["config"]
         if submodules is not None:
-            submodules = choose_router(call.arguments["config"], submodules)
+            submodules = choose_router(config, submodules)
+            if _is_hashed(config, call.arguments):
+                submodules = dataclasses.replace(submodules, router=TopKRouter)
             call.arguments["submodules"] = submodules
         original(*call.args, **call.kwargs)
         choose_dispatcher(self, call.arguments.get("pg_collection"))

@@ -155,6 +155,30 @@ REFUSED = {
 }
 
 
+def hashed_layers(rank, size):
+    """Return routers and dispatchers of layers of which the first routes by hash."""
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.spec_utils import build_module
+
+    from megatron_maxscore.moe import with_maxscore
+    from tests.dist.cases import make_layer
+
+    config = make_layer(ep=size, router="topk").config
+    config.moe_n_hash_layers = 1
+    spec = with_maxscore(get_moe_module_spec(use_te=False, num_experts=8, moe_grouped_gemm=False))
+    collection = ProcessGroupCollection.use_mpu_process_groups()
+    found = []
+    for number, is_mtp in ((1, False), (2, False), (1, True)):
+        arguments = dict(
+            config=config, layer_number=number, is_mtp_layer=is_mtp, pg_collection=collection
+        )
+        is_plain = callable(spec) and not hasattr(spec, "module")
+        layer = spec(**arguments) if is_plain else build_module(spec, **arguments)
+        found.append((type(layer.router).__name__, type(layer.token_dispatcher).__name__))
+    return found
+
+
 def arguments(rank, size):
     """Parse good and bad command lines in one process; return the messages of the bad ones."""
     from megatron_maxscore import training

@@ -111,6 +111,12 @@ def test_specs(ranks):
     assert stock == 0 and layer == 3 and block == 2
 
 
+def test_layers_that_route_by_hash_stay_stock(ranks):
+    ours = ("MaxScoreRouter", "MaxScoreTokenDispatcher")
+    for found in ranks(2, config_cases.hashed_layers):
+        assert found == [("TopKRouter", "MoEAlltoAllTokenDispatcher"), ours, ours]
+
+
 def test_arguments(ranks):
     for messages in ranks(2, config_cases.arguments):
         assert messages.keys() == config_cases.REFUSED.keys()

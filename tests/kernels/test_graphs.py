@@ -9,16 +9,16 @@ import pytest
 import torch
 
 import megatron_maxscore.cpu
-from megatron_maxscore.moe import metrics, seam
 from megatron_maxscore.moe import router as router_module
+from megatron_maxscore.moe import seam
 from megatron_maxscore.moe.context import RUN
 from megatron_maxscore.moe.step import average_prices, begin_batch
 from megatron_maxscore.ops.kernels import finite, soft_topk
+from tests.graph_work import GRAPH, SETTINGS, state, work
 from tests.kernels.recording import Recording
 from tests.one_rank_layer import HIDDEN, build, make_layer, tear_down
 
 TOKENS, BATCHES, MICROBATCHES = 48, 3, 2
-GRAPH = dict(cuda_graph_impl="full_iteration", cuda_graph_modules=[])
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -39,37 +39,6 @@ def as_on_a_device(monkeypatch):
         module = sys.modules[f"megatron_maxscore.ops.{name}"]
         monkeypatch.setattr(module, "_kernels", lambda matrix, kernels=kernels: kernels)
     monkeypatch.setattr(RUN, "is_logging", lambda: True)
-
-
-SETTINGS = {
-    "softmax": {},
-    "annealed": dict(options=dict(variant="softmax", anneal_steps=4, normalize_gates=True)),
-    "expert bias": dict(
-        moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True,
-        moe_z_loss_coeff=1e-2,
-    ),
-    "groups": dict(moe_router_num_groups=4, moe_router_group_topk=2),
-}  # fmt: skip
-
-
-def work(layer, hidden):
-    """Route, permute, and go back; return what a graph would leave."""
-    probs, routing_map = layer.router(hidden)
-    rows, gates = layer.token_dispatcher.dispatch_preprocess(hidden, routing_map, probs)
-    (rows.float() * gates[:, None].float()).square().sum().backward()
-    return routing_map, probs.detach(), rows.detach(), hidden.grad, layer.router.weight.grad
-
-
-def state(layer):
-    """Return prices, statistics and metrics after a batch."""
-    router = layer.router
-    values = router.last_statistics.values_M.clone()
-    values[metrics.NAMES.index(metrics.PREFIX + "solve_ms")] = 0.0
-    return [
-        router.prices.clone(), router.last_statistics.solves.clone(),
-        router.last_statistics.largest_gap.clone(), router.last_statistics.bad_tokens.clone(),
-        values,
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SETTINGS)
