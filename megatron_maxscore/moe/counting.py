@@ -135,6 +135,8 @@ class SolveStatistics:
         """Return it on another device."""
         if self.solves.device == device:
             return self
+        if self.solves.is_meta:
+            return SolveStatistics.zeros(device, self.values_M.numel())
         moved = {name: getattr(self, name).to(device) for name in _COUNTS}
         return SolveStatistics(**moved, seconds=self.seconds)
 

@@ -225,7 +225,7 @@ class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
 
     def token_dispatch(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Send tokens; see the base class. After a graph's replay the splits are those it knows."""
-        if not self._is_prepared:
+        if self._captured and not self._is_prepared:
             self._filled = None
             for name, value in self._captured.items():
                 setattr(self, name, value)

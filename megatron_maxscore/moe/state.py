@@ -26,6 +26,8 @@ from megatron_maxscore.moe.recording import ScoreRecorder
 PRICES_NAME = "expert_prices"
 # Stock's name for what is added to scores when experts are chosen.
 BIAS_NAME = "expert_bias"
+# Buffers that are never saved.
+_SUMS = ("price_sum", "price_count", "pending_prices", "anneal_factor")
 
 
 class PricedRouter(TopKRouter):
@@ -83,6 +85,17 @@ class PricedRouter(TopKRouter):
                 options.record_dir, options.record_layers, options.record_steps
             )
 
+    def reset_parameters(self) -> None:
+        """Reset the weight; and buffers, which hold anything where a model was built on meta."""
+        super().reset_parameters()
+        # Called first before there are any.
+        for name in (PRICES_NAME, BIAS_NAME, *_SUMS):
+            buffer = getattr(self, name, None)
+            if buffer is not None:
+                buffer.zero_()
+        if hasattr(self, "statistics"):
+            self.statistics.clear()
+
     @property
     def prices(self) -> Tensor:
         """(E,) float32 running averages of the prices, up to a constant."""
@@ -121,7 +134,7 @@ class PricedRouter(TopKRouter):
     def _maintain_float32_expert_bias(self) -> None:
         """Keep prices in float32 when a half-precision wrapper has converted the module."""
         super()._maintain_float32_expert_bias()
-        for name in (PRICES_NAME, "price_sum", "price_count", "pending_prices", "anneal_factor"):
+        for name in (PRICES_NAME, *_SUMS):
             buffer = getattr(self, name, None)
             if buffer is not None and buffer.dtype != torch.float32:
                 buffer.data = buffer.data.float()

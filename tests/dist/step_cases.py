@@ -189,3 +189,26 @@ def loads_of_different_widths(rank, size):
     first, second = watch._widened(own), watch._widened(own)
     assert torch.equal(first, second)
     return list(first.shape), int(first.sum())
+
+
+def built_on_meta(rank, size):
+    """Build a layer on meta, as large models are, and make it real; return its buffers."""
+    from unittest import mock
+
+    from tests.dist import cases
+
+    meta = torch.device("meta")
+    with meta, mock.patch.object(cases, "device", lambda: meta):
+        layer = make_layer(ep=size)
+    assert layer.router.price_sum.is_meta
+    layer.to_empty(device="cpu")
+    for name in ("expert_prices", "price_sum", "price_count", "pending_prices"):
+        getattr(layer.router, name).fill_(7.0)  # what memory may hold
+    layer.router.reset_parameters()
+    with torch.no_grad():
+        for parameter in layer.experts.parameters():
+            parameter.fill_(0.01)
+    layer.train()
+    layer(own_input(rank, 24))[0].square().sum().backward()
+    router = layer.router
+    return router.expert_prices.clone(), int(router.price_count), int(router.statistics.solves)

@@ -140,3 +140,8 @@ def test_few_tokens_choose_among_all_experts(ranks, with_gradients):
         assert loads.min() > 0, "every expert gets tokens"
         assert kept > 0.9, "of the score that routing without capacities has"
     assert not torch.equal(results[0][0], results[1][0])
+
+
+def test_a_router_that_is_built_on_meta_starts_from_zero(ranks):
+    for prices, count, solves in ranks(2, cases.built_on_meta):
+        assert not prices.any() and count == solves == 1
