@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_maxscore._replacements import Replacements
 from megatron_maxscore.moe import metrics
 from megatron_maxscore.moe.checks import check_transformer_config
 from megatron_maxscore.moe.config import PREFIX, MaxScoreConfig
@@ -35,6 +36,10 @@ from megatron_maxscore.moe.step import (
     maxscore_routers,
     raise_on_bad_scores,
 )
+from megatron_maxscore.releases import graph_of
+from megatron_maxscore.training import checkpoints
+
+_replacements = Replacements("MaxScore in Megatron Bridge")
 
 
 def use_maxscore(config: Any, options: MaxScoreConfig | None = None) -> Any:
@@ -58,11 +63,19 @@ def use_maxscore(config: Any, options: MaxScoreConfig | None = None) -> Any:
     if options.fixed_shape is None:
         options = dataclasses.replace(options, fixed_shape=_fixed_shape(config))
     check_transformer_config(model, options)
+    if graph_of(model).implementation == "full_iteration":
+        raise ValueError(
+            "MaxScore routing in Megatron Bridge cannot be in a CUDA graph of the full iteration; "
+            "use cuda_graph_impl='transformer_engine' with attn, moe_router and moe_preprocess"
+        )
     # Layers find them there, those of multi-token prediction too.
     model.moe_router_type = "maxscore"
     for item in dataclasses.fields(options):
         setattr(model, PREFIX + item.name, getattr(options, item.name))
     install_layer_hook()
+    if not _replacements:
+        # A checkpoint of a stock run has no prices.
+        checkpoints.hook(_replacements, has_our_bias=lambda: True)
     return type("MaxScoreCallback", (_Steps, Callback), {})(config)
 
 

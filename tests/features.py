@@ -177,6 +177,23 @@ REFUSALS = (
         ("--moe-router-group-topk 4", "at most --moe-router-topk 2"),
     ),
     Refusal(
+        "groups with fewer experts than a token takes",
+        "--moe-router-topk 6 --moe-router-num-groups 4 --moe-router-group-topk 2",
+        ("hold 4 experts", "--moe-router-topk 6"),
+    ),
+    Refusal(
+        "full-iteration CUDA graph of a dispatcher that copies counts",
+        "--cuda-graph-impl full_iteration --maxscore-mode auto "
+        "--no-check-for-nan-in-loss-and-grad --moe-token-dispatcher-type allgather",
+        ("the full iteration", "--moe-token-dispatcher-type alltoall"), since="0.19",
+    ),
+    Refusal(
+        "full-iteration CUDA graph of HybridEP without a budget",
+        f"--cuda-graph-impl full_iteration --maxscore-mode auto {FLEX} hybridep "
+        "--no-check-for-nan-in-loss-and-grad",
+        ("--moe-expert-rank-capacity-factor",), since="0.19",
+    ),
+    Refusal(
         "groups of unequal size", "--moe-router-num-groups 3 --moe-router-group-topk 1",
         ("--moe-router-num-groups", "--num-experts 8"),
     ),

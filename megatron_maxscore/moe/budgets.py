@@ -21,7 +21,13 @@ from megatron_maxscore.moe.config import MaxScoreConfig
 
 
 def most_rows_of_an_expert(
-    options: MaxScoreConfig, num_tokens: int, sequence: int, topk: int, num_experts: int, ranks: int
+    options: MaxScoreConfig,
+    num_tokens: int,
+    sequence: int,
+    topk: int,
+    num_experts: int,
+    ranks: int,
+    rotates: bool = True,
 ) -> int:
     """Return how many rows one expert gets at most in a training pass.
 
@@ -32,6 +38,7 @@ def most_rows_of_an_expert(
         topk: experts per token.
         num_experts: E.
         ranks: R, that share the experts.
+        rotates: whether remainders rotate over the ranks; in a CUDA graph they do not.
     """
     factor = options.capacity_factor
     total = ranks * num_tokens
@@ -39,7 +46,7 @@ def most_rows_of_an_expert(
         return math.ceil(total * topk * factor / num_experts)
     if options.scope == "sequence":
         return total * math.ceil(sequence * topk * factor / num_experts) // sequence
-    if factor == 1.0 and num_tokens * topk >= num_experts:
+    if factor == 1.0 and num_tokens * topk >= num_experts and rotates:
         return math.ceil(total * topk / num_experts)  # remainders rotate over the ranks
     return ranks * math.ceil(num_tokens * topk * factor / num_experts)
 
@@ -71,14 +78,20 @@ class BudgetedFlexTokenDispatcher(MoEFlexTokenDispatcher):
     def __init__(self, *args: Any, is_training: Callable[[], bool], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._is_training = is_training
+        self._has_lifted = False
 
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Prepare for dispatch; see the base class."""
-        factor = self.config.moe_expert_rank_capacity_factor
         manager: Any = self._comm_manager
-        manager.moe_expert_rank_capacity_factor = factor if self._is_training() else None
+        if not self._is_training():
+            manager.moe_expert_rank_capacity_factor = None
+            self._has_lifted = True
+        elif self._has_lifted:
+            # Only then: Megatron lifts it itself for a step that it repeats after an overflow.
+            manager.moe_expert_rank_capacity_factor = self.config.moe_expert_rank_capacity_factor
+            self._has_lifted = False
         prepared: tuple[Tensor, Tensor] = super().dispatch_preprocess(
             hidden_states, routing_map, probs
         )

@@ -141,6 +141,8 @@ def _check_graphs(
     for applies, text in refused:
         if applies:
             raise ValueError(f"CUDA graphs of the router cannot be combined with {text}")
+    if graph.implementation == "full_iteration":
+        _check_full_iteration(get)
     if get("moe_token_dispatcher_type") == "alltoall" and holds_dispatch(config):
         assignments = math.prod(options.fixed_shape or (0, 0)) * topk
         align = 1
@@ -163,6 +165,33 @@ def _check_graphs(
             )
 
 
+def _check_full_iteration(get: Any) -> None:
+    """Refuse dispatchers that copy counts to the host, which a graph cannot hold."""
+    dispatcher, backend = get("moe_token_dispatcher_type"), get("moe_flex_dispatcher_backend")
+    if get("moe_enable_deepep"):
+        backend = "deepep"
+    fix = "use --moe-token-dispatcher-type alltoall, or flex with hybridep and "
+    fix += "--moe-expert-rank-capacity-factor"
+    is_flex = dispatcher == "flex"
+    if dispatcher in (None, "allgather") or (is_flex and backend == "deepep"):
+        name = "deepep" if is_flex else "allgather"
+        raise ValueError(
+            f"CUDA graphs of the full iteration cannot hold the dispatcher {name}, which copies "
+            f"counts to the host; {fix}"
+        )
+    if is_flex and backend == "hybridep" and get("moe_expert_rank_capacity_factor") is None:
+        raise ValueError(
+            "CUDA graphs of the full iteration need --moe-expert-rank-capacity-factor with "
+            "--moe-flex-dispatcher-backend hybridep, which otherwise asks the device how many rows "
+            "there are; add it (1.0 does where quotas are even)"
+        )
+    if is_flex and backend == "ncclep" and not get("moe_ncclep_static_shape"):
+        raise ValueError(
+            "CUDA graphs of the full iteration need --moe-ncclep-static-shape with "
+            "--moe-flex-dispatcher-backend ncclep; add it"
+        )
+
+
 def _check_groups(topk: int, num_experts: int, get: Any) -> None:
     """Refuse groups of experts that cannot be."""
     groups, chosen = get("moe_router_num_groups"), get("moe_router_group_topk")
@@ -172,6 +201,12 @@ def _check_groups(topk: int, num_experts: int, get: Any) -> None:
         raise ValueError(
             f"--moe-router-group-topk {chosen} needs --moe-router-num-groups, a number that "
             f"--num-experts {num_experts} is a multiple of; it is {groups}"
+        )
+    if topk > chosen * (num_experts // groups):
+        raise ValueError(
+            f"--moe-router-group-topk {chosen} of --moe-router-num-groups {groups} hold "
+            f"{chosen * (num_experts // groups)} experts, fewer than --moe-router-topk {topk}; "
+            "raise --moe-router-group-topk"
         )
     if not 1 <= chosen <= min(groups, topk):
         raise ValueError(

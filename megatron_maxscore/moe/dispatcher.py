@@ -150,9 +150,9 @@ class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
         return int(self.ep_group.rank()) * self.tp_size + int(self.tp_rank)
 
     @property
-    def is_filled(self) -> bool:
-        """Whether rows of zeros were added to what is being dispatched."""
-        return self._filled is not None
+    def real_rows(self) -> int | None:
+        """How many rows are tokens, where rows of zeros were added to what is being dispatched."""
+        return None if self._filled is None else self._filled.rows
 
     def preprocess(self, routing_map: Tensor) -> Tensor:
         """Set the splits for this routing map.

@@ -383,7 +383,9 @@ class MaxScoreRouter(PricedRouter):
             is_largest_TK = torch.zeros_like(gates_TK, dtype=torch.bool).scatter_(
                 1, gates_TK.detach().argmax(1, keepdim=True), True
             )
-            gates_TK = torch.where(is_largest_TK, gates_TK, gates_TK * self.anneal_factor)
+            # A copy, since the backward pass reads it, and the next forward pass may set another.
+            factor = self.anneal_factor.clone()
+            gates_TK = torch.where(is_largest_TK, gates_TK, gates_TK * factor)
         if self.options.normalize_gates:
             tiny = torch.finfo(gates_TK.dtype).tiny
             gates_TK = gates_TK / gates_TK.sum(1, keepdim=True).clamp(min=tiny)

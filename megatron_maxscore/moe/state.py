@@ -85,17 +85,6 @@ class PricedRouter(TopKRouter):
                 options.record_dir, options.record_layers, options.record_steps
             )
 
-    def reset_parameters(self) -> None:
-        """Reset the weight; and buffers, which hold anything where a model was built on meta."""
-        super().reset_parameters()
-        # Called first before there are any.
-        for name in (PRICES_NAME, BIAS_NAME, *_SUMS):
-            buffer = getattr(self, name, None)
-            if buffer is not None:
-                buffer.zero_()
-        if hasattr(self, "statistics"):
-            self.statistics.clear()
-
     @property
     def prices(self) -> Tensor:
         """(E,) float32 running averages of the prices, up to a constant."""
@@ -120,14 +109,13 @@ class PricedRouter(TopKRouter):
         self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         """Load; where a state has no prices they start at zero."""
-        prices = state_dict.get(prefix + PRICES_NAME)
+        # Prices may be of logits, and a bias is of scores: none is made of the other.
+        own, other = PRICES_NAME, BIAS_NAME
         if self.expert_prices is None:
-            state_dict.pop(prefix + PRICES_NAME, None)
-            if prefix + BIAS_NAME not in state_dict:
-                zeros = torch.zeros_like(self.prices)
-                state_dict[prefix + BIAS_NAME] = zeros if prices is None else prices.max() - prices
-        elif prices is None:
-            state_dict[prefix + PRICES_NAME] = torch.zeros_like(self.prices)
+            own, other = other, own
+        state_dict.pop(prefix + other, None)
+        if prefix + own not in state_dict:
+            state_dict[prefix + own] = torch.zeros_like(self.prices)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.is_cold = not bool(self.prices.any())
 
@@ -176,13 +164,19 @@ class PricedRouter(TopKRouter):
         """End a global batch: take the pending prices, if the optimizer has taken its step."""
         if has_stepped and not self.is_frozen:
             self.set_prices(self.pending_prices)
-        self.is_cold = False
+        self.is_cold = self.is_cold and not has_stepped
         metrics.hand_in(self, self._place(), self.last_statistics)
         self._batches += 1
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """Move statistics with the module; they are no buffers, whose type would change."""
+        was_on_meta = self.price_sum.is_meta
         result = super()._apply(*args, **kwargs)
+        if was_on_meta and not self.price_sum.is_meta:
+            # Memory that may hold anything.
+            for name in (PRICES_NAME, BIAS_NAME, *_SUMS):
+                if getattr(self, name) is not None:
+                    getattr(self, name).zero_()
         self.statistics = self.statistics.to(self.weight.device)
         self.last_statistics = self.last_statistics.to(self.weight.device)
         return result

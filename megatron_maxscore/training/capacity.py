@@ -8,6 +8,7 @@ from typing import Any
 from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantization
 
 from megatron_maxscore.moe.budgets import least_rank_factor, most_rows_of_an_expert
+from megatron_maxscore.moe.capture import holds_router
 from megatron_maxscore.moe.config import VARIABLE_LENGTHS, MaxScoreConfig
 from megatron_maxscore.releases import pads_for_operators
 
@@ -74,6 +75,8 @@ def least_factor(args: Any, options: MaxScoreConfig) -> float | None:
     if not math.prod(shape):
         return None
     num_tokens = math.prod(shape)
+    # Its budget holds in evaluation by the flow too, where quotas follow from each rank's scores.
+    evaluates_in_budget = args.moe_flex_dispatcher_backend == "ncclep"
     most = most_rows_of_an_expert(
         options,
         num_tokens,
@@ -81,6 +84,7 @@ def least_factor(args: Any, options: MaxScoreConfig) -> float | None:
         args.moe_router_topk,
         args.num_experts,
         _tp_ep_ranks(args),
+        rotates=not holds_router(args) and not evaluates_in_budget,
     )
     is_quantised = getattr(args, "fp8", None) or getattr(args, "fp4", None)
     align = 0

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from megatron_maxscore._replacements import Replacements
@@ -17,11 +17,18 @@ class OtherExpertsError(CollectiveError):
     """A checkpoint has another number of experts; raised on every rank."""
 
 
-def hook(replacements: Replacements) -> None:
-    """Wrap the function that loads a distributed checkpoint."""
+def hook(replacements: Replacements, has_our_bias: Callable[[], bool] = uses_maxscore) -> None:
+    """Wrap the function that loads a distributed checkpoint.
+
+    Args:
+        replacements: to be undone together.
+        has_our_bias: whether an expert bias is ours, and not a stock router's.
+    """
     from megatron.core import dist_checkpointing
 
-    replacements.wrap(dist_checkpointing, "load", _without_absent_prices)
+    replacements.wrap(
+        dist_checkpointing, "load", functools.partial(_without_absent_prices, has_our_bias)
+    )
 
 
 def _price_entries(state: Any) -> Iterator[tuple[dict, str, Any]]:
@@ -52,31 +59,26 @@ def _check_experts(entries: list[tuple[dict, str, Any]], metadata: Any, director
             )
 
 
-def _without_absent_prices(original: Any) -> Any:
+def _without_absent_prices(has_our_bias: Callable[[], bool], original: Any) -> Any:
     def load(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
         from megatron.core import dist_checkpointing
 
         entries = [
             entry
             for entry in _price_entries(sharded_state_dict)
-            # A bias may be a stock router's.
-            if _name_of(entry[2]) == PRICES_NAME or uses_maxscore()
+            if _name_of(entry[2]) == PRICES_NAME or has_our_bias()
         ]
         if entries:
             metadata = dist_checkpointing.load_tensors_metadata(str(checkpoint_dir))
             _check_experts(entries, metadata, checkpoint_dir)
             absent = [entry for entry in entries if entry[2].key not in metadata]
-            for owner, key, value in absent:
-                # The router fills what is missing when the state reaches it: from the prices of a
-                # run without an expert bias, or with zeros.
+            for owner, key, _ in absent:
+                # The router fills what is missing with zeros when the state reaches it.
                 del owner[key]
-                prices = value.key.removesuffix(_name_of(value)) + PRICES_NAME
-                if prices in metadata:
-                    name = key.removesuffix(BIAS_NAME) + PRICES_NAME
-                    owner[name] = dataclasses.replace(value, key=prices)
-            if is_rank_zero() and any(key.endswith(PRICES_NAME) for _, key, _ in absent):
+            if absent and is_rank_zero():
+                name = _name_of(absent[0][2]).replace("_", " ")
                 print(
-                    f"megatron_maxscore: {checkpoint_dir} has no expert prices; they start at zero",
+                    f"megatron_maxscore: {checkpoint_dir} has no {name}; prices start at zero",
                     flush=True,
                 )
         return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantization
 
 from megatron_maxscore._replacements import Replacements
 
@@ -116,9 +117,10 @@ class _Watch:
             tokens_TH, tokens_per_expert, gates_T = result
             if layer.training and torch.is_grad_enabled() and tokens_TH.requires_grad:
                 count_E = tokens_per_expert.detach().cpu().to(torch.int64)
-                if layer.config.fp8 or layer.config.fp4:
+                is_padded = get_align_size_for_quantization(layer.config) > 1
+                if is_padded:
                     count_E = _without_padding(count_E, gates_T.detach().cpu())
-                noted = _Dispatched(count_E, _assignments(dispatcher))
+                noted = _Dispatched(count_E, _assignments(dispatcher, is_padded))
                 tokens_TH.register_hook(functools.partial(self._count, layer, dispatcher, noted))
             return result
 
@@ -224,11 +226,19 @@ def _without_padding(count_E: torch.Tensor, gates_N: torch.Tensor) -> torch.Tens
     return torch.stack([part.count_nonzero() for part in parts])
 
 
-def _assignments(dispatcher: Any) -> int:
-    """Return how many assignments this rank's router has made, dropped ones included."""
+def _assignments(dispatcher: Any, is_padded: bool) -> int:
+    """Return how many assignments this rank's router has made, dropped ones included.
+
+    Args:
+        dispatcher: whose tokens count.
+        is_padded: whether rows of zeros do not count.
+    """
     from megatron_maxscore.moe.dispatcher import MaxScoreTokenDispatcher
 
-    if isinstance(dispatcher, MaxScoreTokenDispatcher) and dispatcher.is_filled:
+    is_ours = isinstance(dispatcher, MaxScoreTokenDispatcher)
+    if is_ours and dispatcher.real_rows is not None:
+        if is_padded:
+            return int(dispatcher.real_rows * dispatcher.config.moe_router_topk)
         return int(dispatcher.num_out_tokens)
     # The one attribute that all of Megatron's dispatchers have; (S, B, H) of this rank.
     tokens = math.prod(dispatcher.hidden_shape[:-1])

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from megatron_maxscore.moe import MaxScoreConfig
+from megatron_maxscore.moe.context import RUN
 from tests.dist.cases import EXPERTS, HIDDEN, TOPK, make_layer, own_input
 from tests.oracles import highs_objective
 
@@ -86,7 +87,6 @@ def first_logits(rank, size, std):
 
 def shaped_gates(rank, size):
     """Return gates of the softmax variant, annealed and normalised, and those by definition."""
-    from megatron_maxscore.moe.context import RUN
 
     found = []
     for step, normalise in ((1, False), (51, True), (151, False), (400, True)):
@@ -117,6 +117,25 @@ def shaped_gates(rank, size):
             expected.scatter_(1, experts_TK, gates_TK)
             found.append((probs.detach().double(), expected))
     return found
+
+
+def forward_twice(rank, size):
+    """Two forward passes before the first backward pass, as pipelines have them."""
+    layer = make_layer(
+        ep=size, options=MaxScoreConfig(variant="softmax", temperature=0.7, anneal_steps=100)
+    ).train()
+    source, found = RUN.iteration, []
+    try:
+        for step in (1, 1, 50):
+            RUN.iteration = lambda step=step: step
+            hidden = own_input(rank, 20)
+            found.append((hidden, layer.router(hidden)[0]))
+    finally:
+        RUN.iteration = source
+    for _, probs in found:
+        probs.sum().backward()
+    assert torch.equal(found[0][0].grad, found[1][0].grad)
+    return [bool(hidden.grad.any()) for hidden, _ in found]
 
 
 def _metrics():
@@ -291,13 +310,16 @@ def expert_bias(rank, size, score_function, objective="auto"):
     ours.router.load_state_dict(saved)
     stock = make_layer(router="topk", moe_router_enable_expert_bias=True, **settings)
     stock.router.load_state_dict(saved)
-    # A run without the bias has prices, which become the bias.
-    older = {"weight": saved["weight"], "expert_prices": prices.clone()}
-    ours.router.load_state_dict(older)
-    assert torch.equal(ours.router.expert_bias, saved["expert_bias"])
-    ours.router.load_state_dict({"weight": saved["weight"]})
-    assert not ours.router.expert_bias.any()
+    # Prices of a run without the bias are of logits, and no bias.
+    for others in ({}, {"expert_prices": prices.clone()}):
+        ours.router.load_state_dict({"weight": saved["weight"], **others})
+        assert not ours.router.expert_bias.any() and ours.router.is_cold
+    # Nor is a bias the prices of a run without.
+    without = make_layer(options=options, **settings).router
+    without.load_state_dict({**saved, "weight": saved["weight"]})
+    assert not without.expert_prices.any() and without.is_cold
     ours.router.load_state_dict(saved)
+    assert not ours.router.is_cold
     hidden = own_input(rank, 64).detach()
     found = []
     plain = make_layer(router="topk", **settings)

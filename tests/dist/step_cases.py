@@ -201,14 +201,19 @@ def built_on_meta(rank, size):
     with meta, mock.patch.object(cases, "device", lambda: meta):
         layer = make_layer(ep=size)
     assert layer.router.price_sum.is_meta
-    layer.to_empty(device="cpu")
-    for name in ("expert_prices", "price_sum", "price_count", "pending_prices"):
-        getattr(layer.router, name).fill_(7.0)  # what memory may hold
-    layer.router.reset_parameters()
+    empty_like = torch.empty_like
+
+    def full_of_something(tensor, **kwargs):
+        return empty_like(tensor, **kwargs).fill_(7.0)
+
+    with mock.patch.object(torch, "empty_like", full_of_something):
+        layer.to_empty(device="cpu")
+    router = layer.router
+    assert router.weight.detach().eq(7.0).all() and not router.price_sum.any()
     with torch.no_grad():
+        router.weight.copy_(torch.linspace(-1, 1, router.weight.numel()).view_as(router.weight))
         for parameter in layer.experts.parameters():
             parameter.fill_(0.01)
     layer.train()
     layer(own_input(rank, 24))[0].square().sum().backward()
-    router = layer.router
     return router.expert_prices.clone(), int(router.price_count), int(router.statistics.solves)

@@ -66,6 +66,10 @@ def test_shaped_gates(ranks):
             torch.testing.assert_close(probs, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_annealed_gates_of_passes_that_overlap(ranks):
+    assert ranks(2, cases.forward_twice) == [[True] * 3] * 2
+
+
 @pytest.mark.parametrize("balancing", ["aux_loss", "seq_aux_loss", "global_aux_loss"])
 @pytest.mark.parametrize("per_token", [False, True])
 def test_auxiliary_losses_are_stocks(ranks, balancing, per_token):

@@ -117,6 +117,8 @@ def test_a_router_without_prices_solves_again(as_on_a_device, monkeypatch):
         assert torch.equal(after[0], before[1])
     probs.sum().backward()
     assert layer.router.price_count == 1 and torch.equal(layer.router.price_sum, starts[-1][1])
+    layer.router.end_batch(has_stepped=False)
+    assert layer.router.is_cold, "a skipped step has left no prices"
     average_prices([layer.router])
     starts.clear()
     layer.router(hidden)

@@ -30,6 +30,12 @@ def test_other_scopes():
     assert most_rows_of_an_expert(sequence, 20, 10, 2, 8, 2) == 12
 
 
+def test_remainders_that_do_not_rotate():
+    options = MaxScoreConfig()
+    assert most_rows_of_an_expert(options, 21, 21, 2, 8, 4) == 21
+    assert most_rows_of_an_expert(options, 21, 21, 2, 8, 4, rotates=False) == 24
+
+
 def test_rows_are_padded_for_each_expert():
     assert least_rank_factor(100, 4, 0, 400) == 1.0
     assert least_rank_factor(100, 4, 32, 400) == 4 * 128 / 400
