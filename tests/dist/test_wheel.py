@@ -81,7 +81,8 @@ def test_what_the_wheel_holds(installed):
     names = zipfile.ZipFile(installed[2]).namelist()
     assert "megatron_maxscore/py.typed" in names
     assert "megatron_maxscore/_shipped/examples/pretrain_gpt.py" in names
-    assert sum(name.startswith("megatron_maxscore/_shipped/patches/core_v") for name in names) == 3
+    shipped = sum(name.startswith("megatron_maxscore/_shipped/patches/core_v") for name in names)
+    assert shipped == len(list((ROOT / "patches").glob("core_v*.patch"))) == 4
     assert not [name for name in names if name.startswith(("tests/", "tools/"))]
     where = python(installed, "-c", "import megatron_maxscore; print(megatron_maxscore.__file__)")
     assert "environment" in where.stdout, where.stderr
