@@ -20,10 +20,9 @@ from tests.recipes import RECIPES, command_of, ranks_of
 
 LOCAL = dict(
     fp8=None, fp4=None, moe_router_padding_for_quantization=False,
-    use_transformer_engine_op_fuser=False, moe_expert_rank_capacity_factor=None,
-    moe_paged_stash=False, perform_initialization=False, use_cpu_initialization=True,
-    gradient_accumulation_fusion=False, delay_wgrad_compute=False, bias_activation_fusion=False,
-    moe_mlp_glu_interleave_size=None,
+    use_transformer_engine_op_fuser=False, moe_paged_stash=False, perform_initialization=False,
+    use_cpu_initialization=True, gradient_accumulation_fusion=False, delay_wgrad_compute=False,
+    bias_activation_fusion=False, moe_mlp_glu_interleave_size=None,
 )  # fmt: skip
 
 

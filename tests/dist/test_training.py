@@ -227,7 +227,7 @@ def test_checkpoints_of_stock_and_maxscore_load_into_each_other(tmp_path, releas
             module=module,
             environment=on(release),
         )
-        assert ("has no expert prices; they start at zero" in second.output) == (name == "stock")
+        assert ("has no expert prices; prices start at zero" in second.output) == (name == "stock")
         assert float.fromhex(second.losses[0]) < float.fromhex(first.losses[2]), "it goes on"
 
 

@@ -89,7 +89,9 @@ def test_layers_of_every_recipe():
         has_bias = args.get("moe_router_enable_expert_bias", False)
         assert layer == {
             "router": "MaxScoreRouter",
-            "dispatcher": "MoEFlexTokenDispatcher",
+            "dispatcher": "BudgetedFlexTokenDispatcher"
+            if "moe_expert_rank_capacity_factor" in args
+            else "MoEFlexTokenDispatcher",
             "experts": args["num_experts"] // args["expert_model_parallel_size"],
             "dtype": "torch.bfloat16",
             "options": ["soft_topk", "logits"] if is_softmax else ["score", "scores"],
