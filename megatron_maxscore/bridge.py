@@ -25,12 +25,13 @@ import torch.distributed as dist
 from megatron_maxscore._replacements import Replacements
 from megatron_maxscore.moe import metrics
 from megatron_maxscore.moe.checks import check_transformer_config
-from megatron_maxscore.moe.config import PREFIX, MaxScoreConfig
+from megatron_maxscore.moe.config import MaxScoreConfig
 from megatron_maxscore.moe.context import RUN
 from megatron_maxscore.moe.layer import install_layer_hook
 from megatron_maxscore.moe.router import MaxScoreRouter
 from megatron_maxscore.moe.step import (
     begin_batch,
+    device_of,
     end_attempt,
     end_batch,
     maxscore_routers,
@@ -38,6 +39,7 @@ from megatron_maxscore.moe.step import (
 )
 from megatron_maxscore.releases import graph_of
 from megatron_maxscore.training import checkpoints
+from megatron_maxscore.training.capacity import shape_on_a_rank
 
 _replacements = Replacements("MaxScore in Megatron Bridge")
 
@@ -69,9 +71,7 @@ def use_maxscore(config: Any, options: MaxScoreConfig | None = None) -> Any:
             "use cuda_graph_impl='transformer_engine' with attn, moe_router and moe_preprocess"
         )
     # Layers find them there, those of multi-token prediction too.
-    model.moe_router_type = "maxscore"
-    for item in dataclasses.fields(options):
-        setattr(model, PREFIX + item.name, getattr(options, item.name))
+    options.write_to(model)
     install_layer_hook()
     if not _replacements:
         # A checkpoint of a stock run has no prices.
@@ -86,10 +86,7 @@ def _fixed_shape(config: Any) -> list[int]:
     length = getattr(model, "seq_length", None)
     if varies or length is None:
         return [0, 0]
-    split = model.context_parallel_size
-    if model.sequence_parallel:
-        split *= model.tensor_model_parallel_size
-    return [length // split, config.train.micro_batch_size]
+    return shape_on_a_rank(model, length, config.train.micro_batch_size)
 
 
 class _Steps:
@@ -157,10 +154,9 @@ class _Steps:
         """Write the means over layers and ranks; one all-reduce of M + 1 float64 where due."""
         if not self._interval(step):
             return
-        device = self.routers[0].prices.device if self.routers else torch.device("cpu")
-        if not self.routers and dist.is_initialized() and dist.get_backend() == "nccl":
-            device = torch.device("cuda", torch.cuda.current_device())
-        sums = torch.zeros(len(metrics.NAMES) + 1, dtype=torch.float64, device=device)
+        sums = torch.zeros(
+            len(metrics.NAMES) + 1, dtype=torch.float64, device=device_of(self.routers)
+        )
         for router in self.routers:
             own = router.last_statistics
             sums[:-1] += own.values_M / own.solves.clamp(min=1)

@@ -40,7 +40,7 @@ def build(name):
     from megatron.training.arguments import core_transformer_config_from_args
 
     args = report.args
-    with check._quiet(), check._packages(is_cpu=False):
+    with check.quiet(), check.packages(is_cpu=False):
         config = core_transformer_config_from_args(args)
         for key, value in LOCAL.items():
             if hasattr(config, key):

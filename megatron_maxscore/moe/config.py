@@ -195,6 +195,16 @@ class MaxScoreConfig:
         }
         return cls(**present)
 
+    def write_to(self, config: Any) -> None:
+        """Make layers that are built from a configuration ours, with these options.
+
+        Args:
+            config: a TransformerConfig, or Megatron's parsed arguments; changed in place.
+        """
+        config.moe_router_type = "maxscore"
+        for item in dataclasses.fields(self):
+            setattr(config, PREFIX + item.name, getattr(self, item.name))
+
     def resolved_for(self, config: Any) -> MaxScoreConfig:
         """Return these options with gate and objective as they are for a score function.
 

@@ -298,6 +298,7 @@ class MaxScoreRouter(PricedRouter):
         Raises:
             ValueError: flow routing in evaluation while a key-value cache is in use.
         """
+        started = time.perf_counter()
         inside_TE = None
         is_by_price = not self.training and not uses_flow(self.options.eval_routing)
         if not self.training and not is_by_price:
@@ -318,7 +319,6 @@ class MaxScoreRouter(PricedRouter):
                 self.layer_number or 0, self._iteration(), scores_TE, self.topk,
                 self.scope.capacity(scores_TE, self.topk, turn), self.prices, call.valid_T,
             )  # fmt: skip
-        started = time.perf_counter()
         with nvtx("solve"):
             routed, solution = self._solve(scores_TE, call, turn)
         seconds = 0.0 if is_capturing() else time.perf_counter() - started

@@ -14,11 +14,10 @@ function that makes it, before that the spec.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from megatron_maxscore._run import exit_with_error
-from megatron_maxscore.moe.config import PREFIX, MaxScoreConfig
+from megatron_maxscore.moe.config import MaxScoreConfig
 from megatron_maxscore.moe.environment import options_from_environment
 from megatron_maxscore.moe.layer import install_layer_hook
 from megatron_maxscore.releases import has_callable_specs
@@ -74,9 +73,7 @@ def _begin() -> Any:
     try:
         options = options_from_environment(MaxScoreConfig.from_transformer_config(args))
         # So the rest of the plugin, and checkpoints, see what they see with the launcher.
-        args.moe_router_type = "maxscore"
-        for item in dataclasses.fields(options):
-            setattr(args, PREFIX + item.name, getattr(options, item.name))
+        options.write_to(args)
         begin(args)
         # With what follows from the arguments.
         install_layer_hook(MaxScoreConfig.from_transformer_config(args))

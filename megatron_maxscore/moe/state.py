@@ -27,7 +27,7 @@ PRICES_NAME = "expert_prices"
 # Stock's name for what is added to scores when experts are chosen.
 BIAS_NAME = "expert_bias"
 # Buffers that are never saved.
-_SUMS = ("price_sum", "price_count", "pending_prices", "anneal_factor")
+_SUMS = ("price_sum", "pending_prices", "anneal_factor")
 
 
 class PricedRouter(TopKRouter):
@@ -46,7 +46,6 @@ class PricedRouter(TopKRouter):
     expert_prices: Tensor | None
     expert_bias: Tensor | None
     price_sum: Tensor
-    price_count: Tensor
     pending_prices: Tensor
     anneal_factor: Tensor
     enable_expert_bias: bool
@@ -66,9 +65,8 @@ class PricedRouter(TopKRouter):
         )
         # With Megatron's expert bias the prices live there.
         self.register_buffer(PRICES_NAME, None if self.enable_expert_bias else zeros_E)
-        # Sum over the counted passes of the current global batch, and their number; never saved.
+        # Sum over the counted passes of the current global batch; never saved.
         self.register_buffer("price_sum", zeros_E.clone(), persistent=False)
-        self.register_buffer("price_count", zeros_E.new_zeros(()), persistent=False)
         # What the prices become when the optimizer has taken its step.
         self.register_buffer("pending_prices", zeros_E.clone(), persistent=False)
         # Of all gates of a token but the largest.
@@ -92,6 +90,11 @@ class PricedRouter(TopKRouter):
             return self.expert_prices
         assert self.expert_bias is not None
         return -self.expert_bias
+
+    @property
+    def price_count(self) -> Tensor:
+        """0-dim int64, how many passes of the current global batch are in ``price_sum``."""
+        return self.statistics.solves
 
     def set_prices(self, prices_E: Tensor) -> None:
         """Set the (E,) float32 prices."""
@@ -135,7 +138,6 @@ class PricedRouter(TopKRouter):
     def begin_batch(self) -> None:
         """Begin a global batch: forget passes that were not part of one, as a graph's warm-up."""
         self.price_sum.zero_()
-        self.price_count.zero_()
         self.statistics.clear()
         self.pending_prices.copy_(self.prices)
         self._anneal()
@@ -149,7 +151,6 @@ class PricedRouter(TopKRouter):
         self.pending_prices.copy_(pending_E)
         self.last_statistics = self.statistics.take()
         self.price_sum.zero_()
-        self.price_count.zero_()
         if self._recorder is not None:
             self._recorder.end_attempt()
 
@@ -209,4 +210,3 @@ class PricedRouter(TopKRouter):
         self.statistics.add(pass_)
         with torch.no_grad():
             self.price_sum += pass_.prices_E
-            self.price_count += 1

@@ -62,7 +62,7 @@ def raise_on_bad_scores(
     Raises:
         BadScoresError: names iteration, layer, rank and count.
     """
-    device = routers[0].prices.device if routers else _default_device()
+    device = device_of(routers)
     totals = torch.zeros(2, dtype=torch.int64, device=device)
     counts = [router.last_statistics if has_ended else router.statistics for router in routers]
     for own in counts:
@@ -109,7 +109,7 @@ def evaluated_bad_tokens(routers: Sequence[MaxScoreRouter]) -> int:
     Args:
         routers: this rank's routers.
     """
-    device = routers[0].prices.device if routers else _default_device()
+    device = device_of(routers)
     total = torch.zeros((), dtype=torch.int64, device=device)
     for router in routers:
         total += router.evaluated_bad_tokens
@@ -119,7 +119,10 @@ def evaluated_bad_tokens(routers: Sequence[MaxScoreRouter]) -> int:
     return int(total)
 
 
-def _default_device() -> torch.device:
+def device_of(routers: Sequence[MaxScoreRouter]) -> torch.device:
+    """Return where routers count; without any, where collectives of this rank need tensors."""
+    if routers:
+        return routers[0].prices.device
     if dist.is_initialized() and dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
@@ -157,7 +160,9 @@ def end_attempt(routers: Sequence[MaxScoreRouter]) -> None:
     """
     if not routers:
         return
-    parts = [part for r in routers for part in (r.price_sum, r.price_count.reshape(1))]
+    parts = [
+        part for r in routers for part in (r.price_sum, r.price_count.to(r.price_sum).reshape(1))
+    ]
     packed = torch.cat(parts)
     if dist.is_initialized():
         dist.all_reduce(packed, group=routers[0].tp_dp_cp_group)

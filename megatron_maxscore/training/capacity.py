@@ -27,10 +27,21 @@ def fixed_shape(args: Any) -> list[int]:
     varies = varies or (getattr(args, "mlp_chunks_for_training", None) or 1) > 1
     if varies or args.seq_length is None or args.micro_batch_size is None:
         return [0, 0]
-    split = args.context_parallel_size
-    if args.sequence_parallel:
-        split *= args.tensor_model_parallel_size
-    return [args.seq_length // split, args.micro_batch_size]
+    return shape_on_a_rank(args, args.seq_length, args.micro_batch_size)
+
+
+def shape_on_a_rank(config: Any, length: int, batch: int) -> list[int]:
+    """Return the positions and the number of sequences that each rank has of a microbatch.
+
+    Args:
+        config: a TransformerConfig, or Megatron's parsed arguments.
+        length: of a whole sequence.
+        batch: sequences.
+    """
+    split = config.context_parallel_size
+    if config.sequence_parallel:
+        split *= config.tensor_model_parallel_size
+    return [length // split, batch]
 
 
 def check_rank_capacity(args: Any, options: MaxScoreConfig) -> None:
@@ -43,7 +54,7 @@ def check_rank_capacity(args: Any, options: MaxScoreConfig) -> None:
     if least is not None and factor < least:
         raise ValueError(
             f"--moe-expert-rank-capacity-factor {factor} is too small for what a rank receives; "
-            f"make it at least {math.ceil(least * 1e4) / 1e4:g}"
+            f"make it at least {shown_factor(least)}"
         )
     local = args.num_experts // args.expert_model_parallel_size
     # All tokens may go to the experts of one rank.
@@ -54,6 +65,11 @@ def check_rank_capacity(args: Any, options: MaxScoreConfig) -> None:
             f"--maxscore-eval-routing {options.eval_routing} routes by prices, which do not; use "
             "--maxscore-eval-routing flow, or --moe-flex-dispatcher-backend hybridep"
         )
+
+
+def shown_factor(factor: float) -> str:
+    """Return a least factor as it is told: with four digits, rounded up."""
+    return f"{math.ceil(factor * 1e4) / 1e4:g}"
 
 
 def _tp_ep_ranks(args: Any) -> int:

@@ -1,0 +1,196 @@
+"""What ``check`` says of a launch."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Report:
+    """What a launch would do.
+
+    Attributes:
+        refusal: why it would be refused, "" if it would not.
+        unknown: flags that the installed release does not know.
+        notes: (topic, text) in order.
+        args: Megatron's arguments, validated unless it was refused.
+    """
+
+    refusal: str = ""
+    unknown: list[str] = field(default_factory=list)
+    notes: list[tuple[str, str]] = field(default_factory=list)
+    args: Any = None
+
+    def say(self, topic: str, text: str) -> None:
+        """Add a note."""
+        self.notes.append((topic, text))
+
+
+def describe(report: Report, given: set[str], is_cpu: bool) -> None:
+    """Add notes on flags, shapes, dispatch, solver, graphs and serving.
+
+    Args:
+        report: with validated arguments.
+        given: names of the arguments that the command gives.
+        is_cpu: whether the launch is on the CPU.
+    """
+    from megatron_maxscore.moe.config import MaxScoreConfig
+
+    args = report.args
+    options = MaxScoreConfig.from_transformer_config(args).resolved_for(args)
+    _describe_flags(report, given, args, options)
+    _describe_shapes(report, args, options)
+    _describe_solver(report, args, options, is_cpu)
+    _describe_graphs(report, args)
+    if getattr(args, "moe_router_enable_expert_bias", False):
+        text = "yes: stock Megatron and its converters take the checkpoint as it is"
+    elif options.gate == "score" and args.moe_router_score_function != "softmax":
+        text = (
+            "add --moe-router-enable-expert-bias, and stock Megatron takes the checkpoint as it is"
+        )
+    else:
+        text = "by this package alone: stock routers have no prices with a softmax" + (
+            ", and no SoftTopk gates" if options.gate == "soft_topk" else ""
+        )
+    report.say("serving", text)
+
+
+def _describe_flags(report: Report, given: set[str], args: Any, options: Any) -> None:
+    notes = {
+        "moe_router_fusion": "MaxScore's own kernels take its place",
+        "moe_router_force_load_balancing": (
+            "remove it to train: it replaces the router's logits by random ones"
+        ),
+        "moe_router_enable_expert_bias": "the bias holds MaxScore's prices",
+        "moe_router_bias_update_rate": "ignored: prices set the bias",
+        "moe_router_num_groups": "each token's groups are chosen by a flow, so that they balance",
+        "moe_router_load_balancing_type": (
+            "kept, and not needed for balance; it shapes what the router prefers"
+        ),
+    }
+    for name, text in notes.items():
+        value = getattr(args, name, None)
+        if name in given and value not in (None, False, "none", ["none"]):
+            report.say("--" + name.replace("_", "-"), text)
+    function = getattr(args, "moe_router_score_function", "softmax")
+    gate = "SoftTopk of the logits" if options.gate == "soft_topk" else f"those of {function}"
+    report.say("gates", f"{gate} (--maxscore-gate {options.gate})")
+    report.say("objective", f"the flow maximises {options.objective}, in scope {options.scope}")
+
+
+def _describe_shapes(report: Report, args: Any, options: Any) -> None:
+    from megatron_maxscore.training.capacity import least_factor, shown_factor
+
+    length, batch = args.maxscore_fixed_shape
+    tokens = length * batch
+    if not tokens:
+        report.say("tokens", "vary: loads are gathered for every dispatch")
+        return
+    experts, topk = args.num_experts, args.moe_router_topk
+    share, rest = divmod(tokens * topk, experts)
+    report.say("tokens", f"{tokens:,} on each rank in a microbatch, {topk} experts each")
+    if options.capacity_factor != 1.0:
+        most = math.ceil(tokens * topk * options.capacity_factor / experts)
+        quota = f"at most {most:,} of a rank's tokens (factor {options.capacity_factor})"
+    elif not share:
+        quota = f"at most 1 of a rank's {tokens * topk:,} assignments"
+    else:
+        quota = f"{share:,} of a rank's tokens" + (f", {rest} experts one more" if rest else "")
+    report.say("each expert", quota)
+    ranks = args.expert_model_parallel_size
+    width = args.hidden_size * (4 if args.params_dtype.itemsize == 4 else 2)
+    sent = tokens * topk * width * (ranks - 1) // max(ranks, 1)
+    report.say(
+        "dispatch",
+        f"--moe-token-dispatcher-type {_dispatcher(args)}, {sent / 2**20:,.1f} MiB from a rank to "
+        "others in a layer and microbatch, and as much back"
+        + (
+            ", less where a rank holds several experts of a token"
+            if "flex" in _dispatcher(args)
+            else ""
+        ),
+    )
+    report.say("splits", _splits(args, options, share, rest))
+    least = least_factor(args, options)
+    if getattr(args, "moe_expert_rank_capacity_factor", None) is not None and least is not None:
+        report.say(
+            "--moe-expert-rank-capacity-factor",
+            f"{args.moe_expert_rank_capacity_factor} is enough; the least safe one is "
+            f"{shown_factor(least)}, since loads in training are bounded"
+            + (" and rows are padded" if least > 1 and options.capacity_factor == 1.0 else ""),
+        )
+
+
+def _dispatcher(args: Any) -> str:
+    name = str(args.moe_token_dispatcher_type)
+    return f"flex ({args.moe_flex_dispatcher_backend})" if name == "flex" else name
+
+
+def _splits(args: Any, options: Any, share: int, rest: int) -> str:
+    if args.moe_token_dispatcher_type != "alltoall":
+        return f"Megatron's {_dispatcher(args)} finds them"
+    if options.scope == "group":
+        return "known from the solve, which tells every rank's loads"
+    if options.scope == "sequence" or options.capacity_factor != 1.0:
+        return "gathered and copied to the host, as with top-k"
+    if not share:
+        return "gathered and copied to the host: a rank has fewer assignments than experts"
+    return "known in advance: nothing is gathered or copied to the host" + (
+        "; remainders rotate" if rest else ""
+    )
+
+
+def _describe_solver(report: Report, args: Any, options: Any, is_cpu: bool) -> None:
+    from megatron_maxscore.flow.certified import MAX_EXPERTS
+
+    reasons = (
+        (is_cpu, "CPU mode"),
+        (options.mode == "exact", "--maxscore-mode exact"),
+        (args.moe_router_dtype == "fp64", "--moe-router-dtype fp64"),
+        (args.num_experts > MAX_EXPERTS, f"more than {MAX_EXPERTS} experts"),
+        (
+            options.scope == "sequence" and args.context_parallel_size > 1,
+            "sequences are split over ranks",
+        ),
+    )
+    why = next((text for applies, text in reasons if applies), None)
+    if why:
+        report.say("solver", f"exact, on the host, because of {why}")
+    else:
+        report.say("solver", "on the GPU, with a certified gap")
+
+
+def _describe_graphs(report: Report, args: Any) -> None:
+    from megatron_maxscore.moe.capture import holds_router
+    from megatron_maxscore.releases import graph_of
+
+    graph = graph_of(args)
+    if graph.implementation == "none":
+        return
+    what = ", ".join(sorted(graph.modules)) or "the whole iteration; validation runs outside"
+    report.say(
+        "CUDA graphs",
+        f"{graph.implementation}: {what}" + ("" if holds_router(args) else "; not the router"),
+    )
+
+
+def show(report: Report, ranks: int) -> None:
+    """Print a report."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=int(os.environ.get("COLUMNS", "100")), highlight=False)
+    if report.unknown:
+        console.print(
+            "not known to the installed megatron-core, skipped: " + " ".join(report.unknown)
+        )
+    if report.refusal:
+        print(f"refused: {report.refusal}")
+        return
+    table = Table(title=f"MaxScore in this launch, {ranks} ranks", show_header=False)
+    for topic, text in report.notes:
+        table.add_row(topic, text)
+    console.print(table)
