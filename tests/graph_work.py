@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from megatron_maxscore.moe import metrics
+import copy
 
+import torch
+
+from megatron_maxscore.moe import metrics
+from megatron_maxscore.moe.context import RUN
+from megatron_maxscore.moe.step import average_prices, begin_batch
+from tests.one_rank_layer import HIDDEN, make_layer
+
+BATCHES, MICROBATCHES = 3, 2
 GRAPH = dict(cuda_graph_impl="full_iteration", cuda_graph_modules=[])
 SETTINGS = {
     "softmax": {},
@@ -34,3 +42,59 @@ def state(layer):
         router.last_statistics.largest_gap.clone(), router.last_statistics.bad_tokens.clone(),
         values,
     ]  # fmt: skip
+
+
+def pair(name, device, **settings):
+    """Return a layer that is called, one alike that is captured, and the latter's input."""
+    settings = {**copy.deepcopy(SETTINGS[name]), **settings}
+    layers = []
+    for graph in ({}, GRAPH):
+        torch.manual_seed(3)
+        layer = make_layer(**settings, **graph).to(device).train()
+        layer.router.raises_bad_scores = True
+        layers.append(layer)
+    eager, graphed = layers
+    with torch.no_grad():
+        eager.router.weight *= 5
+        graphed.router.weight.copy_(eager.router.weight)
+    graphed.router.weight.grad = torch.zeros_like(graphed.router.weight)
+    hidden = torch.randn(settings["tokens"], 1, HIDDEN, device=device, dtype=torch.bfloat16)
+    hidden.requires_grad_().grad = torch.zeros_like(hidden)
+    return eager, graphed, hidden
+
+
+def compare(eager, graphed, hidden, outputs, replay, **tolerance):
+    """Check that ``replay()``, which sets ``outputs``, does in each batch what calls do.
+
+    The second batch has scores that are no numbers. Tolerances are those of ``assert_close``, for
+    all but the assignment.
+    """
+    seen = []
+    for batch in range(BATCHES):
+        begin_batch([graphed.router])
+        for _ in range(MICROBATCHES):
+            fresh = torch.randn_like(hidden)
+            if batch == 1:
+                fresh[7] = float("nan")
+            own = fresh.detach().clone().requires_grad_()
+            eager.router.weight.grad = None
+            expected = work(eager, own)
+            with torch.no_grad():
+                hidden.copy_(fresh)
+                hidden.grad.zero_()
+                graphed.router.weight.grad.zero_()
+            # Python's state may say anything.
+            RUN.microbatch = 77
+            replay()
+            RUN.microbatch = 0
+            for a, b in zip(expected, outputs, strict=True):
+                torch.testing.assert_close(a, b, equal_nan=True, **tolerance)
+            assert torch.equal(expected[0], outputs[0]), "the assignment"
+            seen.append(expected[0].clone())
+        for layer in (eager, graphed):
+            average_prices([layer.router])
+        for a, b in zip(state(eager), state(graphed), strict=True):
+            torch.testing.assert_close(a, b, **tolerance)
+        assert int(graphed.router.last_statistics.solves) == MICROBATCHES
+        assert int(graphed.router.last_statistics.bad_tokens) == MICROBATCHES * (batch == 1)
+    assert not torch.equal(seen[0], seen[1]) and eager.router.prices.any()

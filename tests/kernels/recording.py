@@ -12,8 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
-from megatron_maxscore.flow import engine
-from megatron_maxscore.ops.kernels import finite, soft_topk
+from tests.kernels.our_kernels import intercept
 
 # These would wait for the device, which a capture does not allow.
 _WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "unique_dim")
@@ -53,27 +52,16 @@ class Recording(TorchDispatchMode):
         """Record what happens in this context, kernels included."""
         steps = self._steps
 
-        class Recorded:
-            def __init__(self, kernel):
-                self.kernel = kernel
+        def launch(kernel, grid, arguments, options):
+            def run():
+                with _disable_current_modes():
+                    kernel[grid](*arguments, **options)
 
-            def __getitem__(self, grid):
-                def launch(*arguments, **options):
-                    def run():
-                        with _disable_current_modes():
-                            self.kernel[grid](*arguments, **options)
-
-                    run()
-                    steps.append(run)
-
-                return launch
+            run()
+            steps.append(run)
 
         with monkeypatch.context() as patched:
-            for module, name in (
-                (engine, "solve_kernel"), (soft_topk, "_forward"), (soft_topk, "_backward"),
-                (finite, "_forward"), (finite, "_backward"),
-            ):  # fmt: skip
-                patched.setattr(module, name, Recorded(getattr(module, name)))
+            intercept(patched, lambda name, *call: launch(*call))
             patched.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
             with self:
                 yield

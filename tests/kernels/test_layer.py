@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import sys
 
 import pytest
 import torch
 
 import megatron_maxscore.cpu
 from megatron_maxscore.moe import router as router_module
-from megatron_maxscore.moe import seam
 from megatron_maxscore.moe.step import average_prices
-from megatron_maxscore.ops.kernels import finite, soft_topk
+from tests.kernels.our_kernels import count_as_a_device
 from tests.kernels.watching import Watch
 from tests.one_rank_layer import EXPERTS, HIDDEN, TOPK, build, make_layer, routed, tear_down
 
@@ -30,13 +28,7 @@ def layer():
 
 @pytest.fixture
 def as_on_a_device(monkeypatch):
-    """Let tensors on the CPU, where the interpreter works, count as a device's."""
-    for module in (router_module, seam):
-        monkeypatch.setattr(module, "is_device", lambda tensor: True)
-    # The package's name for it is the function's.
-    for name, kernels in (("soft_topk", soft_topk), ("finite", finite)):
-        module = sys.modules[f"megatron_maxscore.ops.{name}"]
-        monkeypatch.setattr(module, "_kernels", lambda matrix, kernels=kernels: kernels)
+    count_as_a_device(monkeypatch)
 
 
 def test_routing_and_dispatch_wait_for_nothing(layer, as_on_a_device, monkeypatch):

@@ -8,8 +8,7 @@ from collections import Counter
 
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from megatron_maxscore.flow import engine
-from megatron_maxscore.ops.kernels import finite, soft_topk
+from tests.kernels.our_kernels import intercept
 
 # Operators that launch nothing, for they only look at a tensor in another way.
 VIEWS = (
@@ -81,27 +80,14 @@ class Watch(TorchDispatchMode):
     def kernels(self, monkeypatch):
         """Count launches of our kernels, which run outside of dispatch modes."""
 
-        watch = self
-
-        class Counted:
-            def __init__(self, kernel, name):
-                self.kernel, self.name = kernel, name
-
-            def __getitem__(self, grid):
-                def launch(*arguments, **options):
-                    # Triton 3.10 changes its default, and with it bits.
-                    assert "enable_fp_fusion" in options
-                    watch.by_whom["ours"][self.name] += 1
-                    with _disable_current_modes():
-                        self.kernel[grid](*arguments, **options)
-
-                return launch
+        def launch(name, kernel, grid, arguments, options):
+            # Triton 3.10 changes its default, and with it bits.
+            assert "enable_fp_fusion" in options
+            self.by_whom["ours"][name] += 1
+            with _disable_current_modes():
+                kernel[grid](*arguments, **options)
 
         with monkeypatch.context() as patched:
-            for module, name in (
-                (engine, "solve_kernel"), (soft_topk, "_forward"), (soft_topk, "_backward"),
-                (finite, "_forward"), (finite, "_backward"),
-            ):  # fmt: skip
-                patched.setattr(module, name, Counted(getattr(module, name), name))
+            intercept(patched, launch)
             with self:
                 yield self
