@@ -48,10 +48,11 @@ def train(name: str, router: str, until: int, arguments: argparse.Namespace) -> 
     Returns:
         The loss of each iteration that was run.
     """
-    run = demo.Run(name, name, demo.TENSOR_EXPERT, router, until)
+    # The schedules are those of the whole training, or Megatron refuses the next phase.
+    run = demo.Run(name, name, demo.TENSOR_EXPERT, router, LAST)
     saved = str(arguments.output / f"{name}-checkpoint")
     command = demo.command(run, arguments.data, arguments.output)
-    command += f"--lr-decay-iters {LAST} --save {saved} --load {saved}".split()
+    command += f"--save {saved} --load {saved} --exit-interval {until}".split()
     command += f"--save-interval {until} --ckpt-format torch_dist --eval-iters 0".split()
     command += f"--tensorboard-dir {arguments.output / name} --tensorboard-log-interval 1".split()
     execute(

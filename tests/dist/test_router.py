@@ -8,7 +8,7 @@ import pytest
 import torch
 from megatron.core.transformer.moe import moe_utils
 
-from tests.dist import config_cases
+from tests.dist import bias_cases, config_cases
 from tests.dist import router_cases as cases
 from tests.dist.cases import HIDDEN
 
@@ -132,7 +132,7 @@ def test_arguments(ranks):
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_expert_bias_is_what_stock_routes_by(ranks, function):
     for names, bias, prices, (ours, stock, plain) in ranks(
-        2, cases.expert_bias, score_function=function
+        2, bias_cases.expert_bias, score_function=function
     ):
         assert names == ["expert_bias", "weight"]
         assert bias.dtype == torch.float32 and torch.equal(bias, prices.max() - prices)
@@ -143,7 +143,7 @@ def test_expert_bias_is_what_stock_routes_by(ranks, function):
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("frozen", [False, True])
 def test_expert_bias_holds_the_prices(ranks, function, frozen):
-    results = ranks(2, cases.expert_bias_in_training, score_function=function, frozen=frozen)
+    results = ranks(2, bias_cases.expert_bias_in_training, score_function=function, frozen=frozen)
     for biases, expected in results:
         for step, (bias, wanted) in enumerate(zip(biases, expected, strict=True)):
             assert torch.equal(bias, results[0][0][step]), "replicas are equal"
@@ -156,7 +156,7 @@ def test_expert_bias_holds_the_prices(ranks, function, frozen):
     ("function", "bias"), [("softmax", False)] + [(f, b) for f in FUNCTIONS for b in (False, True)]
 )
 def test_group_limited_routing(ranks, function, bias):
-    for outside, (ours, stock) in ranks(2, cases.group_limited, function=function, bias=bias):
+    for outside, (ours, stock) in ranks(2, bias_cases.group_limited, function=function, bias=bias):
         assert outside <= 0.01
         # By prices it is stock's rule: with the bias, and without prices.
         assert torch.equal(ours[1], stock[1])
