@@ -1,25 +1,34 @@
-"""Write docs/compatibility.md from the tests that prove it.
+"""Write docs/compatibility.md from a recorded run of the tests.
 
-    python tools/make_compatibility.py [--check]
+    python -m pytest -n 2 -m "not gpu" --junitxml results.xml tests/dist
+    python tools/make_compatibility.py --record results.xml
 
-Every row is a configuration, every column a release, every cell the test that ran it, or the test
-that shows how it is refused. ``--check`` fails where the document is not what this writes.
+Every row is a configuration, every column a release. A cell says what the run found: passed,
+refused (the test of the refusal passed), failed, or not run. ``--record`` replaces the record in
+docs/compatibility.json by what these JUnit files hold; without it the document is written again
+from the record. ``--check`` fails where the document is not what this writes. A release without a
+wheel has a column where ``MEGATRON_TREE`` named its checkout, in the run and here.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import sys
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests import features  # noqa: E402
-from tests.releases import NEWEST, RELEASES  # noqa: E402
+from tests.releases import NEWEST, RELEASES, TREES  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "compatibility.md"
-_OLDER = "test_ways_in.py::test_contracts_and_dispatcher[{release}-]"
+RECORD = ROOT / "docs" / "compatibility.json"
+_OLDER = "test_ways_in.py::test_contracts_and_dispatcher[{release}]"
 
 
 def same(test: str) -> tuple[str, str]:
@@ -100,83 +109,173 @@ UPSTREAM = (
 )
 
 
+def recorded(paths: list[Path]) -> dict[str, Any]:
+    """Return the record of JUnit files: where and when they ran, and every test's result."""
+    results, dates = {}, []
+    for path in paths:
+        for suite in ElementTree.parse(path).getroot().iter("testsuite"):
+            dates.append(suite.get("timestamp", "")[:10])
+            for case in suite.iter("testcase"):
+                kinds = {child.tag for child in case}
+                result = "not run" if "skipped" in kinds else "passed"
+                result = "failed" if kinds & {"failure", "error"} else result
+                file = case.get("classname", "").rsplit(".", 1)[-1]
+                results[f"{file}.py::{case.get('name')}"] = result
+    return {
+        "date": max(dates),
+        "commit": commit_of(ROOT),
+        "releases": {
+            release: f"branch at {commit_of(TREES[release])}" if release in TREES else "wheel"
+            for release in RELEASES
+        },
+        "refusals": [item.name for item in features.REFUSALS],
+        "results": {name: result for name, result in sorted(results.items()) if of_document(name)},
+    }
+
+
+def commit_of(tree: Path) -> str:
+    """Return the commit of a checkout."""
+    command = ["git", "-C", str(tree), "rev-parse", "--short=10", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def of_document(name: str) -> bool:
+    """Return whether a test decides a cell."""
+    tests = {test for way in (WAYS, LAYERS, CHECKPOINTS) for pair in way.values() for test in pair}
+    tests |= {"test_features.py::test_trains", "test_features.py::test_refusals"}
+    return name.split("[")[0] in {test.split("[")[0] for test in tests}
+
+
+def result_of(record: dict[str, Any], test: str) -> str:
+    """Return what a test's cases, or the one case that is named, were found to be."""
+    found = {
+        result
+        for name, result in record["results"].items()
+        if name == test or name.startswith(f"{test}[")
+    }
+    return next((r for r in ("failed", "not run") if r in found), "passed" if found else "not run")
+
+
+def read_record() -> dict[str, Any]:
+    """Return the record of the last run."""
+    return dict(json.loads(RECORD.read_text(encoding="utf-8")))
+
+
 def table(first: str, rows: dict[str, list[str]]) -> list[str]:
-    """Return a Markdown table with a column per release."""
-    lines = [f"| {first} | {' | '.join(RELEASES)} |", "|---" * (len(RELEASES) + 1) + "|"]
+    """Return a Markdown table; its columns but the first are the releases of the record."""
+    releases = list(read_record()["releases"])
+    lines = [f"| {first} | {' | '.join(releases)} |", "|---" * (len(releases) + 1) + "|"]
     lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
     return [*lines, ""]
 
 
-def by_hand(tests: dict[str, tuple[str, str]]) -> dict[str, list[str]]:
+def by_hand(record: dict[str, Any], tests: dict[str, tuple[str, str]]) -> dict[str, list[str]]:
     """Return rows of tests that are named by hand."""
     return {
-        name: [f"tested: `{(new if r == NEWEST else old).format(release=r)}`" for r in RELEASES]
+        name: [
+            result_of(record, (new if release == NEWEST else old).format(release=release))
+            for release in record["releases"]
+        ]
         for name, (new, old) in tests.items()
     }
 
 
-def trained(items: tuple[features.Item, ...]) -> dict[str, list[str]]:
+def trained(record: dict[str, Any], items: tuple[features.Item, ...]) -> dict[str, list[str]]:
     """Return rows of configurations that train."""
-    rows = {}
-    for item in items:
-        scopes = ", ".join(item.scopes)
-        rows[f"{item.name}<br>`{item.flags or '(data parallel is the rest)'}`"] = [
-            f"tested: `test_trains[{item.name}-*-{release}]`, scope {scopes}"
-            if item in features.known_to(release, items)
-            else f"not in this release (from {item.since})"
-            for release in RELEASES
+
+    def cell(item: features.Item, release: str) -> str:
+        if item not in features.known_to(release, items):
+            return f"from {item.since}"
+        found: dict[str, list[str]] = {}
+        for scope in item.scopes:
+            test = f"test_features.py::test_trains[{item.name}-{scope}-{release}]"
+            found.setdefault(result_of(record, test), []).append(scope)
+        return "; ".join(f"{result}: {', '.join(scopes)}" for result, scopes in found.items())
+
+    return {
+        f"{item.name}<br>`{item.flags or '(data parallel is the rest)'}`": [
+            cell(item, release) for release in record["releases"]
         ]
-    return rows
+        for item in items
+    }
 
 
-def refused() -> dict[str, list[str]]:
+def refused(record: dict[str, Any]) -> dict[str, list[str]]:
     """Return rows of configurations that are refused."""
+
+    def cell(item: features.Refusal, release: str) -> str:
+        if item not in features.known_to(release, features.REFUSALS):
+            return f"from {item.since}"
+        if item.name not in record["refusals"]:
+            return "not run"
+        result = result_of(record, f"test_features.py::test_refusals[{release}]")
+        return "refused" if result == "passed" else result
+
     rows = {}
     for item in features.REFUSALS:
         words = ", ".join(f"`{word}`" for word in item.words)
-        rows[item.name] = [
-            f"refused, naming {words}: `test_refusals[{release}]`"
-            if item in features.known_to(release, features.REFUSALS)
-            else f"not in this release (from {item.since})"
-            for release in RELEASES
+        rows[f"{item.name}<br>names {words}"] = [
+            cell(item, release) for release in record["releases"]
         ]
     return rows
+
+
+def appendix() -> list[str]:
+    """Return which test decides which row."""
+    lines = ["| row | test |", "|---|---|"]
+    lines.append("| parallelism and features that train | `test_features.py::test_trains` |")
+    lines.append("| what is refused | `test_features.py::test_refusals` |")
+    for way in (WAYS, LAYERS, CHECKPOINTS):
+        for name, (new, old) in way.items():
+            older = "" if old == new else f"; older releases `{old.split('[')[0]}`"
+            lines.append(f"| {name} | `{new.split('[')[0]}`{older} |")
+    return [*lines, ""]
 
 
 def document() -> str:
     """Return the whole document."""
+    record = read_record()
+    branches = [f"{name}: {of}" for name, of in record["releases"].items() if of != "wheel"]
     lines = [
         "# Compatibility",
         "",
-        "Written by `tools/make_compatibility.py` from the lists that the tests run; do not edit.",
-        "All on CPU and gloo. Tests are in `tests/dist`; those of older releases and single items "
-        "run with `tools/test.sh --full`.",
+        f"This is what a run of the tests found on {record['date']}, at commit "
+        f"{record['commit']}, on CPUs with gloo. `tools/make_compatibility.py` wrote it from the "
+        "run's results; do not edit.",
         "",
+        "- *passed*: the configuration ran and gave what its test asks for. Behind it are the "
+        "scopes (`--maxscore-scope`) in which it trained.",
+        "- *refused*: the launch ends when arguments are validated, with one line that names the "
+        "flag and the nearest choice.",
+        "- *not run*: the test was not part of this run.",
+        "- *from 0.18*: this release does not have the flag.",
+        "",
+        *(f"Not released yet, so tested from a checkout: {text}.\n" for text in branches),
         "## Ways in",
         "",
-        *table("way", by_hand(WAYS)),
+        *table("way", by_hand(record, WAYS)),
         "## Parallelism, through the training loop",
         "",
-        *table("configuration", trained(features.PARALLELISM)),
+        *table("configuration", trained(record, features.PARALLELISM)),
         "The first losses from one checkpoint agree between layouts: "
         "`test_layouts.py::test_first_losses_agree_between_layouts`.",
         "",
         "## MoE features, through the training loop",
         "",
-        *table("configuration", trained(features.FEATURES)),
+        *table("configuration", trained(record, features.FEATURES)),
         "## MoE features, at the level of the layer",
         "",
-        *table("feature", by_hand(LAYERS)),
+        *table("feature", by_hand(record, LAYERS)),
         "Megatron's own `--moe-use-upcycling` fails in the training loops of all three releases "
         "(`load_checkpoint() got an unexpected keyword argument 'model'`), with stock routers too; "
         "the conversion itself is tested.",
         "",
         "## Checkpoints, logging, graphs",
         "",
-        *table("item", by_hand(CHECKPOINTS)),
-        "## Refused, in one line, when arguments are validated",
+        *table("item", by_hand(record, CHECKPOINTS)),
+        "## Refused when arguments are validated",
         "",
-        *table("configuration", refused()),
+        *table("configuration", refused(record)),
         "## Megatron-LM's own tests",
         "",
         "`python tools/run_upstream_tests.py TREE` runs them unedited, at tag core_v0.19.0 with "
@@ -189,6 +288,12 @@ def document() -> str:
         "|---|---|---|---|",
         *(f"| {name} | {stock} | {ours} | {other} |" for name, stock, ours, other in UPSTREAM),
         "",
+        "## Which test decides which row",
+        "",
+        "Tests are in `tests/dist`. Those of older releases, and of most single configurations, "
+        "run with `bash tools/test.sh --full`.",
+        "",
+        *appendix(),
     ]
     return "\n".join(lines)
 
@@ -196,12 +301,16 @@ def document() -> str:
 def main() -> None:
     """Write the document, or compare it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--check", action="store_true")
-    if parser.parse_args().check:
-        if DOCUMENT.read_text(encoding="utf-8") != document():
-            parser.exit(1, "error: run python tools/make_compatibility.py\n")
-        return
-    DOCUMENT.write_text(document(), encoding="utf-8")
+    parser.add_argument("--check", action="store_true", help="compare, write nothing")
+    parser.add_argument("--record", nargs="+", type=Path, metavar="JUNIT_XML")
+    arguments = parser.parse_args()
+    if arguments.record:
+        record = json.dumps(recorded(arguments.record), indent=1)
+        RECORD.write_text(record + "\n", encoding="utf-8")
+    if not arguments.check:
+        DOCUMENT.write_text(document(), encoding="utf-8")
+    elif DOCUMENT.read_text(encoding="utf-8") != document():
+        parser.exit(1, "error: run python tools/make_compatibility.py\n")
 
 
 if __name__ == "__main__":
