@@ -16,6 +16,8 @@ COMMANDS = {
     "evaluate": ("commands.evaluate", "evaluate a checkpoint on a data set, by prices and by flow"),
     "generate": ("commands.generate", "sample text from a checkpoint"),
     "harness": ("commands.harness", "evaluate a checkpoint with lm-evaluation-harness"),
+    "export": ("commands.export", "write a checkpoint as a Hugging Face directory"),
+    "import": ("commands.import_model", "make a checkpoint of a Hugging Face directory"),
     "demo": ("commands.demo", "pretrain small models on the CPU and compare routers"),
     "compile": ("commands.compile", "compile the solver's kernels ahead of time"),
 }

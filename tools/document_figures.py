@@ -3,27 +3,32 @@
     python tools/document_figures.py switch    # docs/operations.md: loss over a change of router
     python tools/document_figures.py groups    # docs/routing.md: assignments outside groups
     python tools/document_figures.py rollouts  # docs/rl.md: log-probabilities by flow, by prices
+    python tools/document_figures.py serving   # docs/serve.md: exported models in bfloat16
 
-The first two train the demo's model on the demo's data, which are prepared where they are missing.
+All but rollouts train the demo's model on the demo's data, prepared where they are missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_maxscore.commands import demo, prepare
+from megatron_maxscore.commands import demo, evaluate, prepare
 from megatron_maxscore.commands.processes import Processes, execute
+from megatron_maxscore.export.verify import load_served
 
+ROOT = Path(__file__).resolve().parent.parent
 BIAS = "--moe-router-score-function sigmoid --moe-router-enable-expert-bias"
 STOCK_BIAS = f"{BIAS} --moe-router-load-balancing-type none"
 OUR_BIAS = f"{demo.MAXSCORE_ROUTER} {BIAS}"
@@ -89,6 +94,59 @@ def groups(arguments: argparse.Namespace) -> Table:
     return table
 
 
+def serving(arguments: argparse.Namespace) -> Table:
+    """Return what bfloat16 changes in exported models: other experts, and the loss."""
+    table = Table("model", "precision", "tokens with other experts", "loss")
+    bfloat16 = torch.bfloat16
+    for title, function in (("ERNIE 4.5", "softmax"), ("GLM-4", "sigmoid")):
+        router = f"{demo.MAXSCORE_ROUTER} --maxscore-preset servable"
+        router += f" --moe-router-score-function {function}"
+        train(function, router, LAST, arguments)
+        served = arguments.output / f"{function}-served"
+        command = [sys.executable, "-m", "megatron_maxscore", "export", "--output", str(served)]
+        command += ["--checkpoint", str(arguments.output / f"{function}-checkpoint")]
+        subprocess.run(command, check=True, cwd=ROOT)
+        whole = load_served(served, torch.float32)
+        rounded = load_served(served, torch.float32)
+        for gate in gates_of(rounded):
+            bias = getattr(gate, "moe_statics", gate).e_score_correction_bias
+            bias.data = bias.data.to(bfloat16).float()
+        models = {
+            "float32": whole,
+            "float32, bias in bfloat16": rounded,
+            "bfloat16, router and bias in float32": load_served(served, bfloat16),
+            "bfloat16, all of it": load_served(served, bfloat16).to(bfloat16),
+        }
+        tokens = evaluate.sequences_of(str(arguments.data / "valid_text_document"), 256)[:64]
+        found = {name: served_run(model, tokens) for name, model in models.items()}
+        for name, (experts, loss) in found.items():
+            other = (experts != found["float32"][0]).any(-1).float().mean()
+            table.add_row(title, name, f"{other:.2%}", f"{loss:.4f}")
+    return table
+
+
+def gates_of(model: Any) -> list[Any]:
+    """Return the routers of a model of transformers."""
+    return [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
+
+
+def served_run(model: Any, tokens_BS: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Return the (layers, tokens, experts) choice of a model, and its loss."""
+    chosen: list[torch.Tensor] = []
+
+    def keep(gate: Any, _: Any, output: Any) -> None:
+        map_TE = torch.zeros_like(output[0], dtype=torch.bool)
+        chosen.append(map_TE.scatter_(1, output[2], True))
+
+    handles = [gate.register_forward_hook(keep) for gate in gates_of(model)]
+    with torch.no_grad():
+        logits = model(tokens_BS[:, :-1]).logits.float()
+    for handle in handles:
+        handle.remove()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens_BS[:, 1:].flatten())
+    return torch.stack(chosen), float(loss)
+
+
 def rollouts(arguments: argparse.Namespace) -> Table:
     """Return how far log-probabilities of training and of rollouts are apart, per token."""
     from tests.dist import rl_cases
@@ -110,7 +168,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    measures = {"switch": switch, "groups": groups, "rollouts": rollouts}
+    measures = {"switch": switch, "groups": groups, "rollouts": rollouts, "serving": serving}
     parser.add_argument("what", choices=measures)
     parser.add_argument("--data", type=Path, default=Path("data"), help="prepared data")
     parser.add_argument("--output", type=Path, default=Path("runs/figures"), help="results")

@@ -45,17 +45,7 @@ def describe(report: Report, given: set[str], is_cpu: bool) -> None:
     _describe_shapes(report, args, options)
     _describe_solver(report, args, options, is_cpu)
     _describe_graphs(report, args)
-    if getattr(args, "moe_router_enable_expert_bias", False):
-        text = "yes: stock Megatron and its converters take the checkpoint as it is"
-    elif options.gate == "score" and args.moe_router_score_function != "softmax":
-        text = (
-            "add --moe-router-enable-expert-bias, and stock Megatron takes the checkpoint as it is"
-        )
-    else:
-        text = "by this package alone: stock routers have no prices with a softmax" + (
-            ", and no SoftTopk gates" if options.gate == "soft_topk" else ""
-        )
-    report.say("serving", text)
+    _describe_serving(report, args, options)
 
 
 def _describe_flags(report: Report, given: set[str], args: Any, options: Any) -> None:
@@ -161,6 +151,24 @@ def _describe_solver(report: Report, args: Any, options: Any, is_cpu: bool) -> N
         report.say("solver", f"exact, on the host, because of {why}")
     else:
         report.say("solver", "on the GPU, with a certified gap")
+
+
+def _describe_serving(report: Report, args: Any, options: Any) -> None:
+    from megatron_maxscore.export.choice import described, refusals
+
+    if getattr(args, "moe_router_enable_expert_bias", False):
+        text = "yes: stock Megatron and its converters take the checkpoint as it is"
+    elif options.gate == "score" and args.moe_router_score_function != "softmax":
+        text = "add --moe-router-enable-expert-bias, and it takes the checkpoint as it is"
+    else:
+        text = "no: stock routers have no prices with a softmax"
+    report.say("stock Megatron", text)
+    found = refusals(args)
+    fitting = [name for name, reasons in found.items() if not reasons]
+    report.say(
+        "export to Hugging Face",
+        f"as {', '.join(fitting)}" if fitting else f"none can hold it; {described(found)}",
+    )
 
 
 def _describe_graphs(report: Report, args: Any) -> None:

@@ -12,6 +12,9 @@ a capacity factor also "no drops"; sinkhorn, which Megatron leaves out in evalua
 training". Expert loads, maxvio and dropped assignments are counted from the routing map, over the
 whole data set; also the mean of the batches' maxvio, and of the sum of a token's gates.
 
+``--checkpoint`` may also be a directory that ``export`` has written; transformers runs it then, by
+prices.
+
 Prints a table; ``--output`` writes all of it as JSON. Under torchrun, data-parallel ranks share the
 batches.
 """
@@ -19,6 +22,7 @@ batches.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -38,6 +42,7 @@ from tqdm import tqdm
 
 from megatron_maxscore.commands.outputs import check_output, write_whole
 from megatron_maxscore.commands.parsing import parser_of
+from megatron_maxscore.export.directory import is_exported
 from megatron_maxscore.inference import (
     Decoder,
     NotFiniteError,
@@ -45,6 +50,7 @@ from megatron_maxscore.inference import (
     add_arguments,
     restore,
 )
+from megatron_maxscore.inference.served import ServedModel, open_served
 
 
 @dataclass
@@ -110,15 +116,10 @@ def sequences_of(path: str, length: int) -> torch.Tensor:
     return torch.from_numpy(tokens[starts[:, None] + np.arange(length + 1)])
 
 
-def routers_of(trained: TrainedModel) -> list[Any]:
-    """Return the routers of the decoder's MoE layers, without multi-token prediction's."""
-    from megatron.core.transformer.moe.router import Router
-
-    return [module for module in trained.model.decoder.modules() if isinstance(module, Router)]
-
-
-def rules_of(trained: TrainedModel) -> list[str]:
+def rules_of(trained: TrainedModel | ServedModel) -> list[str]:
     """Return the rules that a model's routers know, the causal or own one first."""
+    if isinstance(trained, ServedModel):
+        return ["price"]
     if getattr(trained.args, "moe_router_type", "topk") == "maxscore":
         return ["price", "flow"]
     if trained.args.moe_expert_capacity_factor is not None:
@@ -129,8 +130,11 @@ def rules_of(trained: TrainedModel) -> list[str]:
 
 
 @contextmanager
-def under(rule: str, trained: TrainedModel) -> Iterator[None]:
+def under(rule: str, trained: TrainedModel | ServedModel) -> Iterator[None]:
     """Make the model's routers follow a rule inside the ``with`` block."""
+    if isinstance(trained, ServedModel):
+        yield
+        return
     from megatron_maxscore.moe.evaluation import evaluation_routing
 
     config = trained.model.config
@@ -139,28 +143,30 @@ def under(rule: str, trained: TrainedModel) -> Iterator[None]:
     with evaluation_routing(cast(Any, rule)) if is_ours else nullcontext():
         if rule == "no drops":
             config.moe_expert_capacity_factor = None
-        for router in routers_of(trained) if rule == "as in training" else ():
+        for router in trained.routers().values() if rule == "as in training" else ():
             router.train()
         try:
             yield
         finally:
             config.moe_expert_capacity_factor = factor
-            for router in routers_of(trained):
+            for router in trained.routers().values():
                 router.eval()
 
 
 @contextmanager
-def counting(trained: TrainedModel, tally: Tally) -> Iterator[None]:
+def counting(trained: TrainedModel | ServedModel, tally: Tally) -> Iterator[None]:
     """Add up what the routers route inside the ``with`` block."""
 
-    def count(router: Any, _: Any, output: Any) -> None:
-        loads = output[1].sum(0).long().cpu()
-        layer = int(router.layer_number)
+    def count(layer: int, router: Any, _: Any, output: Any) -> None:
+        loads, gates = trained.routed(output)
         tally.loads[layer] = tally.loads.get(layer, 0) + loads
         tally.maxvio[layer] = tally.maxvio.get(layer, 0.0) + maxvio(loads)
-        tally.gates[layer] = tally.gates.get(layer, 0.0) + float(output[0].double().sum())
+        tally.gates[layer] = tally.gates.get(layer, 0.0) + gates
 
-    handles = [router.register_forward_hook(count) for router in routers_of(trained)]
+    handles = [
+        router.register_forward_hook(functools.partial(count, layer))
+        for layer, router in trained.routers().items()
+    ]
     try:
         yield
     finally:
@@ -169,7 +175,7 @@ def counting(trained: TrainedModel, tally: Tally) -> Iterator[None]:
 
 
 def evaluate(
-    trained: TrainedModel, sequences: torch.Tensor, batch_size: int
+    trained: TrainedModel | ServedModel, sequences: torch.Tensor, batch_size: int
 ) -> tuple[dict[str, Tally], dict[str, Any]]:
     """Return a tally per rule, and how much two rules' predictions differ.
 
@@ -178,9 +184,8 @@ def evaluate(
         sequences: (N, S + 1) int64.
         batch_size: sequences per batch.
     """
-    from megatron.core import mpu
-
-    rank, ranks = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+    group = data_parallel_group()
+    rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
     order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(1))
     batches = order.split(batch_size)
     # All ranks route the same number of batches; what is left over is left out.
@@ -206,7 +211,7 @@ def evaluate(
             tally.loss -= float(logits.gather(2, labels[..., None]).double().sum())
             tally.tokens += labels.numel()
             tally.batches += 1
-            tally.assigned += labels.numel() * trained.model.config.moe_router_topk
+            tally.assigned += labels.numel() * trained.args.moe_router_topk
             found.append(logits)
         if len(found) == 2:
             divergence += float((found[1].exp() * (found[1] - found[0])).double().sum())
@@ -215,11 +220,11 @@ def evaluate(
     failures: list[Any] = [failure]
     if ranks > 1:
         failures = [None] * ranks
-        dist.all_gather_object(failures, failure, group=mpu.get_data_parallel_group())
+        dist.all_gather_object(failures, failure, group=group)
     if any(failures):
         raise NotFiniteError(next(filter(None, failures)))
     if ranks > 1:
-        _add_up(tallies, comparison, mpu.get_data_parallel_group())
+        _add_up(tallies, comparison, group)
     total = tallies[rules[0]].tokens
     if len(rules) < 2:
         return tallies, {}
@@ -228,6 +233,15 @@ def evaluate(
         "kl": comparison["divergence"] / total,
         "top1_agreement": comparison["same"] / total,
     }
+
+
+def data_parallel_group() -> Any:
+    """Return the ranks that share the batches, None without Megatron."""
+    if not dist.is_initialized():
+        return None
+    from megatron.core import mpu
+
+    return mpu.get_data_parallel_group()
 
 
 def _add_up(tallies: dict[str, Tally], comparison: dict[str, float], group: Any) -> None:
@@ -333,7 +347,11 @@ def main(command: list[str] | None = None) -> int:
 
 def evaluated(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """Restore the checkpoint and evaluate it; return the results on rank 0, None elsewhere."""
-    trained = restore(arguments.checkpoint, arguments.megatron)
+    trained: TrainedModel | ServedModel
+    if is_exported(arguments.checkpoint):
+        trained = open_served(arguments.checkpoint)
+    else:
+        trained = restore(arguments.checkpoint, arguments.megatron)
     sequences = sequences_of(arguments.data, trained.args.seq_length)
     if arguments.sequences is not None and arguments.sequences < len(sequences):
         # From everywhere: neighbours are of one document.
@@ -348,9 +366,9 @@ def evaluated(arguments: argparse.Namespace) -> dict[str, Any] | None:
         "comparison": comparison,
     }
     # Where tokens compete for capacity, decoding is another rule.
-    if arguments.decode and "no drops" not in rules:
+    if arguments.decode and "no drops" not in rules and isinstance(trained, TrainedModel):
         result["decoding"] = decode(trained, sequences[: arguments.decode])
-    return result if dist.get_rank() == 0 else None
+    return result if not dist.is_initialized() or dist.get_rank() == 0 else None
 
 
 def report(result: dict[str, Any]) -> None:

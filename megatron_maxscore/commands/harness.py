@@ -5,8 +5,12 @@
     python -m megatron_maxscore harness --checkpoint runs/model --tasks my_task --include tasks/
 
 ``paper`` stands for the ten benchmarks of the MaxScore paper: ARC-Challenge, ARC-Easy, BoolQ,
-HellaSwag, LAMBADA, PIQA, RACE, SciQ, ReCoRD, OpenBookQA. The harness downloads their data the first
-time, under their own licences. Own tasks are YAML files in the harness's format, in --include.
+HellaSwag, LAMBADA, PIQA, RACE, SciQ, ReCoRD, OpenBookQA. The harness downloads their data the
+first time, under their own licences. Own tasks are YAML files in the harness's format, in
+--include.
+
+``--checkpoint`` may also be a directory that ``export`` has written. The harness's own Hugging Face
+model runs it then.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from rich.table import Table
 
 from megatron_maxscore.commands.outputs import check_output, write_whole
 from megatron_maxscore.commands.parsing import parser_of
+from megatron_maxscore.export.directory import is_exported
 from megatron_maxscore.inference import add_arguments, restore
 
 PAPER = (
@@ -76,9 +81,16 @@ def main(command: list[str] | None = None) -> int:
         )
         return 2
     try:
-        trained = restore(arguments.checkpoint, arguments.megatron)
+        if is_exported(arguments.checkpoint):
+            # The harness's own model, which shows what others get.
+            from lm_eval.models.huggingface import HFLM
+
+            model: Any = HFLM(arguments.checkpoint, batch_size=arguments.batch_size)
+        else:
+            trained = restore(arguments.checkpoint, arguments.megatron)
+            model = MaxScoreLM(trained, arguments.batch_size)
         found = simple_evaluate(
-            model=MaxScoreLM(trained, arguments.batch_size),
+            model=model,
             tasks=tasks,
             num_fewshot=arguments.fewshot,
             limit=arguments.limit,

@@ -17,7 +17,7 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,18 @@ class TrainedModel:
         with torch.no_grad():
             logits = self.model(tokens_BS, positions_BS, None, runtime_gather_output=True)
         return self.wide(logits)
+
+    def routers(self) -> dict[int, Any]:
+        """Return the routers of the decoder's MoE layers, without multi-token prediction's."""
+        from megatron.core.transformer.moe.router import Router
+
+        found = [module for module in self.model.decoder.modules() if isinstance(module, Router)]
+        return {int(router.layer_number or 0): router for router in found}
+
+    def routed(self, output: Any) -> tuple[Tensor, float]:
+        """Return the (E,) int64 loads and the sum of all gates of a router's call."""
+        probs_TE, map_TE = output
+        return map_TE.sum(0).long().cpu(), float(probs_TE.double().sum())
 
     def check_is_whole(self) -> None:
         """Raise a ValueError if the model is split into pipeline stages."""
@@ -141,8 +153,6 @@ def restore(checkpoint: str | Path | None, arguments: Sequence[str] = ()) -> Tra
     Raises:
         ValueError: there is no checkpoint in the directory, or its tokenizer is gone.
     """
-    from megatron_maxscore.cpu import enable_if_needed
-
     command = list(arguments)
     if checkpoint is not None:
         if not (Path(checkpoint) / _LATEST).is_file():
@@ -153,6 +163,36 @@ def restore(checkpoint: str | Path | None, arguments: Sequence[str] = ()) -> Tra
         command += ["--load", str(checkpoint), "--use-checkpoint-args"]
         # Megatron takes both of the tokenizer's arguments or none; below what is given stays.
         command.append("--no-use-tokenizer-model-from-checkpoint-args")
+    return _started(command, _restored)
+
+
+def build(arguments: Sequence[str]) -> TrainedModel:
+    """Build a model for inference that no checkpoint is loaded into; see :func:`restore`.
+
+    Args:
+        arguments: Megatron's, all that the model needs.
+    """
+    return _started(list(arguments), _build)
+
+
+def save(trained: TrainedModel, directory: Path) -> None:
+    """Write a model as a checkpoint that ``--load`` starts from with ``--finetune``.
+
+    Args:
+        trained: of one rank.
+        directory: to write into.
+    """
+    trained.args.save = str(directory)
+    with _quiet(io.StringIO()):
+        from megatron.training.checkpointing import save_checkpoint
+
+        save_checkpoint(0, [trained.model], None, None, 0)
+
+
+def _started(command: list[str], make: Callable[[], TrainedModel]) -> TrainedModel:
+    """Return what is made while Megatron runs with these arguments."""
+    from megatron_maxscore.cpu import enable_if_needed
+
     if importlib.util.find_spec("transformer_engine") is None:
         # First, so that what is given counts.
         command = [*WITHOUT_TRANSFORMER_ENGINE, *command]
@@ -167,7 +207,7 @@ def restore(checkpoint: str | Path | None, arguments: Sequence[str] = ()) -> Tra
             from megatron_maxscore.training import install
 
             install()
-            return _build()
+            return make()
     except ValueError:
         raise
     except BaseException:
@@ -231,6 +271,15 @@ def _parsed(parse: Any) -> Any:
         during.undo()
 
 
+def _restored() -> TrainedModel:
+    trained = _build()
+    from megatron.training.checkpointing import load_checkpoint
+
+    trained.args.iteration, _ = load_checkpoint([trained.model], None, None)
+    trained.model.eval()
+    return trained
+
+
 def _build() -> TrainedModel:
     from megatron.training import argument_utils
 
@@ -241,7 +290,6 @@ def _build() -> TrainedModel:
         )
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.arguments import parse_and_validate_args
-    from megatron.training.checkpointing import load_checkpoint
     from megatron.training.global_vars import get_tokenizer
     from megatron.training.initialize import initialize_megatron
 
@@ -252,8 +300,8 @@ def _build() -> TrainedModel:
     models = builder.build_distributed_models(
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
     )
-    args.iteration, _ = load_checkpoint(models, None, None)
     model = models[0]
     while hasattr(model, "module"):
         model = model.module
+    args.iteration = 0
     return TrainedModel(model.eval(), get_tokenizer(), args)

@@ -45,6 +45,12 @@ class MaxScoreConfig:
         "the experts without any communication. group: those of all ranks that share the experts. "
         "sequence: every sequence alone, over the ranks among which it is split.",
     )
+    preset: Literal["none", "servable"] = option(
+        "none",
+        "servable: gates and objective of the score function, so that prices become the bias of "
+        "experts that servers know: with softmax as in ERNIE 4.5, with sigmoid as in GLM-4. "
+        "Checkpoints then export to Hugging Face directories.",
+    )
     mode: Literal["auto", "exact", "bounded"] = option(
         "auto",
         "auto: bounded on GPUs, exact on the CPU. bounded: solved on the GPU, always feasible, "
@@ -140,6 +146,14 @@ class MaxScoreConfig:
                 raise ValueError(f"{flag(name)} must be {range_text}, got {getattr(self, name)}")
         if self.gate == "score":
             self._refuse_soft_topk_options("--maxscore-gate score")
+        if self.preset == "servable":
+            for name, given in (("gate", "soft_topk"), ("objective", "logits")):
+                if getattr(self, name) == given:
+                    raise ValueError(
+                        f"{flag(name)} {given} cannot be served, so it contradicts "
+                        "--maxscore-preset servable; leave one of them out"
+                    )
+            self._refuse_soft_topk_options("--maxscore-preset servable")
         for name in ("record_layers", "record_steps"):
             text = getattr(self, name)
             if text is None:
@@ -237,10 +251,11 @@ class MaxScoreConfig:
         if not is_softmax:
             self._refuse_soft_topk_options(f"--moe-router-score-function {score_function}")
         gate, objective = self.gate, self.objective
+        is_servable = self.preset == "servable"
         if gate == "auto":
-            gate = "soft_topk" if is_softmax else "score"
+            gate = "soft_topk" if is_softmax and not is_servable else "score"
         if objective == "auto":
-            objective = "scores" if has_bias else "logits"
+            objective = "scores" if has_bias or is_servable else "logits"
         return dataclasses.replace(self, gate=gate, objective=objective)
 
     def temperature_for(self, config: Any) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 from megatron_maxscore import cpu
 from megatron_maxscore._replacements import Replacements
 from megatron_maxscore._run import is_rank_zero
+from megatron_maxscore.export import choose
 from megatron_maxscore.flow.places import is_interpreted
 from megatron_maxscore.moe.checks import check_transformer_config
 from megatron_maxscore.moe.config import MaxScoreConfig
@@ -125,6 +126,8 @@ def check_configuration(args: Any) -> None:
     options = MaxScoreConfig.from_transformer_config(args)
     if is_ours:
         check_transformer_config(args, options)
+        if options.preset == "servable":
+            _check_servable(args)
         if options.mode == "bounded" and cpu.is_enabled() and not is_interpreted():
             raise ValueError(
                 "--maxscore-mode bounded runs on GPUs, and this is CPU mode; leave it out"
@@ -150,6 +153,14 @@ def check_configuration(args: Any) -> None:
         if options.resolved_for(args).gate == "soft_topk" and args.moe_router_topk == 1:
             # Megatron asks for it with a softmax over one expert, which SoftTopk is not.
             args.moe_router_pre_softmax = True
+
+
+def _check_servable(args: Any) -> None:
+    """Refuse a model that no format can hold, where one that can be served is asked for."""
+    try:
+        choose(args)
+    except ValueError as error:
+        raise ValueError(f"--maxscore-preset servable: {error}") from None
 
 
 def _check_environment(args: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -11,41 +10,20 @@ import sys
 import numpy as np
 import pytest
 
+from tests.dist.checkpoint_runs import MODEL_ON_TEXT, local_task, prepare_words, tool, train
 from tests.dist.training_runs import MAXSCORE, MODEL, ROOT, succeed
-
-WORDS = "token expert capacity price residual flow score gap sweep dual bound load".split()
-
-
-def tool(name, *arguments, **kwargs):
-    """Run a command of the package and return its result."""
-    return subprocess.run(
-        [sys.executable, "-m", "megatron_maxscore", name, *map(str, arguments)],
-        capture_output=True, text=True, timeout=300, cwd=ROOT, **kwargs,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Train a small model for some steps; return its checkpoint and data."""
     directory = tmp_path_factory.mktemp("inference")
-    texts = directory / "texts"
-    texts.mkdir()
-    generator = np.random.default_rng(0)
-    for index in range(60):
-        lines = [" ".join(generator.choice(WORDS, 8)) for _ in range(40)]
-        (texts / f"{index}.txt").write_text("\n".join(lines))
-    data = directory / "data"
-    done = tool("prepare", "--input", texts, "--output", data, "--vocab-size", 320)
-    assert done.returncode == 0, done.stderr
-    model = re.sub(r"--mock-data.*--vocab-size 127|--split \S+", "", MODEL)
-    assert "mock" not in model
+    data = prepare_words(directory)
     flags = (
-        f"{MAXSCORE} --train-iters 20 --save {directory}/checkpoint --save-interval 20 "
-        f"--norm-epsilon 1e-4 --moe-router-topk-scaling-factor 2 --maxscore-temperature 0.7 "
-        f"--tokenizer-type SentencePieceTokenizer --tokenizer-model {data}/tokenizer.model "
-        f"--train-data-path {data}/train_text_document --valid-data-path {data}/valid_text_document"
+        f"{MAXSCORE} --train-iters 20 --norm-epsilon 1e-4 --moe-router-topk-scaling-factor 2 "
+        "--maxscore-temperature 0.7"
     )
-    result = succeed(directory, 1, flags, model=model)
+    result = train(directory, data, 1, flags)
     return directory / "checkpoint", data, result
 
 
@@ -84,8 +62,7 @@ def test_the_study_evaluates_by_its_own_flags(trained, tmp_path):
     from tools.study_arms import ARMS, Run, Size
 
     checkpoint, data, _ = trained
-    model = re.sub(r"--mock-data.*--vocab-size 127|--split \S+", "", MODEL)
-    flags = f"{model} --norm-epsilon 1e-4"
+    flags = f"{MODEL_ON_TEXT} --norm-epsilon 1e-4"
     size = Size("tiny", " ".join(flags.split()), 20, 512, 0.1, valid_sequences=16)
     (tmp_path / "custom").symlink_to(data)
     (tmp_path / "checkpoint").symlink_to(checkpoint)
@@ -322,27 +299,9 @@ def test_restored_arguments_and_scores(trained):
 
 def test_harness_on_a_local_task(trained, tmp_path):
     checkpoint, _, _ = trained
-    items = [
-        {"question": "token", "choices": [" expert", " \u6f22\u5b57\u6f22\u5b57"], "answer": 0},
-        {"question": "flow", "choices": [" \u00e9\u00e9\u00e9\u00e9", " score"], "answer": 1},
-        {"question": "gap", "choices": [" ZZZZZZ", " load"], "answer": 1},
-    ]
-    tasks = tmp_path / "tasks"
-    tasks.mkdir()
-    (tasks / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
-    (tasks / "local_items.yaml").write_text(
-        "task: local_items\ndataset_path: json\n"
-        f"dataset_kwargs:\n  data_files:\n    test: {tasks}/items.jsonl\n"
-        "test_split: test\noutput_type: multiple_choice\n"
-        "doc_to_text: '{{question}}'\ndoc_to_choice: '{{choices}}'\ndoc_to_target: answer\n"
-        "metric_list:\n  - metric: acc\n"
-    )
-    environment = {
-        **os.environ, "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"),
-    }  # fmt: skip
+    task, environment = local_task(tmp_path)
     output = tmp_path / "found.json"
-    arguments = ("--checkpoint", checkpoint, "--include", tasks, "--output", output)
-    done = tool("harness", *arguments, "--tasks", "local_items", env=environment)
+    done = tool("harness", "--checkpoint", checkpoint, "--output", output, *task, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     # Words of the text are likelier than letters that it does not have.
     assert json.loads(output.read_text())["local_items"]["acc,none"] == 1.0

@@ -67,7 +67,7 @@ def test_what_is_said_of_a_recipe(recipes, name):
         "SoftTopk" if function == "softmax" else f"those of {function}"
     )
     if args.get("moe_router_enable_expert_bias"):
-        assert "scores" in notes["objective"] and notes["serving"].startswith("yes")
+        assert "scores" in notes["objective"] and notes["stock Megatron"].startswith("yes")
     factor = args.get("moe_expert_rank_capacity_factor")
     if factor is not None:
         # Every expert's rows are a multiple of 256 in these recipes.
@@ -134,6 +134,14 @@ def test_a_launch_that_works():
         ("--moe-expert-capacity-factor 1.0", ("--maxscore-capacity-factor",)),
         ("--moe-router-type best", ("--moe-router-type", "best")),
         ("--pipeline-model-parallel-size 3", ("pipeline",)),
+        (
+            "--maxscore-preset servable --position-embedding-type rope",
+            ("--maxscore-preset servable", "ernie4_5_moe needs", "--normalization RMSNorm"),
+        ),
+        (
+            "--maxscore-preset servable --maxscore-gate soft_topk",
+            ("--maxscore-gate soft_topk", "--maxscore-preset servable"),
+        ),
     ],
 )
 def test_a_launch_that_would_be_refused(flags, words):
@@ -141,6 +149,18 @@ def test_a_launch_that_would_be_refused(flags, words):
     assert done.returncode == 1, done.stdout
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("refused: ")]
     assert all(word in line for word in words), line
+
+
+def test_which_formats_can_hold_the_model():
+    shape = "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear"
+    ours = ("--moe-router-type", "maxscore", *shape.split())
+    done = check("--", "pretrain_gpt.py", *MODEL, *ours)
+    said = " ".join(done.stdout.replace("│", " ").split())
+    assert done.returncode == 0 and "none can hold it" in said
+    assert "--maxscore-preset servable" in said
+    done = check("--", "pretrain_gpt.py", *MODEL, *ours, "--maxscore-preset", "servable")
+    said = " ".join(done.stdout.replace("│", " ").split())
+    assert done.returncode == 0 and "export to Hugging Face as ernie4_5_moe" in said
 
 
 def test_no_script():

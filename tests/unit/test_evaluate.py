@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_maxscore.commands import evaluate
+from megatron_maxscore.inference import TrainedModel
 
 
 class MadeUpRouter(torch.nn.Module):
@@ -21,14 +22,16 @@ class MadeUpRouter(torch.nn.Module):
 
 
 @pytest.fixture
-def trained(monkeypatch):
+def trained():
     router = MadeUpRouter().eval()
-    monkeypatch.setattr(evaluate, "routers_of", lambda _: [router])
     args = SimpleNamespace(
         moe_expert_capacity_factor=None, moe_router_load_balancing_type="sinkhorn"
     )
     config = SimpleNamespace(moe_expert_capacity_factor=None)
-    return SimpleNamespace(router=router, args=args, model=SimpleNamespace(config=config))
+    return SimpleNamespace(
+        router=router, args=args, model=SimpleNamespace(config=config),
+        routers=lambda: {1: router}, routed=lambda output: TrainedModel.routed(None, output),
+    )  # fmt: skip
 
 
 def test_counts_are_those_of_a_loop(trained):

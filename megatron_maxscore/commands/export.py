@@ -1,0 +1,64 @@
+"""Write a trained checkpoint as a Hugging Face directory.
+
+    python -m megatron_maxscore export --checkpoint runs/model --output served
+
+The directory holds config.json, weights in safetensors, the tokenizer and a model card.
+transformers, vLLM and SGLang open it, and route there as MaxScore does by prices. What is written
+is loaded and compared with the checkpoint before the directory gets its name. Models that no
+format can hold exactly are refused, with what would mend it; ``check`` says so before training.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_maxscore.commands.parsing import parser_of
+from megatron_maxscore.export import FORMATS
+from megatron_maxscore.export.choice import AUTO
+from megatron_maxscore.inference import add_arguments
+
+
+def main(command: list[str] | None = None) -> int:
+    """Export a checkpoint; return 1 if it cannot be."""
+    parser = parser_of("export", __doc__)
+    add_arguments(parser)
+    parser.add_argument("--output", type=Path, required=True, help="directory to make")
+    parser.add_argument(
+        "--format", choices=(AUTO, *FORMATS), default=AUTO, help="default: the first that fits"
+    )
+    parser.add_argument("--shard-size", default="5GB", help="of a file at most (default: 5GB)")
+    arguments = parser.parse_args(command)
+    # A terminated run cleans up like an interrupted one.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        from megatron_maxscore.export.convert import export
+
+        done = export(
+            arguments.checkpoint, arguments.output, arguments.format, tuple(arguments.megatron),
+            arguments.shard_size,
+        )  # fmt: skip
+    except ImportError as error:
+        print(f"error: {error}; pip install 'megatron-maxscore[export]'", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    print(f"{arguments.output}: {done.format}, {done.parameters:,} parameters")
+    print(f"tokenizer: {done.tokenizer}")
+    print(
+        f"compared with the checkpoint in float32: logits differ by {done.difference:.0e} of their "
+        "standard deviation"
+    )
+    for note in done.notes:
+        print(f"note: {note}")
+    return 0

@@ -1,0 +1,46 @@
+"""Which formats can hold a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_maxscore.export.ernie4_5_moe import ERNIE4_5_MOE
+from megatron_maxscore.export.formats import Format
+from megatron_maxscore.export.glm4_moe import GLM4_MOE
+
+FORMATS = {format_.name: format_ for format_ in (GLM4_MOE, ERNIE4_5_MOE)}
+AUTO = "auto"
+
+
+def refusals(args: Any) -> dict[str, list[str]]:
+    """Return why each format cannot hold a model exactly; an empty list for one that can.
+
+    Args:
+        args: Megatron's, validated.
+    """
+    return {name: format_.reasons(args) for name, format_ in FORMATS.items()}
+
+
+def choose(args: Any, name: str = AUTO) -> Format:
+    """Return the format of a model.
+
+    Args:
+        args: Megatron's, validated.
+        name: of a format, or auto: the first that can hold it.
+
+    Raises:
+        ValueError: the format cannot hold it, or none can; names the reasons, the nearest first.
+    """
+    found = refusals(args)
+    if name != AUTO:
+        found = {name: found[name]}
+    for candidate, reasons in found.items():
+        if not reasons:
+            return FORMATS[candidate]
+    raise ValueError(f"no format can hold this model exactly. {described(found)}")
+
+
+def described(found: dict[str, list[str]]) -> str:
+    """Return reasons as one line, those of the format that lacks least first."""
+    nearest = sorted(found.items(), key=lambda item: len(item[1]))
+    return "; ".join(f"{name} needs: {', '.join(reasons)}" for name, reasons in nearest)

@@ -1,0 +1,294 @@
+"""What the formats have in common: which models they hold, and the names of weights.
+
+A format is chosen by Megatron's arguments alone, so a dry run can name it before training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Need:
+    """What an argument of Megatron's must be.
+
+    Attributes:
+        name: of the argument.
+        values: what it may be. An argument that a release does not know is as its first value.
+        fix: what mends it.
+    """
+
+    name: str
+    values: tuple[Any, ...]
+    fix: str
+
+    def unmet(self, args: Any) -> str | None:
+        """Return why arguments do not meet it, None if they do."""
+        value = getattr(args, self.name, self.values[0])
+        if value in self.values:
+            return None
+        flag = "--" + self.name.replace("_", "-")
+        shown = "" if value is True else f" {' '.join(map(str, _listed(value)))}"
+        return f"{flag}{shown}: {self.fix}" if value is not False else self.fix
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight in both models.
+
+    Attributes:
+        ours: its name in Megatron's model, with {layer} and {expert}.
+        theirs: its names in the exported model.
+        kind: same; vocabulary: without the rows that pad it; halves: stacked; qkv: of groups of
+            query heads, one key and one value; bias: float32 of the router, any shape.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    kind: Literal["same", "vocabulary", "halves", "qkv", "bias"] = "same"
+
+
+@dataclass(frozen=True)
+class Format:
+    """An architecture of transformers.
+
+    Attributes:
+        name: its ``model_type``.
+        title: for people.
+        architecture: the class in transformers.
+        needs: of Megatron's arguments.
+        further: returns what else stands against it.
+        weights: their names.
+        router_bias: the shape of the bias that is added to scores.
+        is_rotary_interleaved: whether rotary embeddings rotate neighbours, or halves of a head.
+        needs_shared_expert: whether every layer has one.
+        config: makes the content of config.json out of Megatron's arguments.
+        arguments: makes Megatron's arguments, besides the common ones, out of config.json.
+    """
+
+    name: str
+    title: str
+    architecture: str
+    needs: tuple[Need, ...]
+    further: Callable[[Any], Iterator[str]]
+    weights: tuple[Weight, ...]
+    router_bias: tuple[int, ...]
+    is_rotary_interleaved: bool
+    needs_shared_expert: bool
+    config: Callable[[Any], dict[str, Any]]
+    arguments: Callable[[dict[str, Any]], list[str]]
+
+    def reasons(self, args: Any) -> list[str]:
+        """Return why it cannot hold a model exactly: each with what mends it; empty if it can.
+
+        Args:
+            args: Megatron's, validated.
+        """
+        found = [need.unmet(args) for need in (*COMMON, *self.needs)]
+        return [reason for reason in found if reason] + list(self.further(args))
+
+
+_LEAVE_OUT = "leave it out"
+# Of Megatron's arguments, for any format.
+COMMON = (
+    Need("normalization", ("RMSNorm",), "use --normalization RMSNorm"),
+    Need("swiglu", (True,), "add --swiglu"),
+    Need("add_bias_linear", (False,), "add --disable-bias-linear"),
+    *(
+        Need(name, values, _LEAVE_OUT)
+        for name, values in (
+            ("multi_latent_attention", (False, None)),
+            ("apply_layernorm_1p", (False, None)),
+            ("use_rope_scaling", (False, None)),
+            ("rotary_seq_len_interpolation_factor", (None, 1)),
+            ("no_rope_freq", (None,)),
+            ("window_size", (None,)),
+            ("attention_output_gate", (False, None)),
+            ("softmax_type", ("vanilla", None)),
+            ("experimental_attention_variant", (None,)),
+            ("apply_residual_connection_post_layernorm", (False, None)),
+            ("glu_linear_offset", (0.0, None)),
+            ("activation_func_clamp_value", (None,)),
+            ("use_mup", (False, None)),
+            ("heterogeneous_layers_config_path", (None,)),
+            ("heterogeneous_layers_config_encoded_json", (None,)),
+            ("hybrid_layer_pattern", (None,)),
+            ("hybrid_override_pattern", (None,)),
+            ("moe_shared_expert_gate", (False, None)),
+            ("moe_latent_size", (None,)),
+            ("moe_n_hash_layers", (None, 0)),
+            ("moe_apply_probs_on_input", (False, None)),
+            ("moe_expert_capacity_factor", (None,)),
+        )
+    ),
+)
+
+
+def routing_reasons(args: Any) -> Iterator[str]:
+    """Say what of MaxScore's options keeps served models from routing as it does."""
+    if getattr(args, "moe_router_type", "topk") == "topk":
+        for name in _listed(getattr(args, "moe_router_load_balancing_type", None)):
+            if name in ("sinkhorn", "quantile_balancing"):
+                yield f"--moe-router-load-balancing-type {name}: use none or an auxiliary loss"
+        return
+    # Not above: it imports Megatron, before which CPU mode must be there.
+    from megatron_maxscore.moe.config import MaxScoreConfig
+
+    options = MaxScoreConfig.from_transformer_config(args).resolved_for(args)
+    if options.gate != "score":
+        yield "SoftTopk gates: add --maxscore-preset servable (or --maxscore-gate score)"
+    if options.objective != "scores":
+        yield (
+            "prices of logits: add --maxscore-preset servable (or --maxscore-objective scores, or "
+            "--moe-router-enable-expert-bias with sigmoid)"
+        )
+
+
+def shape_reasons(args: Any) -> Iterator[str]:
+    """Say what of positions and experts' sizes has no place."""
+    is_rotary = args.position_embedding_type == "rope"
+    if not is_rotary and not getattr(args, "use_rotary_position_embeddings", False):
+        yield (
+            f"--position-embedding-type {args.position_embedding_type}: use "
+            "--position-embedding-type rope"
+        )
+    shared = getattr(args, "moe_shared_expert_intermediate_size", None)
+    if shared and shared % expert_size(args):
+        yield (
+            f"--moe-shared-expert-intermediate-size {shared}: make it a multiple of "
+            f"--moe-ffn-hidden-size {expert_size(args)}"
+        )
+
+
+def expert_size(args: Any) -> int:
+    """Return the hidden size of an expert, also before Megatron fills in what is not given."""
+    given = getattr(args, "moe_ffn_hidden_size", None) or args.ffn_hidden_size
+    return int(given or args.hidden_size * 4 * 2 // 3 // 64 * 64)
+
+
+def head_size(args: Any) -> int:
+    """Return the channels of an attention head."""
+    return int(args.kv_channels or args.hidden_size // args.num_attention_heads)
+
+
+def query_groups(args: Any) -> int:
+    """Return how many heads have keys of their own."""
+    grouped = getattr(args, "group_query_attention", False)
+    return int(args.num_query_groups if grouped else args.num_attention_heads)
+
+
+def routed_layers(args: Any) -> list[bool]:
+    """Return for each layer whether it has experts."""
+    frequency = args.moe_layer_freq
+    if isinstance(frequency, int):
+        return [layer % frequency == 0 for layer in range(args.num_layers)]
+    return [bool(is_routed) for is_routed in frequency]
+
+
+def common_config(args: Any) -> dict[str, Any]:
+    """Return what config.json says in every format.
+
+    Both spellings of the rotary base and of the dtype are there: transformers 5, and 4 with the
+    servers that read its files.
+    """
+    dtype = str(args.params_dtype).removeprefix("torch.")
+    return {
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "head_dim": head_size(args),
+        "hidden_act": "silu",
+        "hidden_size": args.hidden_size,
+        "initializer_range": args.init_method_std,
+        "intermediate_size": args.ffn_hidden_size,
+        "max_position_embeddings": args.max_position_embeddings,
+        "moe_intermediate_size": expert_size(args),
+        "num_attention_heads": args.num_attention_heads,
+        "num_hidden_layers": args.num_layers,
+        "num_key_value_heads": query_groups(args),
+        "rms_norm_eps": args.layernorm_epsilon,
+        "rope_parameters": {"rope_theta": float(args.rotary_base), "rope_type": "default"},
+        "rope_theta": float(args.rotary_base),
+        "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
+        "use_cache": True,
+    }
+
+
+def common_arguments(config: dict[str, Any]) -> list[str]:
+    """Return Megatron's arguments for what config.json says in every format."""
+    rope = config.get("rope_parameters") or {}
+    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    pairs = {
+        "num-layers": config["num_hidden_layers"],
+        "hidden-size": config["hidden_size"],
+        "ffn-hidden-size": config["intermediate_size"],
+        "moe-ffn-hidden-size": config["moe_intermediate_size"],
+        "num-attention-heads": config["num_attention_heads"],
+        "kv-channels": config.get("head_dim")
+        or config["hidden_size"] // config["num_attention_heads"],
+        "max-position-embeddings": config["max_position_embeddings"],
+        "norm-epsilon": config["rms_norm_eps"],
+        "init-method-std": config.get("initializer_range", 0.02),
+        "rotary-base": int(rope.get("rope_theta") or config.get("rope_theta") or 10000),
+        "position-embedding-type": "rope",
+        "normalization": "RMSNorm",
+    }
+    flags = [text for name, value in pairs.items() for text in (f"--{name}", str(value))]
+    flags += ["--swiglu", "--disable-bias-linear"]
+    heads, groups = config["num_attention_heads"], config.get("num_key_value_heads")
+    if groups and groups != heads:
+        flags += ["--group-query-attention", "--num-query-groups", str(groups)]
+    if not config.get("tie_word_embeddings", False):
+        flags.append("--untie-embeddings-and-output-weights")
+    if dtype in ("bfloat16", "float16"):
+        flags.append("--bf16" if dtype == "bfloat16" else "--fp16")
+    return flags
+
+
+_OURS, _THEIRS = "decoder.layers.{layer}.", "model.layers.{layer}."
+_QKV = ("q", "k", "v")
+
+
+def feed_forward(ours: str, theirs: str) -> tuple[Weight, Weight]:
+    """Return the weights of a gated feed-forward network."""
+    ours, theirs = _OURS + ours, _THEIRS + theirs
+    first = (f"{theirs}.gate_proj.weight", f"{theirs}.up_proj.weight")
+    return (
+        Weight(f"{ours}.linear_fc1.weight", first, "halves"),
+        Weight(f"{ours}.linear_fc2.weight", (f"{theirs}.down_proj.weight",)),
+    )
+
+
+# Of a decoder like Llama's, with experts.
+WEIGHTS = (
+    Weight("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocabulary"),
+    Weight("output_layer.weight", ("lm_head.weight",), "vocabulary"),
+    Weight("decoder.final_layernorm.weight", ("model.norm.weight",)),
+    *(
+        Weight(_OURS + ours, (_THEIRS + theirs,))
+        for ours, theirs in (
+            ("input_layernorm.weight", "input_layernorm.weight"),
+            ("self_attention.linear_proj.weight", "self_attn.o_proj.weight"),
+            ("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
+            ("mlp.router.weight", "mlp.gate.weight"),
+        )
+    ),
+    *(
+        Weight(
+            f"{_OURS}self_attention.linear_qkv.{part}",
+            tuple(f"{_THEIRS}self_attn.{name}_proj.{part}" for name in _QKV),
+            "qkv",
+        )
+        for part in ("weight", "bias")
+    ),
+    *feed_forward("mlp", "mlp"),
+    *feed_forward("mlp.shared_experts", "mlp.shared_experts"),
+    *feed_forward("mlp.experts.local_experts.{expert}", "mlp.experts.{expert}"),
+)
+# The name that :mod:`weights` gives to what a router adds to its scores.
+BIAS = f"{_OURS}mlp.router.bias"

@@ -1,0 +1,100 @@
+"""A model's tokenizer as transformers reads it, and which of Megatron's arguments read it back."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+SENTENCE_PIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
+MODEL_FILE = "tokenizer.model"
+# Texts that a converted tokenizer must split as the original does; %s stands for the text before.
+_SAMPLES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "  two spaces, then  two more, and one at the end ",
+    "\tdef f(x: int) -> str:\n\t\treturn f'{x!r}'\n\n",
+    "naïve café, 漢字かな交じり文, Ελληνικά, עברית, 🙂🏳️‍🌈",
+    "3.14159 + 2,718,281 = 10^7; http://example.org/?a=b&c=d#e",
+    "A" * 70 + "\x7f\u200b\u00a0\u2581end",
+)
+
+
+def write_tokenizer(args: Any, end: int, directory: Path) -> str:
+    """Write a tokenizer into a directory.
+
+    Args:
+        args: Megatron's arguments.
+        end: the token that ends a document, and stands before the first one.
+        directory: where config.json is.
+
+    Returns:
+        What was written, in words.
+
+    Raises:
+        ValueError: a converted tokenizer would split text differently, or cannot be read.
+    """
+    kind = args.tokenizer_type
+    if kind in SENTENCE_PIECE and not (
+        getattr(args, "tokenizer_sentencepiece_legacy", False)
+        and getattr(args, "special_tokens", None)
+    ):
+        _write_sentencepiece(Path(args.tokenizer_model), end, directory)
+        return "the SentencePiece model, and the same as a fast tokenizer"
+    if kind == "HuggingFaceTokenizer":
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_model)
+        tokenizer.save_pretrained(directory)
+        return f"that of {args.tokenizer_model}"
+    return f"none: {kind} has no form in transformers; put one into the directory"
+
+
+def _write_sentencepiece(model: Path, end: int, directory: Path) -> None:
+    import sentencepiece
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import SpmConverter, import_protobuf
+
+    try:
+        proto = import_protobuf().ModelProto()
+    except Exception as error:  # protobuf raises a type of its own where versions do not fit
+        raise ValueError(
+            f"sentencepiece and protobuf do not fit together ({str(error).splitlines()[0]}); pip "
+            "install -U protobuf"
+        ) from error
+    proto.ParseFromString(model.read_bytes())
+    is_bpe = proto.trainer_spec.model_type == proto.trainer_spec.BPE
+    if not is_bpe and proto.trainer_spec.model_type != proto.trainer_spec.UNIGRAM:
+        raise ValueError(f"{model} is neither BPE nor Unigram, which fast tokenizers know")
+    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    vocabulary: Any = {piece: i for i, (piece, _) in enumerate(pieces)} if is_bpe else pieces
+    original = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    last = original.id_to_piece(end)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=SpmConverter.build_tokenizer_from_spm_proto(
+            proto, vocabulary, legacy=False
+        ),
+        unk_token=original.id_to_piece(original.unk_id()),
+        # A document begins after the end of another, in training.
+        bos_token=last,
+        eos_token=last,
+        pad_token=last,
+        clean_up_tokenization_spaces=False,
+    )
+    for text in (*_SAMPLES, "".join(_SAMPLES)):
+        ours, theirs = original.encode(text), fast.encode(text, add_special_tokens=False)
+        if ours != theirs:
+            raise ValueError(
+                f"{model} cannot be converted exactly: {text[:40]!r} becomes {theirs[:8]}... "
+                f"instead of {ours[:8]}..."
+            )
+    fast.save_pretrained(directory)
+    shutil.copy(model, directory / MODEL_FILE)
+
+
+def arguments_of(directory: Path) -> list[str]:
+    """Return Megatron's arguments for the tokenizer in an exported directory."""
+    if (directory / MODEL_FILE).is_file():
+        kind, path = SENTENCE_PIECE[0], directory / MODEL_FILE
+    else:
+        kind, path = "HuggingFaceTokenizer", directory
+    return ["--tokenizer-type", kind, "--tokenizer-model", str(path.absolute())]

@@ -1,0 +1,65 @@
+"""A model that ``export`` has written, as transformers runs it, in place of a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_maxscore.export.directory import read_config
+from megatron_maxscore.export.verify import load_served
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model of transformers and what evaluation asks of it.
+
+    Attributes:
+        model: a causal language model in evaluation mode.
+        args: seq_length, micro_batch_size and moe_router_topk.
+    """
+
+    model: Any
+    args: Any
+
+    def logits(self, tokens_BS: Tensor) -> Tensor:
+        """Return the (B, S, V) logits of whole sequences, in float32 at least."""
+        with torch.no_grad():
+            logits: Tensor = self.model(tokens_BS.to(self.model.device)).logits
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def routers(self) -> dict[int, Any]:
+        """Return each layer's router, by the layer's number from 1."""
+        layers = enumerate(self.model.model.layers, start=1)
+        return {number: layer.mlp.gate for number, layer in layers if hasattr(layer.mlp, "gate")}
+
+    def routed(self, output: Any) -> tuple[Tensor, float]:
+        """Return the (E,) int64 loads and the sum of all gates of a router's call."""
+        logits_TE, gates_TK, experts_TK = output
+        loads_E = torch.bincount(experts_TK.flatten().cpu(), minlength=logits_TE.shape[-1])
+        return loads_E, float(gates_TK.double().sum())
+
+
+def open_served(directory: str | Path, batch_size: int = 8) -> ServedModel:
+    """Load a Hugging Face directory in its own dtype.
+
+    Args:
+        directory: that ``export`` has written.
+        batch_size: sequences that are evaluated at a time.
+
+    Raises:
+        ValueError: it holds no such model.
+    """
+    config = read_config(Path(directory))
+    model = load_served(directory)
+    topk = model.config.num_experts_per_tok
+    args = SimpleNamespace(
+        seq_length=config["max_position_embeddings"],
+        micro_batch_size=batch_size,
+        moe_router_topk=topk,
+    )
+    return ServedModel(model.to("cuda" if torch.cuda.is_available() else "cpu"), args)
