@@ -216,7 +216,7 @@ REFUSALS = (
         "a budget of rows that is too small",
         f"{FLEX} hybridep --use-transformer-engine-op-fuser "
         "--moe-expert-rank-capacity-factor 0.9",
-        ("--moe-expert-rank-capacity-factor 0.9", "at least 1"), since="0.18",
+        ("--moe-expert-rank-capacity-factor 0.9", "make it at least"), since="0.18",
     ),
     Refusal(
         "Megatron-FSDP", "--use-megatron-fsdp",

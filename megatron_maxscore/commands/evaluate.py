@@ -319,6 +319,10 @@ def main(command: list[str] | None = None) -> int:
     add_arguments(parser, required=False)
     parser.add_argument("--data", required=True, help="a data set's path without its ending")
     parser.add_argument("--sequences", type=int, help="so many, evenly spaced (default: all)")
+    parser.add_argument(
+        "--length", type=int,
+        help="tokens of a sequence (default: as in training; of an exported model, its longest)",
+    )  # fmt: skip
     parser.add_argument("--decode", type=int, default=4, metavar="N", help="default: 4")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args(command)
@@ -326,6 +330,8 @@ def main(command: list[str] | None = None) -> int:
         parser.error("give --checkpoint, or all of Megatron's arguments with --load after --")
     if arguments.sequences is not None and arguments.sequences < 1:
         parser.error(f"--sequences must be at least 1, got {arguments.sequences}")
+    if arguments.length is not None and arguments.length < 1:
+        parser.error(f"--length must be at least 1, got {arguments.length}")
     if arguments.decode < 0:
         parser.error(f"--decode must be at least 0, got {arguments.decode}")
     if arguments.output is not None:
@@ -349,10 +355,15 @@ def evaluated(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """Restore the checkpoint and evaluate it; return the results on rank 0, None elsewhere."""
     trained: TrainedModel | ServedModel
     if is_exported(arguments.checkpoint):
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                f"{arguments.checkpoint} is an exported model, which one process evaluates; start "
+                "it without torchrun"
+            )
         trained = open_served(arguments.checkpoint)
     else:
         trained = restore(arguments.checkpoint, arguments.megatron)
-    sequences = sequences_of(arguments.data, trained.args.seq_length)
+    sequences = sequences_of(arguments.data, arguments.length or trained.args.seq_length)
     if arguments.sequences is not None and arguments.sequences < len(sequences):
         # From everywhere: neighbours are of one document.
         places = torch.linspace(0, len(sequences) - 1, arguments.sequences).long()

@@ -39,4 +39,17 @@ def answer_torch_norm(replacements: Replacements) -> None:
     replacements.set(WrappedTorchNorm, "__new__", new)
 
 
-ANSWERS = (answer_jit, answer_dataset_helpers, answer_torch_norm)
+def answer_inference_layers(replacements: Replacements) -> None:
+    """``isinstance`` of layers for inference, in megatron-core 0.20.
+
+    They derive from Transformer Engine's. Without it they are mocks, which are no types.
+    """
+    from megatron.core import tensor_parallel
+
+    module = getattr(tensor_parallel, "inference_layers", None)
+    for name in ("InferenceColumnParallelLinear", "InferenceLayerNormColumnParallelLinear"):
+        if module is not None and not isinstance(getattr(module, name, object), type):
+            replacements.set(module, name, type(name, (), {}))
+
+
+ANSWERS = (answer_jit, answer_dataset_helpers, answer_torch_norm, answer_inference_layers)

@@ -13,7 +13,7 @@ AUTO = "auto"
 
 
 def refusals(args: Any) -> dict[str, list[str]]:
-    """Return why each format cannot hold a model exactly; an empty list for one that can.
+    """Return what would have to change for each format to hold a model; empty for one that can.
 
     Args:
         args: Megatron's, validated.
@@ -29,7 +29,7 @@ def choose(args: Any, name: str = AUTO) -> Format:
         name: of a format, or auto: the first that can hold it.
 
     Raises:
-        ValueError: the format cannot hold it, or none can; names the reasons, the nearest first.
+        ValueError: the format cannot hold it, or none can; says what mends it, the nearest first.
     """
     found = refusals(args)
     if name != AUTO:
@@ -37,10 +37,10 @@ def choose(args: Any, name: str = AUTO) -> Format:
     for candidate, reasons in found.items():
         if not reasons:
             return FORMATS[candidate]
-    raise ValueError(f"no format can hold this model exactly. {described(found)}")
+    raise ValueError(f"no format can hold this model exactly; {described(found)}")
 
 
 def described(found: dict[str, list[str]]) -> str:
     """Return reasons as one line, those of the format that lacks least first."""
     nearest = sorted(found.items(), key=lambda item: len(item[1]))
-    return "; ".join(f"{name} needs: {', '.join(reasons)}" for name, reasons in nearest)
+    return "; ".join(f"for {name} {', '.join(reasons)}" for name, reasons in nearest)

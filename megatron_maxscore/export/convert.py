@@ -30,14 +30,15 @@ class Exported:
         format: name of the format.
         parameters: number of weights.
         tokenizer: what of it was written, in words.
-        difference: of logits, relative to their standard deviation, in float32.
+        difference: of logits, relative to their standard deviation, in float32; None if they
+            were not compared.
         notes: what differs between training and serving.
     """
 
     format: str
     parameters: int
     tokenizer: str
-    difference: float
+    difference: float | None
     notes: list[str]
 
 
@@ -47,10 +48,12 @@ def export(
     format_name: str = AUTO,
     arguments: tuple[str, ...] = (),
     shard_size: str = "5GB",
+    is_compared: bool = True,
 ) -> Exported:
     """Write a checkpoint as a Hugging Face directory.
 
-    The whole model is in this process's memory, several times while it is compared.
+    The whole model is in this process's memory: in its dtype, and twice in float32 while it is
+    compared.
 
     Args:
         checkpoint: directory that ``--save`` wrote, of any parallel sizes.
@@ -58,6 +61,7 @@ def export(
         format_name: of the format, or auto.
         arguments: further arguments of Megatron's.
         shard_size: of a file at most.
+        is_compared: whether what was written is loaded and compared with the checkpoint.
 
     Raises:
         ValueError: no format can hold the model, a file cannot be written or read, or what was
@@ -84,7 +88,7 @@ def export(
         write_model(directory, config, tensors, shard_size)
         parameters = sum(tensor.numel() for tensor in tensors.values())
         del tensors
-        difference = verify(trained, directory)
+        difference = verify(trained, directory) if is_compared else None
         text = card(args, format_, parameters, said, notes)
         (directory / "README.md").write_text(text, encoding="utf-8")
     return Exported(format_.name, parameters, said, difference, notes)

@@ -30,8 +30,8 @@ def _further(args: Any) -> Iterator[str]:
     held = [(i + 1) % interval == 0 and first <= i <= last for i in places]
     if held != routed_layers(args):
         yield (
-            "--moe-layer-freq: layers with experts must have one distance, and with a distance of "
-            "n, layer n must be the first"
+            "give layers with experts one distance in --moe-layer-freq; if it is n, layer n must "
+            "be the first of them"
         )
 
 
@@ -83,11 +83,11 @@ ERNIE4_5_MOE = Format(
     architecture="Ernie4_5_MoeForCausalLM",
     needs=(
         Need("moe_router_score_function", ("softmax",), "use --moe-router-score-function softmax"),
-        Need("moe_router_pre_softmax", (False, None), "leave it out"),
-        Need("moe_router_topk_scaling_factor", (None, 1.0), "leave it out"),
-        Need("moe_router_group_topk", (None,), "leave it out"),
-        Need("add_qkv_bias", (False, None), "leave it out"),
-        Need("qk_layernorm", (False, None), "leave it out"),
+        Need("moe_router_pre_softmax", (False, None)),
+        Need("moe_router_topk_scaling_factor", (None, 1.0)),
+        Need("moe_router_group_topk", (None,)),
+        Need("add_qkv_bias", (False, None)),
+        Need("qk_layernorm", (False, None)),
         Need("rotary_percent", (1.0,), "use --rotary-percent 1.0"),
     ),
     further=_further,

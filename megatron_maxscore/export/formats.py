@@ -17,21 +17,22 @@ class Need:
     Attributes:
         name: of the argument.
         values: what it may be. An argument that a release does not know is as its first value.
-        fix: what mends it.
+        fix: what mends it; "" leaves the flag out.
     """
 
     name: str
     values: tuple[Any, ...]
-    fix: str
+    fix: str = ""
 
     def unmet(self, args: Any) -> str | None:
-        """Return why arguments do not meet it, None if they do."""
+        """Return what mends arguments that do not meet it, None if they do."""
         value = getattr(args, self.name, self.values[0])
         if value in self.values:
             return None
-        flag = "--" + self.name.replace("_", "-")
-        shown = "" if value is True else f" {' '.join(map(str, _listed(value)))}"
-        return f"{flag}{shown}: {self.fix}" if value is not False else self.fix
+        shown = "" if isinstance(value, bool) else " ".join(map(str, _listed(value)))
+        if self.fix:
+            return f"{self.fix} (it is {shown})" if shown else self.fix
+        return f"leave out --{self.name.replace('_', '-')} {shown}".strip()
 
 
 def _listed(value: Any) -> list[Any]:
@@ -63,7 +64,7 @@ class Format:
         title: for people.
         architecture: the class in transformers.
         needs: of Megatron's arguments.
-        further: returns what else stands against it.
+        further: returns what else would have to change.
         weights: their names.
         router_bias: the shape of the bias that is added to scores.
         is_rotary_interleaved: whether rotary embeddings rotate neighbours, or halves of a head.
@@ -85,7 +86,7 @@ class Format:
     arguments: Callable[[dict[str, Any]], list[str]]
 
     def reasons(self, args: Any) -> list[str]:
-        """Return why it cannot hold a model exactly: each with what mends it; empty if it can.
+        """Return what would have to change for it to hold a model exactly; empty if it can.
 
         Args:
             args: Megatron's, validated.
@@ -94,14 +95,13 @@ class Format:
         return [reason for reason in found if reason] + list(self.further(args))
 
 
-_LEAVE_OUT = "leave it out"
 # Of Megatron's arguments, for any format.
 COMMON = (
     Need("normalization", ("RMSNorm",), "use --normalization RMSNorm"),
     Need("swiglu", (True,), "add --swiglu"),
     Need("add_bias_linear", (False,), "add --disable-bias-linear"),
     *(
-        Need(name, values, _LEAVE_OUT)
+        Need(name, values)
         for name, values in (
             ("multi_latent_attention", (False, None)),
             ("apply_layernorm_1p", (False, None)),
@@ -131,37 +131,40 @@ COMMON = (
 
 
 def routing_reasons(args: Any) -> Iterator[str]:
-    """Say what of MaxScore's options keeps served models from routing as it does."""
+    """Say what would have to change for a served model to route by prices as this one does."""
     if getattr(args, "moe_router_type", "topk") == "topk":
         for name in _listed(getattr(args, "moe_router_load_balancing_type", None)):
             if name in ("sinkhorn", "quantile_balancing"):
-                yield f"--moe-router-load-balancing-type {name}: use none or an auxiliary loss"
+                yield (
+                    "use --moe-router-load-balancing-type none, or an auxiliary loss (it is "
+                    f"{name})"
+                )
         return
     # Not above: it imports Megatron, before which CPU mode must be there.
     from megatron_maxscore.moe.config import MaxScoreConfig
 
     options = MaxScoreConfig.from_transformer_config(args).resolved_for(args)
-    if options.gate != "score":
-        yield "SoftTopk gates: add --maxscore-preset servable (or --maxscore-gate score)"
-    if options.objective != "scores":
-        yield (
-            "prices of logits: add --maxscore-preset servable (or --maxscore-objective scores, or "
-            "--moe-router-enable-expert-bias with sigmoid)"
+    found = [
+        text
+        for text, applies in (
+            ("gates are SoftTopk", options.gate != "score"),
+            ("prices are of logits", options.objective != "scores"),
         )
+        if applies
+    ]
+    if found:
+        yield f"add --maxscore-preset servable ({', '.join(found)})"
 
 
 def shape_reasons(args: Any) -> Iterator[str]:
-    """Say what of positions and experts' sizes has no place."""
+    """Say what of positions and experts' sizes would have to change."""
     is_rotary = args.position_embedding_type == "rope"
     if not is_rotary and not getattr(args, "use_rotary_position_embeddings", False):
-        yield (
-            f"--position-embedding-type {args.position_embedding_type}: use "
-            "--position-embedding-type rope"
-        )
+        yield f"use --position-embedding-type rope (it is {args.position_embedding_type})"
     shared = getattr(args, "moe_shared_expert_intermediate_size", None)
     if shared and shared % expert_size(args):
         yield (
-            f"--moe-shared-expert-intermediate-size {shared}: make it a multiple of "
+            f"make --moe-shared-expert-intermediate-size {shared} a multiple of "
             f"--moe-ffn-hidden-size {expert_size(args)}"
         )
 

@@ -32,12 +32,12 @@ def _further(args: Any) -> Iterator[str]:
     groups, topk = getattr(args, "moe_router_group_topk", None), args.moe_router_topk
     if groups and topk // groups != _GROUP_SCORES:
         yield (
-            f"--moe-router-group-topk {groups}: make it half of --moe-router-topk {topk}, or leave "
-            "it out"
+            f"make --moe-router-group-topk {groups} half of --moe-router-topk {topk}, or leave it "
+            "out"
         )
     routed = routed_layers(args)
     if routed != sorted(routed):
-        yield "--moe-layer-freq: layers without experts must come first"
+        yield "let layers without experts come first in --moe-layer-freq"
 
 
 def _config(args: Any) -> dict[str, Any]:
@@ -92,7 +92,7 @@ GLM4_MOE = Format(
     architecture="Glm4MoeForCausalLM",
     needs=(
         Need("moe_router_score_function", ("sigmoid",), "use --moe-router-score-function sigmoid"),
-        Need("rotary_interleaved", (False, None), "leave it out"),
+        Need("rotary_interleaved", (False, None)),
     ),
     further=_further,
     weights=(

@@ -151,8 +151,8 @@ def test_what_no_format_holds_is_refused(data, tmp_path):
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     for word in (
-        "SoftTopk gates", "--maxscore-preset servable", "glm4_moe needs", "ernie4_5_moe needs",
-        "--moe-router-score-function sigmoid", "--qk-layernorm",
+        "gates are SoftTopk", "--maxscore-preset servable", "for glm4_moe", "for ernie4_5_moe",
+        "--moe-router-score-function sigmoid", "leave out --qk-layernorm",
     ):  # fmt: skip
         assert word in line
     assert not list(tmp_path.glob("*served*"))

@@ -36,7 +36,7 @@ CASES = {
     ),
     "one shared expert of no size that fits": (
         f"{SERVABLE} --moe-ffn-hidden-size 32 --moe-shared-expert-intermediate-size 48",
-        None, "--moe-shared-expert-intermediate-size 48: make it a multiple",
+        None, "make --moe-shared-expert-intermediate-size 48 a multiple",
     ),
     "groups": (
         f"{SIGMOID} --moe-router-enable-expert-bias --moe-router-num-groups 4 "
@@ -48,20 +48,23 @@ CASES = {
     ),
     "groups and softmax": (
         f"{SERVABLE} --moe-router-num-groups 4 --moe-router-group-topk 2",
-        None, "--moe-router-score-function softmax: use --moe-router-score-function sigmoid",
+        None, "use --moe-router-score-function sigmoid (it is softmax)",
     ),
-    "defaults": (MODEL, None, "SoftTopk gates: add --maxscore-preset servable"),
-    "prices of logits": (SIGMOID, None, "prices of logits: add --maxscore-preset servable"),
+    "defaults": (MODEL, None, "add --maxscore-preset servable (gates are SoftTopk, prices"),
+    "prices of logits": (SIGMOID, None, "add --maxscore-preset servable (prices are of logits)"),
     "prices of softmax's logits": (
-        f"{MODEL} --maxscore-gate score", None, "prices of logits",
+        f"{MODEL} --maxscore-gate score", None, "prices are of logits",
     ),
-    "pre-softmax": (f"{SERVABLE} --moe-router-pre-softmax", None, "--moe-router-pre-softmax"),
+    "pre-softmax": (
+        f"{SERVABLE} --moe-router-pre-softmax", None, "leave out --moe-router-pre-softmax",
+    ),
     "scaled softmax": (
         f"{SERVABLE} --moe-router-topk-scaling-factor 2.5", None,
-        "--moe-router-topk-scaling-factor 2.5: leave it out",
+        "leave out --moe-router-topk-scaling-factor 2.5",
     ),
     "layer norm": (
-        f"{SERVABLE} --normalization LayerNorm", None, "use --normalization RMSNorm",
+        f"{SERVABLE} --normalization LayerNorm", None,
+        "use --normalization RMSNorm (it is LayerNorm)",
     ),
     "biases": (
         SERVABLE.replace("--disable-bias-linear", ""), None, "add --disable-bias-linear",
@@ -71,20 +74,20 @@ CASES = {
     ),
     "latent attention": (
         f"{SIGMOID} --maxscore-preset servable --multi-latent-attention", None,
-        "--multi-latent-attention: leave it out",
+        "leave out --multi-latent-attention",
     ),
     "dense layers first": (f"{SERVABLE} --moe-layer-freq ([0]*2+[1]*2)", "ernie4_5_moe", ""),
     "dense layers between": (f"{SERVABLE} --moe-layer-freq ([0,1]*2)", "ernie4_5_moe", ""),
     "every second layer, from the first on": (
-        f"{SERVABLE} --moe-layer-freq 2", None, "with a distance of n, layer n must be the first",
+        f"{SERVABLE} --moe-layer-freq 2", None, "if it is n, layer n must be the first",
     ),
     "experts without a pattern": (
-        f"{SERVABLE} --moe-layer-freq [1,1,0,1]", None, "--moe-layer-freq: layers with experts",
+        f"{SERVABLE} --moe-layer-freq [1,1,0,1]", None, "one distance in --moe-layer-freq",
     ),
     "stock, softmax": (MODEL.replace("maxscore", "topk"), "ernie4_5_moe", ""),
     "stock, sinkhorn": (
         MODEL.replace("maxscore", "topk") + " --moe-router-load-balancing-type sinkhorn", None,
-        "--moe-router-load-balancing-type sinkhorn: use none",
+        "use --moe-router-load-balancing-type none",
     ),
 }  # fmt: skip
 
@@ -246,7 +249,7 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path):
 
 
 def test_the_nearest_format_is_named_first():
-    with pytest.raises(ValueError, match=r"exactly\. ernie4_5_moe needs: .*; glm4_moe needs: "):
+    with pytest.raises(ValueError, match=r"exactly; for ernie4_5_moe .*; for glm4_moe "):
         choose(SimpleNamespace(
             normalization="LayerNorm", swiglu=True, add_bias_linear=False, num_layers=1,
             position_embedding_type="rope", moe_router_score_function="softmax",
