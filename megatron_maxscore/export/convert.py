@@ -117,7 +117,8 @@ def import_(
     if kind not in FORMATS:
         raise ValueError(f"{directory} is a {kind}; formats are {', '.join(FORMATS)}")
     format_ = FORMATS[kind]
-    tensors, config = weights.without_empty_shared_experts(read_weights(directory), config)
+    tensors = weights.without_further_predictions(read_weights(directory), config)
+    tensors, config = weights.without_empty_shared_experts(tensors, config)
     model_arguments = [
         *common_arguments(config), *format_.arguments(config),
         *("--moe-router-type", "maxscore", "--maxscore-preset", "servable"),

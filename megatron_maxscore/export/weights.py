@@ -249,6 +249,21 @@ def _absent_shared_experts(format_: Format, args: Any) -> Iterator[tuple[str, tu
         yield f"{prefix}.down_proj.weight", (hidden, size)
 
 
+def without_further_predictions(
+    tensors: dict[str, Tensor], config: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Return weights without layers that predict further tokens, and without a tied output."""
+    layers = config["num_hidden_layers"]
+
+    def is_kept(name: str) -> bool:
+        if name == "lm_head.weight" and config.get("tie_word_embeddings"):
+            return False
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        return not name.startswith("model.mtp_") and (layer is None or int(layer[1]) < layers)
+
+    return {name: tensor for name, tensor in tensors.items() if is_kept(name)}
+
+
 def without_empty_shared_experts(
     tensors: dict[str, Tensor], config: dict[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -175,7 +175,14 @@ def test_weights_come_back_as_they_were(kind):
     tensors = weights.exported(state, format_, args, 32)
     assert all(not name.startswith("decoder") for name in tensors)
     assert tensors["model.embed_tokens.weight"].shape == (32, 24)
-    kept, config = weights.without_empty_shared_experts(tensors, {"n_shared_experts": 1})
+    shape = {"num_hidden_layers": 3, "n_shared_experts": 1}
+    others = {"model.layers.3.eh_proj.weight": torch.ones(2), "model.mtp_x": torch.ones(2)}
+    own = weights.without_further_predictions(tensors | others, shape)
+    assert own.keys() == tensors.keys()
+    assert "lm_head.weight" not in weights.without_further_predictions(
+        tensors, shape | {"tie_word_embeddings": True}
+    )
+    kept, config = weights.without_empty_shared_experts(tensors, shape)
     assert config["n_shared_experts"] == (0 if kind == "glm4_moe" else 1)
     back = weights.imported(kept, state, format_, args, 32)
     assert back.keys() == state.keys()

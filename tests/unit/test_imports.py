@@ -27,6 +27,7 @@ ALLOWED = {
     },
     "training": {"megatron_maxscore", "megatron.core", "megatron.training"},
     "inference": {"megatron_maxscore", "megatron.core", "megatron.training"},
+    "export": {"megatron_maxscore", "megatron.core"},
     "commands": {"megatron_maxscore", "megatron.core", "megatron.training"},
 }
 # An entry for stock scripts, named like the specs it stands beside: it installs the hooks.
@@ -57,10 +58,19 @@ def test_direction(layer):
                 # What trains and routes does not know who uses it.
                 if layer != "commands":
                     assert not name.startswith("megatron_maxscore.commands"), (path, name)
-                if layer not in ("inference", "commands"):
+                if layer not in ("inference", "export", "commands"):
                     assert not name.startswith("megatron_maxscore.inference"), (path, name)
                 if layer == "training":
                     assert not name.startswith(FORBIDDEN_IN_TRAINING), (path, name)
+
+
+def test_formats_are_known_before_training():
+    """Checks of arguments ask which format holds a model, so formats know nothing of checkpoints."""
+    for name in ("__init__", "choice", "formats", "glm4_moe", "ernie4_5_moe"):
+        for imported in imports(PACKAGE / "export" / f"{name}.py"):
+            if imported.startswith("megatron"):
+                assert imported.startswith(("megatron_maxscore.export", "megatron_maxscore.moe"))
+                assert not imported.endswith(("convert", "weights", "verify"))
 
 
 def test_importing_changes_nothing_and_needs_no_megatron():
