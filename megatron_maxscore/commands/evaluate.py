@@ -277,7 +277,7 @@ def decode(trained: TrainedModel, sequences: torch.Tensor) -> dict[str, float]:
     found: dict[str, float] = {"sequences": len(tokens)}
     for suffix in ("", "_float64"):
         if suffix:
-            trained.model.double()
+            trained.widen(torch.float64)
         with under(rule, trained):
             whole = trained.logits(tokens).cpu().log_softmax(-1)
             decoder = Decoder(trained, len(tokens), tokens.shape[1])
@@ -338,8 +338,11 @@ def main(command: list[str] | None = None) -> int:
         check_output(parser, arguments.output)
     try:
         result = evaluated(arguments)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except ImportError as error:
+        print(f"error: {error}; pip install 'megatron-maxscore[export]'", file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     finally:
         if dist.is_initialized():
@@ -359,6 +362,11 @@ def evaluated(arguments: argparse.Namespace) -> dict[str, Any] | None:
             raise ValueError(
                 f"{arguments.checkpoint} is an exported model, which one process evaluates; start "
                 "it without torchrun"
+            )
+        if arguments.megatron:
+            raise ValueError(
+                f"{arguments.checkpoint} is an exported model, and takes no arguments of "
+                f"Megatron's; leave out {' '.join(arguments.megatron)}"
             )
         trained = open_served(arguments.checkpoint)
     else:

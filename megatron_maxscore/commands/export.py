@@ -10,12 +10,9 @@ format can hold exactly are refused, with what would mend it; ``check`` says so 
 
 from __future__ import annotations
 
-import signal
-import sys
 from pathlib import Path
 
-import torch.distributed as dist
-
+from megatron_maxscore.commands.converting import carry_out, size
 from megatron_maxscore.commands.parsing import parser_of
 from megatron_maxscore.export import FORMATS
 from megatron_maxscore.export.choice import AUTO
@@ -30,42 +27,32 @@ def main(command: list[str] | None = None) -> int:
     parser.add_argument(
         "--format", choices=(AUTO, *FORMATS), default=AUTO, help="default: the first that fits"
     )
-    parser.add_argument("--shard-size", default="5GB", help="of a file at most (default: 5GB)")
+    parser.add_argument(
+        "--shard-size", type=size, default="5GB", help="of a file at most (default: 5GB)"
+    )
     parser.add_argument(
         "--no-compare", action="store_true",
         help="do not load and compare what was written, which takes the model twice in float32",
     )  # fmt: skip
     arguments = parser.parse_args(command)
-    # A terminated run cleans up like an interrupted one.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+
+    def convert() -> None:
         from megatron_maxscore.export.convert import export
 
         done = export(
             arguments.checkpoint, arguments.output, arguments.format, tuple(arguments.megatron),
             arguments.shard_size, not arguments.no_compare,
         )  # fmt: skip
-    except ImportError as error:
-        print(f"error: {error}; pip install 'megatron-maxscore[export]'", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    print(f"{arguments.output}: {done.format}, {done.parameters:,} parameters")
-    print(f"tokenizer: {done.tokenizer}")
-    if done.difference is None:
-        print("not compared with the checkpoint")
-    else:
-        print(
-            f"compared with the checkpoint in float32: logits differ by {done.difference:.0e} of "
-            "their standard deviation"
-        )
-    for note in done.notes:
-        print(f"note: {note}")
-    return 0
+        print(f"{arguments.output}: {done.format}, {done.parameters:,} parameters")
+        print(f"tokenizer: {done.tokenizer}")
+        if done.difference is None:
+            print("not compared with the checkpoint")
+        else:
+            print(
+                "compared with the checkpoint in float32: the same experts, and logits differ by "
+                f"{done.difference:.0e} of their standard deviation"
+            )
+        for note in done.notes:
+            print(f"note: {note}")
+
+    return carry_out(convert)

@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
@@ -82,10 +83,19 @@ def main(command: list[str] | None = None) -> int:
         return 2
     try:
         if is_exported(arguments.checkpoint):
+            if arguments.megatron:
+                raise ValueError(
+                    f"{arguments.checkpoint} is an exported model, and takes no arguments of "
+                    f"Megatron's; leave out {' '.join(arguments.megatron)}"
+                )
             # The harness's own model, which shows what others get.
             from lm_eval.models.huggingface import HFLM
 
-            model: Any = HFLM(arguments.checkpoint, batch_size=arguments.batch_size)
+            model: Any = HFLM(
+                arguments.checkpoint,
+                batch_size=arguments.batch_size,
+                device="cuda" if torch.cuda.is_available() else "cpu",
+            )
         else:
             trained = restore(arguments.checkpoint, arguments.megatron)
             model = MaxScoreLM(trained, arguments.batch_size)
@@ -97,8 +107,11 @@ def main(command: list[str] | None = None) -> int:
             task_manager=manager,
             bootstrap_iters=1000,
         )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except ImportError as error:
+        print(f"error: {error}; pip install 'megatron-maxscore[harness]'", file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     finally:
         if dist.is_initialized():

@@ -11,12 +11,9 @@ Further arguments of Megatron's follow ``--``.
 from __future__ import annotations
 
 import shlex
-import signal
-import sys
 from pathlib import Path
 
-import torch.distributed as dist
-
+from megatron_maxscore.commands.converting import carry_out
 from megatron_maxscore.commands.parsing import parser_of
 
 
@@ -27,23 +24,13 @@ def main(command: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="checkpoint directory to make")
     parser.add_argument("megatron", nargs="*", help="further arguments of Megatron's, after --")
     arguments = parser.parse_args(command)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+
+    def convert() -> None:
         from megatron_maxscore.export.convert import import_
 
         kind, model = import_(arguments.model, arguments.output, tuple(arguments.megatron))
-    except ImportError as error:
-        print(f"error: {error}; pip install 'megatron-maxscore[export]'", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    print(f"{arguments.output}: from {kind}; start with --load {arguments.output} --finetune and")
-    print(shlex.join(model))
-    return 0
+        print(f"{arguments.output}: from {kind}, compared with it in float32: the same experts")
+        print(f"start with --load {arguments.output} --finetune and the model's arguments:")
+        print(shlex.join(model))
+
+    return carry_out(convert)

@@ -68,10 +68,11 @@ def notes_on(args: Any, format_: Format) -> list[str]:
         notes.append(
             "The layers that predict further tokens (multi-token prediction) are left out."
         )
-    if args.bf16 and getattr(args, "moe_router_dtype", None) != "fp32":
+    is_half = args.params_dtype.itemsize == 2
+    if is_half and getattr(args, "moe_router_dtype", None) != "fp32":
         notes.append(
-            "Training computed the router's scores in bfloat16; served models compute them in "
-            "float32, so some tokens choose another expert. Train with --moe-router-dtype fp32."
+            "Training computed the router's scores in half precision. Served models compute them "
+            "in float32, so some tokens choose another expert. Train with --moe-router-dtype fp32."
         )
     if format_.needs_shared_expert and not getattr(
         args, "moe_shared_expert_intermediate_size", None

@@ -37,7 +37,7 @@ def check_free(path: Path) -> None:
 def appearing(path: Path) -> Iterator[Path]:
     """Give a directory beside ``path``, which takes its name when the block ends without an error.
 
-    Otherwise it is removed. What a killed process leaves has another name, and no config.json.
+    Otherwise it is removed. What a killed process leaves is hidden, and called incomplete.
     """
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.incomplete-", dir=path.absolute().parent))
     try:

@@ -17,14 +17,10 @@ from megatron_maxscore.export.formats import (
     common_config,
     expert_size,
     routed_layers,
-    routing_reasons,
-    shape_reasons,
 )
 
 
 def _further(args: Any) -> Iterator[str]:
-    yield from routing_reasons(args)
-    yield from shape_reasons(args)
     first, interval, last = _pattern(args)
     places = range(args.num_layers)
     held = [(i + 1) % interval == 0 and first <= i <= last for i in places]
@@ -53,6 +49,7 @@ def _config(args: Any) -> dict[str, Any]:
         "moe_norm_min": 1e-12,
         "moe_num_experts": args.num_experts,
         "moe_num_shared_experts": shared // expert_size(args),
+        "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
         "use_bias": False,
     }
 
@@ -90,6 +87,7 @@ ERNIE4_5_MOE = Format(
         Need("qk_layernorm", (False, None)),
         Need("rotary_percent", (1.0,), "use --rotary-percent 1.0"),
     ),
+    score=lambda logits: logits.softmax(-1),
     further=_further,
     weights=(
         *WEIGHTS,

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Need:
@@ -64,6 +66,7 @@ class Format:
         title: for people.
         architecture: the class in transformers.
         needs: of Megatron's arguments.
+        score: makes scores of (..., E) logits.
         further: returns what else would have to change.
         weights: their names.
         router_bias: the shape of the bias that is added to scores.
@@ -77,6 +80,7 @@ class Format:
     title: str
     architecture: str
     needs: tuple[Need, ...]
+    score: Callable[[Tensor], Tensor]
     further: Callable[[Any], Iterator[str]]
     weights: tuple[Weight, ...]
     router_bias: tuple[int, ...]
@@ -89,10 +93,20 @@ class Format:
         """Return what would have to change for it to hold a model exactly; empty if it can.
 
         Args:
-            args: Megatron's, validated.
+            args: Megatron's, as they are parsed or later.
         """
-        found = [need.unmet(args) for need in (*COMMON, *self.needs)]
+        if args.num_experts is None or not any(routed_layers(args)):
+            return ["add --num-experts, and let --moe-layer-freq have layers with experts"]
+        found = [need.unmet(args) for need in self.needs]
         return [reason for reason in found if reason] + list(self.further(args))
+
+
+def common_reasons(args: Any) -> list[str]:
+    """Return what would have to change for any format."""
+    found = [need.unmet(args) for need in COMMON]
+    return [
+        *(reason for reason in found if reason), *_routing_reasons(args), *_shape_reasons(args)
+    ]  # fmt: skip
 
 
 # Of Megatron's arguments, for any format.
@@ -107,6 +121,9 @@ COMMON = (
             ("apply_layernorm_1p", (False, None)),
             ("use_rope_scaling", (False, None)),
             ("rotary_seq_len_interpolation_factor", (None, 1)),
+            ("qk_l2_norm", (False, None)),
+            ("moe_mlp_glu_interleave_size", (None,)),
+            ("moe_shared_expert_glu_interleave_size", (None,)),
             ("no_rope_freq", (None,)),
             ("window_size", (None,)),
             ("attention_output_gate", (False, None)),
@@ -130,7 +147,7 @@ COMMON = (
 )
 
 
-def routing_reasons(args: Any) -> Iterator[str]:
+def _routing_reasons(args: Any) -> Iterator[str]:
     """Say what would have to change for a served model to route by prices as this one does."""
     if getattr(args, "moe_router_type", "topk") == "topk":
         for name in _listed(getattr(args, "moe_router_load_balancing_type", None)):
@@ -156,7 +173,7 @@ def routing_reasons(args: Any) -> Iterator[str]:
         yield f"add --maxscore-preset servable ({', '.join(found)})"
 
 
-def shape_reasons(args: Any) -> Iterator[str]:
+def _shape_reasons(args: Any) -> Iterator[str]:
     """Say what of positions and experts' sizes would have to change."""
     is_rotary = args.position_embedding_type == "rope"
     if not is_rotary and not getattr(args, "use_rotary_position_embeddings", False):
@@ -217,14 +234,22 @@ def common_config(args: Any) -> dict[str, Any]:
         "rms_norm_eps": args.layernorm_epsilon,
         "rope_parameters": {"rope_theta": float(args.rotary_base), "rope_type": "default"},
         "rope_theta": float(args.rotary_base),
-        "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
         "use_cache": True,
     }
 
 
 def common_arguments(config: dict[str, Any]) -> list[str]:
-    """Return Megatron's arguments for what config.json says in every format."""
+    """Return Megatron's arguments for what config.json says in every format.
+
+    Raises:
+        ValueError: Megatron's layers have no place for something; names it.
+    """
     rope = config.get("rope_parameters") or {}
+    kind = rope.get("rope_type", "default")
+    if kind != "default" or config.get("rope_scaling"):
+        raise ValueError(f"rope_parameters of type {kind}: only default ones can be imported")
+    if config.get("hidden_act") != "silu":
+        raise ValueError(f"hidden_act {config.get('hidden_act')}: only silu can be imported")
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     pairs = {
         "num-layers": config["num_hidden_layers"],
@@ -249,7 +274,8 @@ def common_arguments(config: dict[str, Any]) -> list[str]:
     if not config.get("tie_word_embeddings", False):
         flags.append("--untie-embeddings-and-output-weights")
     if dtype in ("bfloat16", "float16"):
-        flags.append("--bf16" if dtype == "bfloat16" else "--fp16")
+        # Served models compute the router's scores in float32.
+        flags += ["--bf16" if dtype == "bfloat16" else "--fp16", "--moe-router-dtype", "fp32"]
     return flags
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from megatron_maxscore.export.formats import (
     BIAS,
     WEIGHTS,
@@ -17,8 +19,6 @@ from megatron_maxscore.export.formats import (
     common_config,
     expert_size,
     routed_layers,
-    routing_reasons,
-    shape_reasons,
 )
 
 _OURS, _THEIRS = "decoder.layers.{layer}.", "model.layers.{layer}."
@@ -27,8 +27,6 @@ _GROUP_SCORES = 2
 
 
 def _further(args: Any) -> Iterator[str]:
-    yield from routing_reasons(args)
-    yield from shape_reasons(args)
     groups, topk = getattr(args, "moe_router_group_topk", None), args.moe_router_topk
     if groups and topk // groups != _GROUP_SCORES:
         yield (
@@ -57,6 +55,8 @@ def _config(args: Any) -> dict[str, Any]:
         "num_nextn_predict_layers": 0,
         "partial_rotary_factor": args.rotary_percent,
         "routed_scaling_factor": args.moe_router_topk_scaling_factor or 1.0,
+        # Servers of this architecture never tie them.
+        "tie_word_embeddings": False,
         "topk_group": groups or 1,
         "use_qk_norm": bool(args.qk_layernorm),
     }
@@ -94,6 +94,7 @@ GLM4_MOE = Format(
         Need("moe_router_score_function", ("sigmoid",), "use --moe-router-score-function sigmoid"),
         Need("rotary_interleaved", (False, None)),
     ),
+    score=torch.sigmoid,
     further=_further,
     weights=(
         *WEIGHTS,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 SENTENCE_PIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 MODEL_FILE = "tokenizer.model"
+# Megatron's default of --make-vocab-size-divisible-by.
+_PADDING = 128
 # Texts that a converted tokenizer must split as the original does; %s stands for the text before.
 _SAMPLES = (
     "The quick brown fox jumps over the lazy dog.",
@@ -19,34 +22,49 @@ _SAMPLES = (
 )
 
 
-def write_tokenizer(args: Any, end: int, directory: Path) -> str:
+def write_tokenizer(
+    args: Any, vocabulary: int, end: int, directory: Path
+) -> tuple[str, dict[str, int]]:
     """Write a tokenizer into a directory.
 
     Args:
         args: Megatron's arguments.
+        vocabulary: tokens.
         end: the token that ends a document, and stands before the first one.
         directory: where config.json is.
 
     Returns:
-        What was written, in words.
+        What was written, in words, and the special tokens of config.json.
 
     Raises:
         ValueError: a converted tokenizer would split text differently, or cannot be read.
     """
     kind = args.tokenizer_type
+    special = {f"{name}_token_id": end for name in ("bos", "eos", "pad")}
     if kind in SENTENCE_PIECE and not (
         getattr(args, "tokenizer_sentencepiece_legacy", False)
         and getattr(args, "special_tokens", None)
     ):
         _write_sentencepiece(Path(args.tokenizer_model), end, directory)
-        return "the SentencePiece model, and the same as a fast tokenizer"
+        return "the SentencePiece model, and the same as a fast tokenizer", special
     if kind == "HuggingFaceTokenizer":
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_model)
+        if len(tokenizer) != vocabulary:
+            raise ValueError(
+                f"{args.tokenizer_model} has {len(tokenizer)} tokens, and training's tokenizer "
+                f"{vocabulary}: tokens were added; save that tokenizer, and name it with "
+                "-- --tokenizer-model"
+            )
+        if getattr(args, "chat_template", None):
+            tokenizer.chat_template = args.chat_template
         tokenizer.save_pretrained(directory)
-        return f"that of {args.tokenizer_model}"
-    return f"none: {kind} has no form in transformers; put one into the directory"
+        for name in ("bos", "pad"):
+            own = getattr(tokenizer, f"{name}_token_id")
+            special[f"{name}_token_id"] = end if own is None else own
+        return f"that of {args.tokenizer_model}", special
+    return f"none: {kind} has no form in transformers; put one into the directory", special
 
 
 def _write_sentencepiece(model: Path, end: int, directory: Path) -> None:
@@ -91,10 +109,25 @@ def _write_sentencepiece(model: Path, end: int, directory: Path) -> None:
     shutil.copy(model, directory / MODEL_FILE)
 
 
-def arguments_of(directory: Path) -> list[str]:
-    """Return Megatron's arguments for the tokenizer in an exported directory."""
-    if (directory / MODEL_FILE).is_file():
-        kind, path = SENTENCE_PIECE[0], directory / MODEL_FILE
-    else:
-        kind, path = "HuggingFaceTokenizer", directory
-    return ["--tokenizer-type", kind, "--tokenizer-model", str(path.absolute())]
+def arguments_of(directory: Path, vocabulary: int) -> list[str]:
+    """Return Megatron's arguments for the tokenizer in a Hugging Face directory.
+
+    Args:
+        directory: with config.json.
+        vocabulary: tokens of the model.
+    """
+    import sentencepiece
+
+    model = directory / MODEL_FILE
+    # Others may have tokens beside those of the SentencePiece model.
+    if model.is_file():
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(model)).get_piece_size()
+        if pieces == vocabulary:
+            kind = SENTENCE_PIECE[0]
+            return ["--tokenizer-type", kind, "--tokenizer-model", str(model.absolute())]
+    # The model may have more rows than its tokenizer has tokens.
+    padded = math.ceil(vocabulary / _PADDING) * _PADDING
+    return [
+        *("--tokenizer-type", "HuggingFaceTokenizer"),
+        *("--tokenizer-model", str(directory.absolute()), "--padded-vocab-size", str(padded)),
+    ]

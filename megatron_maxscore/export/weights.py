@@ -20,6 +20,7 @@ from megatron_maxscore.export.formats import (
 )
 
 # What is no weight, and layers that predict further tokens, which a served model does without.
+OUTPUT, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _IGNORED = re.compile(r"(^|\.)mtp\.|_extra_state$|\.rotary_pos_emb\.")
 
 
@@ -88,6 +89,8 @@ def exported(
             result[theirs.format(**places)] = part
     for name, shape in _absent_shared_experts(format_, args):
         result[name] = torch.zeros(shape, dtype=args.params_dtype)
+    if not format_.config(args)["tie_word_embeddings"]:
+        result.setdefault(OUTPUT, result[EMBEDDING])
     return result
 
 
@@ -120,7 +123,7 @@ def imported(
         if missing:
             raise ValueError(f"the model has no weight {missing[0]}, which {name} is made of")
         whole = _joined(weight.kind, [left.pop(theirs) for theirs in names], shapes)
-        if weight.kind == "vocabulary":
+        if weight.kind == "vocabulary" and len(whole) < len(like):
             padded = torch.zeros_like(like, device=whole.device, dtype=whole.dtype)
             padded[: len(whole)] = whole
             whole = padded
@@ -249,27 +252,29 @@ def _absent_shared_experts(format_: Format, args: Any) -> Iterator[tuple[str, tu
         yield f"{prefix}.down_proj.weight", (hidden, size)
 
 
-def without_further_predictions(
+def simplest(
     tensors: dict[str, Tensor], config: dict[str, Any]
-) -> dict[str, Tensor]:
-    """Return weights without layers that predict further tokens, and without a tied output."""
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return weights and config.json without what Megatron's model need not have.
+
+    That are layers that predict further tokens, shared experts of zeros, and an output layer that
+    is the embedding.
+    """
     layers = config["num_hidden_layers"]
 
-    def is_kept(name: str) -> bool:
-        if name == "lm_head.weight" and config.get("tie_word_embeddings"):
-            return False
+    def is_own(name: str) -> bool:
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         return not name.startswith("model.mtp_") and (layer is None or int(layer[1]) < layers)
 
-    return {name: tensor for name, tensor in tensors.items() if is_kept(name)}
-
-
-def without_empty_shared_experts(
-    tensors: dict[str, Tensor], config: dict[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return weights and config.json without shared experts that :func:`exported` has added."""
-    shared = {name for name in tensors if ".mlp.shared_experts." in name}
-    if not shared or any(bool(tensors[name].any()) for name in shared):
-        return tensors, config
-    kept = {name: tensor for name, tensor in tensors.items() if name not in shared}
-    return kept, config | {"n_shared_experts": 0}
+    kept = {name: tensor for name, tensor in tensors.items() if is_own(name)}
+    changed = {}
+    shared = {name for name in kept if ".mlp.shared_experts." in name}
+    if shared and not any(bool(kept[name].any()) for name in shared):
+        kept = {name: tensor for name, tensor in kept.items() if name not in shared}
+        changed["n_shared_experts"] = 0
+    if OUTPUT in kept:
+        is_tied = config["tie_word_embeddings"] or torch.equal(kept[OUTPUT], kept[EMBEDDING])
+        changed["tie_word_embeddings"] = is_tied
+        if is_tied:
+            del kept[OUTPUT]
+    return kept, config | changed

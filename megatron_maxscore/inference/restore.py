@@ -27,18 +27,19 @@ from torch import Tensor
 
 from megatron_maxscore._replacements import Replacements
 from megatron_maxscore.cpu.arguments import WITHOUT_TRANSFORMER_ENGINE
+from megatron_maxscore.export.formats import COMMON
 
 _LATEST = "latest_checkpointed_iteration.txt"
 # Arguments that change what a model computes and that Megatron does not restore. What is not at its
 # default was asked for and stays.
 FURTHER = (
     "layernorm_epsilon", "qk_layernorm", "moe_router_dtype", "moe_router_load_balancing_type",
-    "moe_router_num_groups", "moe_router_group_topk",
-    "moe_expert_capacity_factor", "moe_token_drop_policy", "moe_apply_probs_on_input",
-    "use_rope_scaling", "rope_scaling_factor", "attention_softmax_in_fp32",
-    "apply_residual_connection_post_layernorm", "window_size", "softmax_type", "glu_linear_offset",
-    "activation_func_clamp_value", "moe_shared_expert_gate", "multi_latent_attention", "bf16",
+    "moe_router_num_groups", "moe_router_group_topk", "moe_token_drop_policy",
+    "rope_scaling_factor", "attention_softmax_in_fp32", "mup_base_hidden_size",
+    "mup_embedding_mult", "mup_output_mult", "mup_base_head_dim", "mup_attn_scale_power", "bf16",
     "fp16", "micro_batch_size",
+    # What keeps a model from being exported is looked at there, so it must be as in training.
+    *(need.name for need in COMMON),
 )  # fmt: skip
 # What of the tokenizer's arguments is decided anew: whether a tokenizer may run code of its own.
 _NOT_RESTORED = ("trust_remote_code",)
@@ -56,11 +57,13 @@ class TrainedModel:
         model: a GPTModel; with pipeline parallelism this rank's part.
         tokenizer: Megatron's tokenizer, with ``tokenize`` and ``detokenize``.
         args: Megatron's arguments.
+        saved_args: those of the training run, as the checkpoint holds them; None without one.
     """
 
     model: Any
     tokenizer: Any
     args: Any
+    saved_args: Any = None
 
     def logits(self, tokens_BS: Tensor) -> Tensor:
         """Return the (B, S, V) logits of whole sequences, in float32 at least.
@@ -76,6 +79,14 @@ class TrainedModel:
         with torch.no_grad():
             logits = self.model(tokens_BS, positions_BS, None, runtime_gather_output=True)
         return self.wide(logits)
+
+    def widen(self, dtype: torch.dtype) -> None:
+        """Let the model compute in float32 or float64 from now on."""
+        self.model.to(dtype)
+        for module in self.model.modules():
+            # Attention's softmax casts its result to what the model was trained in.
+            if getattr(module, "input_in_float16", False):
+                module.input_in_float16 = False
 
     def routers(self) -> dict[int, Any]:
         """Return the routers of the decoder's MoE layers, without multi-token prediction's."""
@@ -237,8 +248,12 @@ def _become_a_rank() -> None:
     )
 
 
-def _parsed(parse: Any) -> Any:
-    """Parse arguments; with ``--use-checkpoint-args`` restore more of them."""
+def _parsed(parse: Any) -> tuple[Any, Any]:
+    """Parse arguments; with ``--use-checkpoint-args`` restore more of them.
+
+    Returns:
+        The arguments, and those that the checkpoint holds, None if it was not asked for them.
+    """
     from megatron.training import arguments, checkpointing
     from megatron.training.config import TokenizerConfig
 
@@ -246,11 +261,13 @@ def _parsed(parse: Any) -> Any:
     of_tokenizer = {field.name for field in dataclasses.fields(TokenizerConfig)}
     further = [*FURTHER, *sorted(of_tokenizer - set(_NOT_RESTORED))]
     during = Replacements("arguments of a checkpoint")
+    saved: list[Any] = [None]
 
     def with_further(original: Any) -> Any:
         def load_args_from_checkpoint(args: Any, *rest: Any, **kwargs: Any) -> Any:
             result = original(args, *rest, **kwargs)
             if isinstance(result, tuple):
+                saved[0] = result[1]
                 for name in further:
                     is_default = getattr(args, name, None) == defaults.get_default(name)
                     if hasattr(args, name) and hasattr(result[1], name) and is_default:
@@ -266,7 +283,7 @@ def _parsed(parse: Any) -> Any:
 
     during.wrap(checkpointing, "load_args_from_checkpoint", with_further)
     try:
-        return parse()
+        return parse(), saved[0]
     finally:
         during.undo()
 
@@ -293,7 +310,7 @@ def _build() -> TrainedModel:
     from megatron.training.global_vars import get_tokenizer
     from megatron.training.initialize import initialize_megatron
 
-    args = _parsed(parse_and_validate_args)
+    args, saved = _parsed(parse_and_validate_args)
     initialize_megatron()
     config = argument_utils.gpt_config_from_args(args)
     builder = config.get_builder_cls()(config)
@@ -304,4 +321,4 @@ def _build() -> TrainedModel:
     while hasattr(model, "module"):
         model = model.module
     args.iteration = 0
-    return TrainedModel(model.eval(), get_tokenizer(), args)
+    return TrainedModel(model.eval(), get_tokenizer(), args, saved)

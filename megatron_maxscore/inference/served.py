@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_maxscore.export.directory import read_config
-from megatron_maxscore.export.verify import load_served
+from megatron_maxscore.export.verify import gates_of, load_served
+from megatron_maxscore.inference.restore import NotFiniteError
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,20 @@ class ServedModel:
     args: Any
 
     def logits(self, tokens_BS: Tensor) -> Tensor:
-        """Return the (B, S, V) logits of whole sequences, in float32 at least."""
+        """Return the (B, S, V) logits of whole sequences, in float32 at least.
+
+        Raises:
+            NotFiniteError: some are NaN or infinite.
+        """
         with torch.no_grad():
             logits: Tensor = self.model(tokens_BS.to(self.model.device)).logits
+        if not bool(torch.isfinite(logits).all()):
+            raise NotFiniteError("the model's logits are NaN or infinite")
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def routers(self) -> dict[int, Any]:
         """Return each layer's router, by the layer's number from 1."""
-        layers = enumerate(self.model.model.layers, start=1)
-        return {number: layer.mlp.gate for number, layer in layers if hasattr(layer.mlp, "gate")}
+        return gates_of(self.model)
 
     def routed(self, output: Any) -> tuple[Tensor, float]:
         """Return the (E,) int64 loads and the sum of all gates of a router's call."""
@@ -54,7 +59,10 @@ def open_served(directory: str | Path, batch_size: int = 8) -> ServedModel:
     Raises:
         ValueError: it holds no such model.
     """
-    config = read_config(Path(directory))
+    # Imports transformers, which is there only with an extra.
+    from megatron_maxscore.export.convert import opened
+
+    _, config = opened(Path(directory))
     model = load_served(directory)
     topk = model.config.num_experts_per_tok
     args = SimpleNamespace(

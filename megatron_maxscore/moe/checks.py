@@ -228,8 +228,8 @@ def _check_gates_can_learn(
     if options.gate == "score" and is_softmax and topk == 1 and not get("moe_router_pre_softmax"):
         raise ValueError(
             "--maxscore-gate score cannot be combined with --moe-router-topk 1 and a softmax over "
-            "the chosen expert, which is always 1; add --moe-router-pre-softmax, or use "
-            "--maxscore-gate soft_topk"
+            "the chosen expert, which is always 1; use --moe-router-score-function sigmoid, add "
+            "--moe-router-pre-softmax, or use --maxscore-gate soft_topk"
         )
     is_plain = options.gate == "soft_topk" and options.variant == "bientropic"
     if is_plain and topk == num_experts:

@@ -1,9 +1,9 @@
-"""Compare a checkpoint with its exported model: logits, experts, greedy decoding.
+"""Compare a checkpoint with its exported model: logits, experts, greedy decoding, faults.
 
     python tests/dist/agreement_probe.py CHECKPOINT SERVED DATA
 
 Prints one JSON object. Experts of a token may differ where its k-th and next score plus bias are
-equal up to rounding; logits of that token and of those after it in the sequence are not compared.
+equal up to rounding.
 """
 
 from __future__ import annotations
@@ -15,70 +15,48 @@ import torch
 import torch.distributed as dist
 
 from megatron_maxscore.commands.evaluate import sequences_of
+from megatron_maxscore.export import FORMATS
+from megatron_maxscore.export.verify import bias_of, compare, gates_of
 from megatron_maxscore.inference import restore, sample
 
 SEQUENCES, BATCH = 64, 8
 PROMPTS, PROMPT, NEW = 4, 16, 64
 # Scores lie between 0 and 1 and are computed in float32.
 TIE = 1e-6
-SCORES = {"glm4_moe": torch.sigmoid, "ernie4_5_moe": lambda logits: logits.softmax(-1)}
 
 
-def bias_of(gate):
-    """Return the bias of one of transformers' routers."""
-    statics = getattr(gate, "moe_statics", gate)
-    return statics.e_score_correction_bias.reshape(-1)
-
-
-def compare(trained, served, sequences):
-    """Return the largest difference of a logit, and how many tokens chose other experts."""
-    ours, theirs = {}, {}
-    score, topk = SCORES[served.config.model_type], served.config.num_experts_per_tok
-
-    def hook_ours(layer):
-        def keep(router, _, output):
-            tokens, experts = output[1].shape
-            batch = BATCH if tokens % BATCH == 0 else tokens
-            ours[layer] = output[1].view(-1, batch, experts).transpose(0, 1)
-
-        return keep
-
-    def hook_theirs(layer):
-        def keep(gate, _, output):
-            scores = score(output[0]) + bias_of(gate)
-            best = scores.topk(topk + 1, dim=-1).values
-            chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, output[2], True)
-            theirs[layer] = chosen, best[:, -2] - best[:, -1]
-
-        return keep
-
-    for layer, router in trained.routers().items():
-        router.register_forward_hook(hook_ours(layer))
-        gate = served.model.layers[layer - 1].mlp.gate
-        gate.register_forward_hook(hook_theirs(layer))
-    largest, other, ties, decided = 0.0, 0, 0, 0
+def agreement(trained, served, sequences):
+    """Return sums over the batches."""
+    score = FORMATS[served.config.model_type].score
+    found = {"logit": 0.0, "other_experts": 0, "ties": 0, "decided": 0, "biased": 0}
     for tokens in sequences.split(BATCH):
-        if len(tokens) < BATCH:
-            break
-        logits = trained.logits(tokens)
-        with torch.no_grad():
-            served_logits = served(tokens).logits
-        is_tie = torch.zeros(tokens.shape, dtype=torch.bool)
-        for layer, chosen in ours.items():
-            same, gap = theirs[layer]
-            differs = (chosen != same.view_as(chosen)).any(-1)
-            is_near = (gap <= TIE).view_as(differs)
-            # A token after a tie sees other keys, and is no witness either.
-            other += int((differs & ~is_near & (is_tie.cumsum(1) == 0)).sum())
-            is_tie |= differs & is_near
-            ties += int((differs & is_near).sum())
-            decided += differs.numel()
-        compared = is_tie.cumsum(1) == 0
-        largest = max(largest, float((logits - served_logits).abs().amax(-1)[compared].max()))
-    return {
-        "logit": largest, "other_experts": other, "ties": ties, "decided": decided,
-        "spread": float(logits.std()),
-    }  # fmt: skip
+        one = vars(compare(trained, served, tokens, score, TIE))
+        found["spread"] = one.pop("spread")
+        logit = max(found["logit"], one.pop("logit"))
+        found |= {name: found[name] + count for name, count in one.items()} | {"logit": logit}
+    return found
+
+
+def faults(trained, served, sequences):
+    """Return what the comparison finds of models that were changed, by the change."""
+
+    def negate():
+        for gate in gates_of(served).values():
+            bias_of(gate).mul_(-1.0)
+
+    def swap():
+        experts = served.model.layers[-1].mlp.experts
+        experts.gate_up_proj.data[0] = experts.gate_up_proj.data[0].roll(
+            experts.intermediate_dim, 0
+        )
+
+    found = {}
+    for change in (negate, swap):
+        change()
+        one = agreement(trained, served, sequences[:BATCH])
+        change()
+        found[change.__name__] = one["other_experts"] + (one["logit"] > 1e-3)
+    return found
 
 
 def decoded(trained, served, sequences):
@@ -106,7 +84,8 @@ def main():
     served = AutoModelForCausalLM.from_pretrained(directory)
     sequences = sequences_of(data, trained.args.seq_length)[:SEQUENCES, :-1]
     result = {"sequences": len(sequences), "length": sequences.shape[1]}
-    result |= decoded(trained, served, sequences) | compare(trained, served, sequences)
+    result |= decoded(trained, served, sequences) | agreement(trained, served, sequences)
+    result["faults"] = faults(trained, served, sequences)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     texts = [trained.tokenizer.detokenize(row.tolist()) for row in sequences]
     result["tokenized"] = sum(

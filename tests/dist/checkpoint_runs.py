@@ -54,7 +54,7 @@ def train(directory, data, ranks, flags, model=MODEL_ON_TEXT):
 
 
 def local_task(directory):
-    """Write a task for lm-evaluation-harness, whose right answers are words of the text.
+    """Write tasks for lm-evaluation-harness: choices whose right ones are words of the text, texts.
 
     Returns:
         Arguments of the command, and the environment in which nothing is downloaded.
@@ -74,7 +74,17 @@ def local_task(directory):
         "doc_to_text: '{{question}}'\ndoc_to_choice: '{{choices}}'\ndoc_to_target: answer\n"
         "metric_list:\n  - metric: acc\n"
     )
+    (tasks / "texts.jsonl").write_text(
+        "\n".join(json.dumps({"text": f"{' '.join(WORDS)} {word}\n"}) for word in WORDS)
+    )
+    (tasks / "local_texts.yaml").write_text(
+        "task: local_texts\ndataset_path: json\n"
+        f"dataset_kwargs:\n  data_files:\n    test: {tasks}/texts.jsonl\n"
+        "test_split: test\noutput_type: loglikelihood_rolling\n"
+        "doc_to_text: ''\ndoc_to_target: '{{text}}'\n"
+        "metric_list:\n  - metric: word_perplexity\n"
+    )
     environment = {
         **os.environ, "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(directory / "cache"),
     }  # fmt: skip
-    return ("--include", tasks, "--tasks", "local_items"), environment
+    return ("--include", tasks, "--tasks", "local_items", "local_texts"), environment

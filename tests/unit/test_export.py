@@ -84,6 +84,13 @@ CASES = {
     "experts without a pattern": (
         f"{SERVABLE} --moe-layer-freq [1,1,0,1]", None, "one distance in --moe-layer-freq",
     ),
+    "norm without weights": (f"{SERVABLE} --qk-l2-norm", None, "leave out --qk-l2-norm"),
+    "no experts": (
+        SERVABLE.replace("--num-experts 16", ""), None, "add --num-experts",
+    ),
+    "no layer with experts": (
+        f"{SERVABLE} --moe-layer-freq [0,0,0,0]", None, "layers with experts",
+    ),
     "stock, softmax": (MODEL.replace("maxscore", "topk"), "ernie4_5_moe", ""),
     "stock, sinkhorn": (
         MODEL.replace("maxscore", "topk") + " --moe-router-load-balancing-type sinkhorn", None,
@@ -121,6 +128,9 @@ def arguments(**changed):
         group_query_attention=True, ffn_hidden_size=20, moe_ffn_hidden_size=12, num_experts=6,
         moe_layer_freq=[0, 1, 1], rotary_percent=1.0, rotary_interleaved=False,
         moe_shared_expert_intermediate_size=None, params_dtype=torch.float32,
+        max_position_embeddings=64, init_method_std=0.02, layernorm_epsilon=1e-5,
+        rotary_base=10000, untie_embeddings_and_output_weights=True, add_qkv_bias=False,
+        qk_layernorm=False, moe_router_topk=2, moe_router_topk_scaling_factor=None,
     )  # fmt: skip
     return SimpleNamespace(**values | changed)
 
@@ -175,15 +185,14 @@ def test_weights_come_back_as_they_were(kind):
     tensors = weights.exported(state, format_, args, 32)
     assert all(not name.startswith("decoder") for name in tensors)
     assert tensors["model.embed_tokens.weight"].shape == (32, 24)
-    shape = {"num_hidden_layers": 3, "n_shared_experts": 1}
+    shape = {"num_hidden_layers": 3, "n_shared_experts": 1, "tie_word_embeddings": False}
+    # Layers that predict further tokens, and an output layer that the embedding is.
     others = {"model.layers.3.eh_proj.weight": torch.ones(2), "model.mtp_x": torch.ones(2)}
-    own = weights.without_further_predictions(tensors | others, shape)
-    assert own.keys() == tensors.keys()
-    assert "lm_head.weight" not in weights.without_further_predictions(
-        tensors, shape | {"tie_word_embeddings": True}
-    )
-    kept, config = weights.without_empty_shared_experts(tensors, shape)
+    tied, config = weights.simplest(tensors | others, shape | {"tie_word_embeddings": True})
+    assert config["tie_word_embeddings"] and not {*others, "lm_head.weight"} & tied.keys()
+    kept, config = weights.simplest(tensors, shape)
     assert config["n_shared_experts"] == (0 if kind == "glm4_moe" else 1)
+    assert not config["tie_word_embeddings"] and "lm_head.weight" in kept
     back = weights.imported(kept, state, format_, args, 32)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], state[name]) for name in state)
@@ -222,7 +231,8 @@ def test_rotary_channels_keep_attention_scores(kind):
     qkv = torch.randn(4 * 3 * 8, 24, generator=generator)
     inputs = torch.randn(2, 24, generator=generator)
     name = "decoder.layers.0.self_attention.linear_qkv.weight"
-    tensors = weights.exported({name: qkv}, format_, args, 32)
+    state = state_of(args, 32, has_bias=False) | {name: qkv}
+    tensors = weights.exported(state, format_, args, 32)
     angles = torch.tensor([[0.3, 0.1, 0.03, 0.01]]) * torch.tensor([[5.0], [2.0]])
 
     def score(queries, keys, neighbours):
@@ -255,10 +265,23 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path):
         check_free(tmp_path / "nowhere" / "served")
 
 
-def test_the_nearest_format_is_named_first():
-    with pytest.raises(ValueError, match=r"exactly; for ernie4_5_moe .*; for glm4_moe "):
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_tied_output_layer_is_written_where_servers_ask_for_it(kind):
+    args, format_ = arguments(untie_embeddings_and_output_weights=False), FORMATS[kind]
+    state = state_of(args, 32, has_bias=False)
+    del state["output_layer.weight"]
+    tensors, config = weights.exported(state, format_, args, 32), format_.config(args)
+    assert config["tie_word_embeddings"] == ("lm_head.weight" not in tensors)
+    if kind == "glm4_moe":
+        assert torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
+    kept, config = weights.simplest(tensors, {"num_hidden_layers": 3, **config})
+    assert config["tie_word_embeddings"] and "lm_head.weight" not in kept
+
+
+def test_what_any_format_asks_for_is_said_once():
+    with pytest.raises(ValueError, match=r"exactly; use --normalization .*; for glm4_moe "):
         choose(SimpleNamespace(
             normalization="LayerNorm", swiglu=True, add_bias_linear=False, num_layers=1,
             position_embedding_type="rope", moe_router_score_function="softmax",
-            moe_layer_freq=1, moe_router_topk=2, moe_router_type="topk",
+            moe_layer_freq=1, moe_router_topk=2, moe_router_type="topk", num_experts=4,
         ))  # fmt: skip

@@ -65,7 +65,7 @@ def test_direction(layer):
 
 
 def test_formats_are_known_before_training():
-    """Checks of arguments ask which format holds a model, so formats know nothing of checkpoints."""
+    """Checks of arguments ask which format holds a model; formats know nothing of checkpoints."""
     for name in ("__init__", "choice", "formats", "glm4_moe", "ernie4_5_moe"):
         for imported in imports(PACKAGE / "export" / f"{name}.py"):
             if imported.startswith("megatron"):
