@@ -22,7 +22,7 @@ def tool(name, *arguments, **kwargs):
     """Run a command of the package and return its result."""
     return subprocess.run(
         [sys.executable, "-m", "megatron_maxscore", name, *map(str, arguments)],
-        capture_output=True, text=True, timeout=300, cwd=ROOT, **kwargs,
+        capture_output=True, text=True, timeout=900, cwd=ROOT, **kwargs,
     )  # fmt: skip
 
 

@@ -201,19 +201,26 @@ def test_an_interrupted_export_leaves_nothing_that_looks_whole(exported, tmp_pat
         assert [path.name.startswith(".served.incomplete-") for path in left] == [True]
 
 
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Return the demo's data, the sources of Python's library."""
+    directory = tmp_path_factory.mktemp("demo") / "data"
+    done = tool("prepare", "--output", directory)
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
 @pytest.mark.full
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("layout", [demo.TENSOR_EXPERT, demo.PIPELINE_EXPERT])
 @pytest.mark.parametrize(
     "router", [PRESET, f"{PRESET} {SIGMOID}", f"{SIGMOID} --moe-router-enable-expert-bias"]
 )
-def test_the_demos_model(tmp_path, layout, router):
-    """60 steps in the demo's setting, on the sources of Python's library."""
-    corpus = tmp_path / "corpus"
-    done = tool("prepare", "--output", corpus)
-    assert done.returncode == 0, done.stderr
+def test_the_demos_model(corpus, tmp_path, layout, router):
+    """60 steps in the demo's setting."""
     run = demo.Run("run", "run", layout, f"{OURS} {router}", 60, is_kept=True)
     command = demo.command(run, corpus, tmp_path)
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     served, checkpoint = tmp_path / "served", tmp_path / demo.CHECKPOINT
     done = tool("export", "--checkpoint", checkpoint, "--output", served)
