@@ -28,7 +28,7 @@ from tests.releases import NEWEST, RELEASES, TREES  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "compatibility.md"
 RECORD = ROOT / "docs" / "compatibility.json"
-_OLDER = "test_ways_in.py::test_contracts_and_dispatcher[{release}]"
+_OLDER = "test_ways_in.py::test_contracts_and_dispatcher[{release}-]"
 
 
 def same(test: str) -> tuple[str, str]:
@@ -109,8 +109,8 @@ UPSTREAM = (
 )
 
 
-def recorded(paths: list[Path]) -> dict[str, Any]:
-    """Return the record of JUnit files: where and when they ran, and every test's result."""
+def recorded(paths: list[Path], commit: str | None) -> dict[str, Any]:
+    """Return the record of JUnit files: when they ran, and every test's last result."""
     results, dates = {}, []
     for path in paths:
         for suite in ElementTree.parse(path).getroot().iter("testsuite"):
@@ -123,7 +123,7 @@ def recorded(paths: list[Path]) -> dict[str, Any]:
                 results[f"{file}.py::{case.get('name')}"] = result
     return {
         "date": max(dates),
-        "commit": commit_of(ROOT),
+        "commit": commit or commit_of(ROOT),
         "releases": {
             release: f"branch at {commit_of(TREES[release])}" if release in TREES else "wheel"
             for release in RELEASES
@@ -266,7 +266,7 @@ def document() -> str:
         "## MoE features, at the level of the layer",
         "",
         *table("feature", by_hand(record, LAYERS)),
-        "Megatron's own `--moe-use-upcycling` fails in the training loops of all three releases "
+        "Megatron's own `--moe-use-upcycling` fails in the training loops of 0.17 to 0.19 "
         "(`load_checkpoint() got an unexpected keyword argument 'model'`), with stock routers too; "
         "the conversion itself is tested.",
         "",
@@ -303,9 +303,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
     parser.add_argument("--record", nargs="+", type=Path, metavar="JUNIT_XML")
+    parser.add_argument("--commit", help="what the run was of (default: this checkout's commit)")
     arguments = parser.parse_args()
     if arguments.record:
-        record = json.dumps(recorded(arguments.record), indent=1)
+        record = json.dumps(recorded(arguments.record, arguments.commit), indent=1)
         RECORD.write_text(record + "\n", encoding="utf-8")
     if not arguments.check:
         DOCUMENT.write_text(document(), encoding="utf-8")
