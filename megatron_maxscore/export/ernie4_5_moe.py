@@ -16,6 +16,7 @@ from megatron_maxscore.export.formats import (
     Weight,
     common_config,
     expert_size,
+    layer_arguments,
     routed_layers,
 )
 
@@ -62,11 +63,11 @@ def _arguments(config: dict[str, Any]) -> list[str]:
     )
     layers = config["num_hidden_layers"]
     last = layers - 1 if last == -1 else last
-    routed = [int((i + 1) % interval == 0 and first <= i <= last) for i in range(layers)]
+    routed = [(i + 1) % interval == 0 and first <= i <= last for i in range(layers)]
     flags = [
         *("--num-experts", str(config["moe_num_experts"])),
         *("--moe-router-topk", str(config["moe_k"]), "--moe-router-score-function", "softmax"),
-        *("--moe-layer-freq", str(routed).replace(" ", "")),
+        *layer_arguments(routed),
     ]
     if config["moe_num_shared_experts"]:
         size = config["moe_num_shared_experts"] * config["moe_intermediate_size"]

@@ -279,6 +279,14 @@ def common_arguments(config: dict[str, Any]) -> list[str]:
     return flags
 
 
+def layer_arguments(routed: list[bool]) -> list[str]:
+    """Return Megatron's arguments for which layers have experts."""
+    # Where all have them the flag is left out: with it checkpoints name every layer.
+    return (
+        [] if all(routed) else ["--moe-layer-freq", str([int(r) for r in routed]).replace(" ", "")]
+    )
+
+
 _OURS, _THEIRS = "decoder.layers.{layer}.", "model.layers.{layer}."
 _QKV = ("q", "k", "v")
 

@@ -18,6 +18,7 @@ from megatron_maxscore.export.formats import (
     Weight,
     common_config,
     expert_size,
+    layer_arguments,
     routed_layers,
 )
 
@@ -72,7 +73,7 @@ def _arguments(config: dict[str, Any]) -> list[str]:
         *("--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bias"),
         *("--moe-router-topk-scaling-factor", str(config["routed_scaling_factor"])),
         *("--rotary-percent", str(share)),
-        *("--moe-layer-freq", f"([0]*{dense}+[1]*{layers - dense})"),
+        *layer_arguments([layer >= dense for layer in range(layers)]),
     ]
     if config["norm_topk_prob"] != (topk > 1):
         raise ValueError("norm_topk_prob: Megatron normalises the gates if there are several")

@@ -46,9 +46,7 @@ def faults(trained, served, sequences):
 
     def swap():
         experts = served.model.layers[-1].mlp.experts
-        experts.gate_up_proj.data[0] = experts.gate_up_proj.data[0].roll(
-            experts.intermediate_dim, 0
-        )
+        experts.gate_up_proj.data = experts.gate_up_proj.data.roll(experts.intermediate_dim, 1)
 
     found = {}
     for change in (negate, swap):

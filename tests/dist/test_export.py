@@ -47,7 +47,9 @@ def data(tmp_path_factory):
 def exported(request, data, tmp_path_factory):
     """Train a small model, export it; return the format, the checkpoint and the directory."""
     directory = tmp_path_factory.mktemp(request.param)
-    checkpoint_runs.train(directory, data, 2, f"{SMALL[request.param]} --train-iters 20")
+    # At a larger rate the model takes all tokens for one.
+    flags = f"{SMALL[request.param]} --lr 2e-3 --train-iters 20"
+    checkpoint_runs.train(directory, data, 2, flags)
     served = directory / "served"
     done = tool("export", "--checkpoint", directory / "checkpoint", "--output", served)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -156,15 +158,15 @@ def test_half_precision_keeps_the_routers_bias(data, tmp_path):
 
 
 def test_what_no_format_holds_is_refused(data, tmp_path):
-    flags = f"{OURS} {EP2} --qk-layernorm --train-iters 2"
+    flags = f"{OURS} {EP2} --train-iters 2"
     checkpoint_runs.train(tmp_path, data, 2, flags)
     served = tmp_path / "served"
     done = tool("export", "--checkpoint", tmp_path / "checkpoint", "--output", served)
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     for word in (
-        "gates are SoftTopk", "--maxscore-preset servable", "for glm4_moe", "for ernie4_5_moe",
-        "--moe-router-score-function sigmoid", "leave out --qk-layernorm",
+        "add --maxscore-preset servable (gates are SoftTopk", "for glm4_moe",
+        "--moe-router-score-function sigmoid",
     ):  # fmt: skip
         assert word in line
     assert not list(tmp_path.glob("*served*"))
