@@ -136,7 +136,7 @@ def test_a_launch_that_works():
         ("--pipeline-model-parallel-size 3", ("pipeline",)),
         (
             "--maxscore-preset servable --position-embedding-type rope",
-            ("--maxscore-preset servable", "for ernie4_5_moe", "--normalization RMSNorm"),
+            ("--maxscore-preset servable", "use --normalization RMSNorm", "add --swiglu"),
         ),
         (
             "--maxscore-preset servable --maxscore-gate soft_topk",
