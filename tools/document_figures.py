@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_maxscore.commands import demo, evaluate, prepare
 from megatron_maxscore.commands.processes import Processes, execute
-from megatron_maxscore.export.verify import load_served
+from megatron_maxscore.export.verify import bias_of, gates_of, load_served
 
 ROOT = Path(__file__).resolve().parent.parent
 BIAS = "--moe-router-score-function sigmoid --moe-router-enable-expert-bias"
@@ -108,9 +108,8 @@ def serving(arguments: argparse.Namespace) -> Table:
         subprocess.run(command, check=True, cwd=ROOT)
         whole = load_served(served, torch.float32)
         rounded = load_served(served, torch.float32)
-        for gate in gates_of(rounded):
-            bias = getattr(gate, "moe_statics", gate).e_score_correction_bias
-            bias.data = bias.data.to(bfloat16).float()
+        for gate in gates_of(rounded).values():
+            bias_of(gate).copy_(bias_of(gate).to(bfloat16))
         models = {
             "float32": whole,
             "float32, bias in bfloat16": rounded,
@@ -125,11 +124,6 @@ def serving(arguments: argparse.Namespace) -> Table:
     return table
 
 
-def gates_of(model: Any) -> list[Any]:
-    """Return the routers of a model of transformers."""
-    return [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
-
-
 def served_run(model: Any, tokens_BS: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Return the (layers, tokens, experts) choice of a model, and its loss."""
     chosen: list[torch.Tensor] = []
@@ -138,7 +132,7 @@ def served_run(model: Any, tokens_BS: torch.Tensor) -> tuple[torch.Tensor, float
         map_TE = torch.zeros_like(output[0], dtype=torch.bool)
         chosen.append(map_TE.scatter_(1, output[2], True))
 
-    handles = [gate.register_forward_hook(keep) for gate in gates_of(model)]
+    handles = [gate.register_forward_hook(keep) for gate in gates_of(model).values()]
     with torch.no_grad():
         logits = model(tokens_BS[:, :-1]).logits.float()
     for handle in handles:

@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import math
 import os
 import sys
 from collections.abc import Iterator
@@ -36,10 +35,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
+from megatron_maxscore.commands.evaluate_report import report
 from megatron_maxscore.commands.outputs import check_output, write_whole
 from megatron_maxscore.commands.parsing import parser_of
 from megatron_maxscore.export.directory import is_exported
@@ -50,7 +48,7 @@ from megatron_maxscore.inference import (
     add_arguments,
     restore,
 )
-from megatron_maxscore.inference.served import ServedModel, open_served
+from megatron_maxscore.inference.served import ServedModel, check_no_arguments, open_served
 
 
 @dataclass
@@ -290,29 +288,6 @@ def decode(trained: TrainedModel, sequences: torch.Tensor) -> dict[str, float]:
     return found
 
 
-def table_of(result: dict[str, Any]) -> Table:
-    """Return the table of losses and loads."""
-    table = Table(title=f"{result['tokens']:,} tokens of {result['data']}")
-    table.add_column("")
-    rules = result["rules"]
-    for rule in rules:
-        table.add_column(rule, justify="right")
-
-    def row(label: str, values: list[str]) -> None:
-        table.add_row(label, *values)
-
-    row("loss, nats per token", [f"{r['loss']:.4f}" for r in rules.values()])
-    row("perplexity", [f"{math.exp(r['loss']):.2f}" for r in rules.values()])
-    row("maxvio per layer, mean", [f"{np.mean(r['maxvio']):.4f}" for r in rules.values()])
-    row("maxvio per layer, max", [f"{np.max(r['maxvio']):.4f}" for r in rules.values()])
-    row(
-        "maxvio of a batch, mean", [f"{np.mean(r['maxvio_per_batch']):.4f}" for r in rules.values()]
-    )
-    row("sum of a token's gates, mean", [f"{np.mean(r['gate_sum']):.3f}" for r in rules.values()])
-    row("dropped assignments", [f"{r['dropped']:.2%}" for r in rules.values()])
-    return table
-
-
 def main(command: list[str] | None = None) -> int:
     """Restore, evaluate, report."""
     parser = parser_of("evaluate", __doc__)
@@ -363,11 +338,7 @@ def evaluated(arguments: argparse.Namespace) -> dict[str, Any] | None:
                 f"{arguments.checkpoint} is an exported model, which one process evaluates; start "
                 "it without torchrun"
             )
-        if arguments.megatron:
-            raise ValueError(
-                f"{arguments.checkpoint} is an exported model, and takes no arguments of "
-                f"Megatron's; leave out {' '.join(arguments.megatron)}"
-            )
+        check_no_arguments(arguments.checkpoint, arguments.megatron)
         trained = open_served(arguments.checkpoint)
     else:
         trained = restore(arguments.checkpoint, arguments.megatron)
@@ -388,25 +359,3 @@ def evaluated(arguments: argparse.Namespace) -> dict[str, Any] | None:
     if arguments.decode and "no drops" not in rules and isinstance(trained, TrainedModel):
         result["decoding"] = decode(trained, sequences[: arguments.decode])
     return result if not dist.is_initialized() or dist.get_rank() == 0 else None
-
-
-def report(result: dict[str, Any]) -> None:
-    """Print the table and the comparisons."""
-    console = Console(width=100 if not sys.stdout.isatty() else None)
-    console.print(table_of(result))
-    comparison = result["comparison"]
-    if comparison:
-        first, second = comparison["rules"]
-        console.print(
-            f"{first} against {second}: KL {comparison['kl']:.4f} nats, same likeliest token "
-            f"{comparison['top1_agreement']:.1%}"
-        )
-    if "decoding" in result:
-        found = result["decoding"]
-        for kind, name in (("", "token by token"), ("_float64", "the same in float64")):
-            console.print(
-                f"{name}, {found['sequences']} sequences: loss "
-                f"{found['loss_token_by_token' + kind]:.6f}, in one pass "
-                f"{found['loss_one_pass' + kind]:.6f}, largest difference of a log-probability "
-                f"{found['largest_difference' + kind]:.1e}"
-            )

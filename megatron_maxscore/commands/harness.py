@@ -29,6 +29,7 @@ from megatron_maxscore.commands.outputs import check_output, write_whole
 from megatron_maxscore.commands.parsing import parser_of
 from megatron_maxscore.export.directory import is_exported
 from megatron_maxscore.inference import add_arguments, restore
+from megatron_maxscore.inference.served import check_no_arguments
 
 PAPER = (
     "arc_challenge", "arc_easy", "boolq", "hellaswag", "lambada_openai", "piqa", "race", "sciq",
@@ -83,11 +84,7 @@ def main(command: list[str] | None = None) -> int:
         return 2
     try:
         if is_exported(arguments.checkpoint):
-            if arguments.megatron:
-                raise ValueError(
-                    f"{arguments.checkpoint} is an exported model, and takes no arguments of "
-                    f"Megatron's; leave out {' '.join(arguments.megatron)}"
-                )
+            check_no_arguments(arguments.checkpoint, arguments.megatron)
             # The harness's own model, which shows what others get.
             from lm_eval.models.huggingface import HFLM
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_maxscore.export.formats import (
     BIAS,
+    THEIRS,
     WEIGHTS,
     Format,
     Need,
@@ -92,7 +93,7 @@ ERNIE4_5_MOE = Format(
     further=_further,
     weights=(
         *WEIGHTS,
-        Weight(BIAS, ("model.layers.{layer}.mlp.moe_statics.e_score_correction_bias",), "bias"),
+        Weight(BIAS, (THEIRS + "mlp.moe_statics.e_score_correction_bias",), "bias"),
     ),
     router_bias=(1, -1),
     is_rotary_interleaved=True,

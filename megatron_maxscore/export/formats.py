@@ -287,13 +287,14 @@ def layer_arguments(routed: list[bool]) -> list[str]:
     )
 
 
-_OURS, _THEIRS = "decoder.layers.{layer}.", "model.layers.{layer}."
+# Names of a layer's weights begin so, in Megatron's model and in the exported one.
+OURS, THEIRS = "decoder.layers.{layer}.", "model.layers.{layer}."
 _QKV = ("q", "k", "v")
 
 
 def feed_forward(ours: str, theirs: str) -> tuple[Weight, Weight]:
     """Return the weights of a gated feed-forward network."""
-    ours, theirs = _OURS + ours, _THEIRS + theirs
+    ours, theirs = OURS + ours, THEIRS + theirs
     first = (f"{theirs}.gate_proj.weight", f"{theirs}.up_proj.weight")
     return (
         Weight(f"{ours}.linear_fc1.weight", first, "halves"),
@@ -307,7 +308,7 @@ WEIGHTS = (
     Weight("output_layer.weight", ("lm_head.weight",), "vocabulary"),
     Weight("decoder.final_layernorm.weight", ("model.norm.weight",)),
     *(
-        Weight(_OURS + ours, (_THEIRS + theirs,))
+        Weight(OURS + ours, (THEIRS + theirs,))
         for ours, theirs in (
             ("input_layernorm.weight", "input_layernorm.weight"),
             ("self_attention.linear_proj.weight", "self_attn.o_proj.weight"),
@@ -317,8 +318,8 @@ WEIGHTS = (
     ),
     *(
         Weight(
-            f"{_OURS}self_attention.linear_qkv.{part}",
-            tuple(f"{_THEIRS}self_attn.{name}_proj.{part}" for name in _QKV),
+            f"{OURS}self_attention.linear_qkv.{part}",
+            tuple(f"{THEIRS}self_attn.{name}_proj.{part}" for name in _QKV),
             "qkv",
         )
         for part in ("weight", "bias")
@@ -328,4 +329,4 @@ WEIGHTS = (
     *feed_forward("mlp.experts.local_experts.{expert}", "mlp.experts.{expert}"),
 )
 # The name that :mod:`weights` gives to what a router adds to its scores.
-BIAS = f"{_OURS}mlp.router.bias"
+BIAS = f"{OURS}mlp.router.bias"

@@ -12,6 +12,8 @@ import torch
 
 from megatron_maxscore.export.formats import (
     BIAS,
+    OURS,
+    THEIRS,
     WEIGHTS,
     Format,
     Need,
@@ -22,7 +24,6 @@ from megatron_maxscore.export.formats import (
     routed_layers,
 )
 
-_OURS, _THEIRS = "decoder.layers.{layer}.", "model.layers.{layer}."
 # Groups are ranked by the sum of so many scores, where Megatron takes k / --moe-router-group-topk.
 _GROUP_SCORES = 2
 
@@ -99,9 +100,9 @@ GLM4_MOE = Format(
     further=_further,
     weights=(
         *WEIGHTS,
-        Weight(BIAS, (_THEIRS + "mlp.gate.e_score_correction_bias",), "bias"),
-        Weight(_OURS + "self_attention.q_layernorm.weight", (_THEIRS + "self_attn.q_norm.weight",)),
-        Weight(_OURS + "self_attention.k_layernorm.weight", (_THEIRS + "self_attn.k_norm.weight",)),
+        Weight(BIAS, (THEIRS + "mlp.gate.e_score_correction_bias",), "bias"),
+        Weight(OURS + "self_attention.q_layernorm.weight", (THEIRS + "self_attn.q_norm.weight",)),
+        Weight(OURS + "self_attention.k_layernorm.weight", (THEIRS + "self_attn.k_norm.weight",)),
     ),
     router_bias=(-1,),
     is_rotary_interleaved=False,

@@ -19,8 +19,8 @@ from megatron_maxscore.export.formats import (
     routed_layers,
 )
 
-# What is no weight, and layers that predict further tokens, which a served model does without.
 OUTPUT, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+# What is no weight, and layers that predict further tokens, which a served model does without.
 _IGNORED = re.compile(r"(^|\.)mtp\.|_extra_state$|\.rotary_pos_emb\.")
 
 
@@ -29,7 +29,6 @@ class Shapes:
     """Sizes that weights are cut by.
 
     Attributes:
-        heads: attention heads with queries.
         groups: heads with keys.
         channels: of a head.
         rotary: channels of a head that are rotated.
@@ -38,7 +37,6 @@ class Shapes:
             format neighbours.
     """
 
-    heads: int
     groups: int
     channels: int
     rotary: int
@@ -50,7 +48,6 @@ class Shapes:
         """Return the sizes of a model."""
         channels = head_size(args)
         return cls(
-            heads=args.num_attention_heads,
             groups=query_groups(args),
             channels=channels,
             rotary=int(channels * args.rotary_percent),
@@ -154,14 +151,14 @@ def state_of(model: Any) -> dict[str, Tensor]:
 
 
 def load_state(model: Any, state: Mapping[str, Tensor]) -> None:
-    """Put weights into a model; the inverse of :func:`state_of`."""
+    """Put weights into a model with MaxScore's routers; the inverse of :func:`state_of`."""
     own = dict(model.state_dict())
     routers = dict(routers_of(model))
     with torch.no_grad():
         for name, tensor in state.items():
             prefix, _, last = name.rpartition(".")
             if prefix in routers and last == "bias":
-                _set_bias(routers[prefix], tensor)
+                routers[prefix].set_prices(-tensor.to(routers[prefix].weight.device))
             else:
                 own[name].copy_(tensor)
 
@@ -185,18 +182,6 @@ def bias_of(router: Any) -> Tensor:
         return torch.zeros(router.weight.shape[0])
     # As an expert bias is kept, no value below 0.
     return (prices_E.max() - prices_E).detach().float()
-
-
-def _set_bias(router: Any, bias_E: Tensor) -> None:
-    if hasattr(router, "set_prices"):
-        router.set_prices(-bias_E.to(router.weight.device))
-    elif getattr(router, "expert_bias", None) is not None:
-        router.expert_bias.copy_(bias_E)
-    elif bool(bias_E.any()):
-        raise ValueError(
-            "the model's bias of experts has no place in a stock router with softmax; add "
-            "--moe-router-type maxscore"
-        )
 
 
 def _place_of(name: str, format_: Format) -> tuple[Weight, dict[str, str]]:
@@ -257,8 +242,8 @@ def simplest(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return weights and config.json without what Megatron's model need not have.
 
-    That are layers that predict further tokens, shared experts of zeros, and an output layer that
-    is the embedding.
+    It need not have layers that predict further tokens, shared experts of zeros, or an output layer
+    that equals the embedding.
     """
     layers = config["num_hidden_layers"]
 

@@ -49,6 +49,19 @@ class ServedModel:
         return loads_E, float(gates_TK.double().sum())
 
 
+def check_no_arguments(directory: str | Path, given: list[str]) -> None:
+    """Refuse arguments of Megatron's for an exported model, which would be ignored.
+
+    Raises:
+        ValueError: there are some; names them.
+    """
+    if given:
+        raise ValueError(
+            f"{directory} is an exported model, and takes no arguments of Megatron's; leave out "
+            f"{' '.join(given)}"
+        )
+
+
 def open_served(directory: str | Path, batch_size: int = 8) -> ServedModel:
     """Load a Hugging Face directory in its own dtype.
 
