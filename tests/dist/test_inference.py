@@ -58,15 +58,15 @@ def test_evaluation_of_a_checkpoint(trained, tmp_path):
 
 
 def test_the_study_evaluates_by_its_own_flags(trained, tmp_path):
-    from tools import study_runs
-    from tools.study_arms import ARMS, Run, Size
+    from tools.study import runs as study_runs
+    from tools.study.arms import ARMS, START, Run, Size
 
     checkpoint, data, _ = trained
     flags = f"{MODEL_ON_TEXT} --norm-epsilon 1e-4"
     size = Size("tiny", " ".join(flags.split()), 20, 512, 0.1, valid_sequences=16)
     (tmp_path / "custom").symlink_to(data)
     (tmp_path / "checkpoint").symlink_to(checkpoint)
-    run = Run("custom", size, ARMS["gshard"], "1e-2", "2e-3", 1, "core")
+    run = Run("custom", size, ARMS["gshard"], START, 1, "core")
     command = study_runs.evaluation_command(run, tmp_path, tmp_path)
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -194,8 +194,8 @@ def test_flow_routing_is_refused_in_decoding(trained):
 
 
 def test_a_killed_run_of_the_study_goes_on_and_ends_alike(trained, tmp_path, monkeypatch):
-    from tools import study_runs
-    from tools.study_arms import ARMS, Run, Size
+    from tools.study import runs as study_runs
+    from tools.study.arms import ARMS, START, Run, Size
 
     monkeypatch.setattr(study_runs, "SAVE_EVERY", 2)
     monkeypatch.setattr(study_runs, "CURVE_POINTS", 3)
@@ -205,7 +205,7 @@ def test_a_killed_run_of_the_study_goes_on_and_ends_alike(trained, tmp_path, mon
     size = Size("tiny", " ".join(flags.split()), 6, 512, 0.1, valid_sequences=8)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "custom").symlink_to(data)
-    run = Run("custom", size, ARMS["maxscore"], "1", "2e-3", 1, "core")
+    run = Run("custom", size, ARMS["maxscore"], START, 21, "core")
 
     class KilledError(Exception):
         pass

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
 
-from tools.study_arms import ABLATION, CORE, EXPLORATORY
+from .arms import ARMS
 
 Lines = list[dict[str, Any]]
 
@@ -61,6 +61,75 @@ def paired(
     return mean, quantile * standard_error(differences), len(differences)
 
 
+class Comparison(NamedTuple):
+    """What paired differences say of a margin; ours minus theirs, in nats per token.
+
+    Attributes:
+        mean: of the differences.
+        low: lower end of the 95 % confidence interval.
+        high: its upper end.
+        seeds: how many.
+        is_not_worse: whether the whole interval is below the margin.
+        is_better: whether it is below 0.
+        is_equivalent: whether two one-sided tests of 5 % each put the difference within the margin
+            on either side, that is the 90 % interval.
+    """
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+    is_not_worse: bool
+    is_better: bool
+    is_equivalent: bool
+
+
+def compare(ours: dict[int, float], theirs: dict[int, float], margin: float) -> Comparison:
+    """Return what the common seeds say; nothing is shown by fewer than two.
+
+    Args:
+        ours: loss per seed.
+        theirs: loss per seed.
+        margin: nats per token, positive.
+    """
+    mean, half, count = paired(ours, theirs)
+    if count < 2:
+        return Comparison(mean, math.nan, math.nan, count, False, False, False)
+    quantiles = stats.t.ppf([0.975, 0.95], count - 1)
+    narrow = half * quantiles[1] / quantiles[0]
+    low, high = mean - half, mean + half
+    equivalent = -margin < mean - narrow and mean + narrow < margin
+    return Comparison(mean, low, high, count, high < margin, high < 0, bool(equivalent))
+
+
+def factorial(arms: dict[str, dict[int, float]]) -> dict[str, tuple[float, float, int]]:
+    """Return the main effects and the interaction of two factors with two levels each.
+
+    Args:
+        arms: loss per seed of "both", "first", "second", "neither".
+
+    Returns:
+        For "first", "second" and "interaction": mean, half width of the 95 % confidence interval
+        and seeds. A main effect is the mean over the other factor's levels; the interaction is what
+        the first factor does with the second minus what it does without.
+    """
+    seeds = set.intersection(*(set(losses) for losses in arms.values()))
+    both, first, second, neither = (
+        {seed: arms[name][seed] for seed in seeds}
+        for name in ("both", "first", "second", "neither")
+    )
+    with_second = {seed: both[seed] - second[seed] for seed in seeds}
+    without_second = {seed: first[seed] - neither[seed] for seed in seeds}
+    zero = dict.fromkeys(seeds, 0.0)
+    return {
+        "first": paired({s: (with_second[s] + without_second[s]) / 2 for s in seeds}, zero),
+        "second": paired(
+            {s: (both[s] - first[s] + second[s] - neither[s]) / 2 for s in seeds}, zero
+        ),
+        "interaction": paired(with_second, without_second),
+    }
+
+
 def verdict(mean: float, half: float) -> str:
     """Say in a word what a paired interval shows."""
     if math.isnan(half):
@@ -79,17 +148,16 @@ def by_arm(lines: Lines, purpose: str) -> dict[str, Lines]:
     that diverged are left out.
     """
     found: dict[str, Lines] = {}
-    for arm in (*CORE, *ABLATION, *EXPLORATORY):
-        own = [
-            li
-            for li in lines
-            if li["arm"] == arm.name and li["purpose"] == purpose and "diverged" not in li
-        ]
+    for name in ARMS:
+        of_arm = [li for li in lines if li["arm"] == name and "diverged" not in li]
+        own = [line for line in of_arm if line["purpose"] == purpose]
         if own and purpose != "tuning":
             last = _setting(own[-1])
-            own = [line for line in own if _setting(line) == last]
+            # A run that was made in tuning is not made again where defaults are compared.
+            purposes = (purpose, "tuning") if purpose == "defaults" else (purpose,)
+            own = [li for li in of_arm if li["purpose"] in purposes and _setting(li) == last]
         if own:
-            found[arm.name] = sorted(own, key=lambda line: line["seed"])
+            found[name] = sorted(own, key=lambda line: line["seed"])
     return found
 
 

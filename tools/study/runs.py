@@ -15,6 +15,7 @@ import json
 import math
 import re
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -29,17 +30,20 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from megatron_maxscore.commands.processes import STEP, Processes, RunError, execute
 from megatron_maxscore.cpu.arguments import WITHOUT_TRANSFORMER_ENGINE
-from tools.study_arms import Run
 
-ROOT = Path(__file__).resolve().parents[1]
+from .arms import Run
+
+ROOT = Path(__file__).resolve().parents[2]
+# The training script of every run.
+SCRIPT = "examples/pretrain_gpt.py"
 # Checkpoints of a run that is under way: so many, not more often than so many steps.
 SAVES, SAVE_EVERY = 4, 100
 # How often the validation curve gets a point, and of how many global batches.
 CURVE_POINTS, CURVE_BATCHES = 6, 4
 # Sequences that are also decoded token by token.
 DECODED = 4
-# Segments of the load maps, over training.
-SEGMENTS = 30
+# Segments of the load maps over training, which one seed keeps.
+SEGMENTS, LOAD_MAP_SEED = 30, 21
 # On the way, that is; the one at the end is of other samples.
 _VALID = re.compile(r"validation loss at iteration (\d+) \| lm loss value: (\S+)")
 # What Megatron and our router say when they give up on a run; "nan" alone is in every step's line.
@@ -107,9 +111,9 @@ def training_command(run: Run, data: Path, directory: Path) -> list[str]:
     size = run.size
     return [
         *f"{sys.executable} -m torch.distributed.run --standalone".split(),
-        *f"--nproc-per-node {run.arm.ranks} -m megatron_maxscore.launch".split(),
+        *"--nproc-per-node 1 -m megatron_maxscore.launch".split(),
         *(("--cpu",) if run.device == "cpu" else ()),
-        *(run.arm.script, *run.flags.split(), *WITHOUT_TRANSFORMER_ENGINE, "--num-workers", "0"),
+        *(SCRIPT, *run.flags.split(), *WITHOUT_TRANSFORMER_ENGINE, "--num-workers", "0"),
         *data_flags(run, data, directory),
         *("--eval-interval", str(max(1, size.iterations // CURVE_POINTS))),
         *("--eval-iters", str(CURVE_BATCHES)),
@@ -122,7 +126,7 @@ def training_command(run: Run, data: Path, directory: Path) -> list[str]:
 
 
 def evaluation_command(run: Run, data: Path, directory: Path) -> list[str]:
-    """Return the command line that evaluates a run's checkpoint; one process for every layout."""
+    """Return the command line that evaluates a run's checkpoint."""
     sequences = run.size.valid_sequences
     return [
         *(sys.executable, "-m", "megatron_maxscore", "evaluate"),
@@ -131,7 +135,6 @@ def evaluation_command(run: Run, data: Path, directory: Path) -> list[str]:
         *("--decode", str(DECODED if "maxscore" in run.flags else 0)),
         *("--output", str(directory / "evaluation.json"), "--"),
         *run.flags.split(),
-        *("--expert-model-parallel-size", "1"),
         *data_flags(run, data, directory),
         *("--load", str(directory / "checkpoint")),
     ]
@@ -147,18 +150,28 @@ def _by_iteration(lines: Iterator[str], pattern: re.Pattern) -> dict[int, tuple[
 
 
 @functools.cache
-def code_digest(script: str) -> str:
-    """Return a digest of what trains a run: the package's sources and the training scripts.
-
-    Args:
-        script: the run's own, from the repository's root.
-    """
+def code_digest() -> str:
+    """Return a digest of what trains a run: the package's sources and the training scripts."""
     folders = (ROOT / "megatron_maxscore", ROOT / "examples")
     paths = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
     total = hashlib.sha256()
-    for path in (*paths, *({ROOT / script} - set(paths))):
+    for path in paths:
         total.update(path.read_bytes())
     return total.hexdigest()[:12]
+
+
+@functools.cache
+def revision() -> str:
+    """Return the commit that is checked out, with "+" if files differ from it."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(ROOT), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "not a checkout"
 
 
 def _about(run: Run) -> dict[str, Any]:
@@ -169,9 +182,8 @@ def _about(run: Run) -> dict[str, Any]:
         "family": run.family,
         "size": run.size.name,
         "arm": run.arm.name,
-        "value": run.value,
-        "learning_rate": run.learning_rate,
-        "gain": run.gain,
+        "learning_rate": run.setting.learning_rate,
+        "factor": run.setting.factor,
         "seed": run.seed,
         "iterations": run.size.iterations,
         "tokens": run.size.iterations * run.size.tokens_per_step,
@@ -182,7 +194,8 @@ def _about(run: Run) -> dict[str, Any]:
             name: importlib.metadata.version(name)
             for name in ("megatron-maxscore", "megatron-core", "torch")
         },
-        "code": code_digest(run.arm.script),
+        "revision": revision(),
+        "code": code_digest(),
     }
 
 
@@ -225,7 +238,7 @@ def summary(run: Run, directory: Path, seconds: float) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "evaluation": evaluation,
     }
-    if run.seed == 1:
+    if run.seed == LOAD_MAP_SEED:
         segments = min(SEGMENTS, len(ordered))
         relative = loads_ILE / loads_ILE.mean(2, keepdims=True).clip(1e-9)
         parts = [part.mean(0).round(3).tolist() for part in np.array_split(relative, segments)]
@@ -250,7 +263,7 @@ def carry_out(
         and an infinite loss.
     """
     directory = output / run.key
-    code, digest = directory / "code", code_digest(run.arm.script)
+    code, digest = directory / "code", code_digest()
     if directory.exists() and (not code.exists() or code.read_text() != digest):
         # What other sources have begun is not gone on with.
         shutil.rmtree(directory)

@@ -1,69 +1,59 @@
 """Train the same model under every router, and report which one trains best.
 
-    python tools/study.py --quick                    # ten minutes, to see it work
-    python tools/study.py                            # the core study: tuning, then five seeds
-    python tools/study.py --purposes tuning ablation # is it the flow or the gates
-    python tools/study.py --purposes exploratory     # variants of MaxScore
-    python tools/study.py --size long --purposes core --seeds 3    # four times as long
-    python tools/study.py --families custom --input my/texts --purposes tuning core
+    python -m tools.study --quick               # ten minutes, to see it work
+    python -m tools.study                       # tuning, then ten seeds of the core arms
+    python -m tools.study --purposes tuning defaults    # what MaxScore's default should be
+    python -m tools.study --purposes factorial  # is it the flow or the gates
+    python -m tools.study --purposes servable   # what serving anywhere costs
+    python -m tools.study --families custom --input my/texts --purposes tuning core
 
 Every arm starts from the same weights and sees the same data in the same order; what differs are
-the router's flags. Each arm gets the same tuning, on a seed that does not count later: its own
-knob, the learning rate, a factor on its gates, in turn, until all neighbours of the best are worse.
-Runs go through the launcher and Megatron's training loop. Results are appended to --results; what
-is there is not repeated, and a killed run goes on from its last checkpoint. At the end the report
-is written.
+the router's flags, the learning rate and a factor on the gates. Runs go through the launcher and
+Megatron's training loop. Results are appended to --results; what is there is not repeated, and a
+killed run goes on from its last checkpoint. At the end the report is written.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import signal
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from megatron_maxscore.commands.processes import RunError
 
-from megatron_maxscore.commands.processes import RunError  # noqa: E402
-from tools import study_data, study_report  # noqa: E402
-from tools.study_arms import (  # noqa: E402
-    ABLATION,
+from . import data, report
+from .arms import (
     ARMS,
     CORE,
-    EXPLORATORY,
+    DEFAULTS,
+    FACTORIAL,
+    FACTORS,
     FAMILIES,
-    FIRST_RATE,
-    GAINS,
     LEARNING_RATES,
+    SERVABLE,
     SIZES,
+    START,
     Arm,
     Run,
+    Setting,
     Size,
 )
-from tools.study_results import compared_loss  # noqa: E402
-from tools.study_runs import Results, carry_out_all  # noqa: E402
+from .results import compared_loss
+from .runs import ROOT, Results, carry_out_all
 
-# No seed is used for two purposes.
-TUNING_SEED, FIRST_EXPLORATORY_SEED = 100, 11
-PURPOSES = ("tuning", "core", "ablation", "exploratory")
-# An arm's tuning runs, beside the first values of its knob, if its best is not far.
-FURTHER_RUNS = 9
+# No seed is used for two purposes, and none by the first study (1 to 5, 11, 100).
+TUNING_SEED, FIRST_SEED = 100, 21
+SEEDS, DEFAULTS_SEEDS = 10, 5
+COMPARED = {"defaults": DEFAULTS, "core": CORE, "factorial": FACTORIAL, "servable": SERVABLE}
+PURPOSES = ("tuning", *COMPARED)
+# An arm's tuning runs, if its best is not far.
+TUNING_RUNS = 7
 # What a run takes besides its steps: two starts, validation on the way, evaluation at the end.
 OVERHEAD_SECONDS = 90.0
-
-
-class Setting(NamedTuple):
-    """What an arm is run with: its knob's value, learning rate, factor on its gates."""
-
-    value: str
-    learning_rate: str
-    gain: str
 
 
 @dataclass(frozen=True)
@@ -88,9 +78,8 @@ class Study:
         """Return one run."""
         tuning = purpose == "tuning"
         return Run(
-            self.family, SIZES["small"] if tuning else self.size, arm, setting.value,
-            setting.learning_rate, seed, purpose, self.data, setting.gain,
-            "cpu" if tuning else self.device,
+            self.family, SIZES["small"] if tuning else self.size, arm, setting, seed, purpose,
+            self.data, "cpu" if tuning else self.device,
         )  # fmt: skip
 
     def best(self, runs: list[Run]) -> Run | None:
@@ -103,44 +92,35 @@ class Study:
     def tuning_of(self, arm: Arm) -> tuple[list[Run], Run | None]:
         """Return an arm's tuning runs as far as they are known, and the best when all are done.
 
-        Three values of the knob first. Then along the knob, the learning rate and the factor on the
-        gates in turn: the next above the best and the next below, until both are worse; until no
-        neighbour of the best is better in any of the three.
+        From :data:`START` along the learning rate, then along the factor, in turn: the next above
+        the best and the next below, until no neighbour of the best is better in either.
         """
-        ladders = {
-            "value": tuple(arm.values),
-            "learning_rate": LEARNING_RATES,
-            "gain": GAINS if arm.gate_scale else ("1",),
-        }
-        runs = [
-            self.run(arm, Setting(value, FIRST_RATE, "1"), TUNING_SEED, "tuning")
-            for value in arm.values
-            if value not in arm.reserve
-        ]
+        ladders = {"learning_rate": LEARNING_RATES, "factor": FACTORS}
+        runs = [self.run(arm, START, TUNING_SEED, "tuning")]
 
         def untried(best: Run, name: str) -> list[Run]:
             ladder = ladders[name]
-            place = ladder.index(getattr(best, name))
+            place = ladder.index(getattr(best.setting, name))
             beside = [ladder[i] for i in (place + 1, place - 1) if 0 <= i < len(ladder)]
-            return [run for each in beside if (run := replace(best, **{name: each})) not in runs]
+            found = [replace(best, setting=best.setting._replace(**{name: x})) for x in beside]
+            return [run for run in found if run not in runs]
 
-        names = itertools.cycle(ladders)
-        name, best = next(names), self.best(runs)
+        name, best = "learning_rate", self.best(runs)
         while best is not None and any(untried(best, each) for each in ladders):
-            while not untried(best, name):
-                name = next(names)
+            if not untried(best, name):
+                name = next(each for each in ladders if each != name)
             runs.append(untried(best, name)[0])
             best = self.best(runs)
         return runs, best
 
     def setting(self, arm: Arm) -> Setting | None:
         """Return what an arm is compared at, None if it is not known yet."""
+        if arm.setting is not None:
+            return arm.setting
         if self.size.name == "quick":
-            return Setting(arm.usual, FIRST_RATE, "1")
+            return START
         chosen = self.tuning_of(ARMS[arm.follows] if arm.follows else arm)[1]
-        if chosen is None:
-            return None
-        return Setting(chosen.value, chosen.learning_rate, chosen.gain)
+        return None if chosen is None else chosen.setting
 
     def comparison(self, arms: Sequence[Arm], seeds: Iterable[int], purpose: str) -> list[Run]:
         """Return the runs of all arms, seed by seed.
@@ -165,10 +145,10 @@ class Study:
 
 def minutes(runs: list[Run], results: Results, jobs: int) -> float:
     """Return how long the runs that are still to do will take, by the steps' stated times."""
-    todo = [run for run in runs if results.of(run) is None]
     seconds = sum(
-        run.size.iterations * run.size.seconds_per_step * run.arm.ranks + OVERHEAD_SECONDS
-        for run in todo
+        run.size.iterations * run.size.seconds_per_step + OVERHEAD_SECONDS
+        for run in runs
+        if results.of(run) is None
     )
     return seconds / jobs / 60
 
@@ -179,70 +159,44 @@ def carry_out(arguments: argparse.Namespace, results: Results) -> None:
     Raises:
         ValueError: nothing was asked for, or an arm is not tuned.
     """
-    size = SIZES[arguments.size]
     options = (arguments.data, arguments.output / "runs", results, arguments.jobs, arguments.keep)
-    variants = [arm for arm in EXPLORATORY if not arguments.arms or arm.name in arguments.arms]
-    compared_with = {arm.against for arm in variants}
-    wanted = {
-        "core": [arm for arm in CORE if not arguments.arms or arm.name in arguments.arms],
-        "ablation": [arm for arm in ABLATION if not arguments.arms or arm.name in arguments.arms],
-        # With what they are variants of, at the exploratory seeds.
-        "exploratory": [
-            arm for arm in ARMS.values() if arm in variants or arm.name in compared_with
-        ],
-    }
-    compared = [purpose for purpose in ("core", "ablation") if purpose in arguments.purposes]
-    wanted["tuning"] = [arm for purpose in compared or ["core"] for arm in wanted[purpose]]
-    if not any(wanted[purpose] for purpose in arguments.purposes):
+
+    def wanted(arms: Iterable[Arm]) -> list[Arm]:
+        return [arm for arm in arms if not arguments.arms or arm.name in arguments.arms]
+
+    compared = {name: wanted(COMPARED[name]) for name in COMPARED if name in arguments.purposes}
+    arms = [arm for each in compared.values() for arm in each] or wanted(ARMS.values())
+    tuned = [arm for arm in arms if arm.setting is None and not arm.follows]
+    if not (any(compared.values()) or (tuned and "tuning" in arguments.purposes)):
         raise ValueError(
             f"--arms {' '.join(arguments.arms)} has no runs for --purposes "
-            f"{' '.join(arguments.purposes)}; variants are exploratory"
+            f"{' '.join(arguments.purposes)}"
         )
-    seeds = {
-        # Ablations are paired with the core.
-        "core": range(1, arguments.seeds + 1),
-        "ablation": range(1, arguments.seeds + 1),
-        "exploratory": range(FIRST_EXPLORATORY_SEED, FIRST_EXPLORATORY_SEED + arguments.seeds),
-    }
     for family in arguments.families:
-        directory = study_data.prepare(family, arguments.data, arguments.input)
-        study = Study(family, size, study_data.digest(directory), results, arguments.device)
-        say_the_plan(study, wanted, arguments)
+        directory = data.prepare(family, arguments.data, arguments.input)
+        size = SIZES[arguments.size]
+        study = Study(family, size, data.digest(directory), results, arguments.device)
         if "tuning" in arguments.purposes:
+            print(f"{family}: tuning {len(tuned)} arms, about {TUNING_RUNS} runs each", flush=True)
             # What is tried next depends on what was.
-            while left := tuning_left(study, wanted["tuning"]):
+            while left := tuning_left(study, tuned):
                 say_how_long(f"{family}, tuning", left, results, arguments.jobs)
                 carry_out_all(left, *options)
-        for purpose in PURPOSES[1:]:
-            if purpose in arguments.purposes:
-                runs = study.comparison(wanted[purpose], seeds[purpose], purpose)
-                say_how_long(f"{family}, {purpose}", runs, results, arguments.jobs)
-                carry_out_all(runs, *options)
+        for purpose, own in compared.items():
+            first, count = FIRST_SEED, arguments.seeds
+            if purpose == "defaults":
+                # Decided where the tuning was, before the seeds that count are touched.
+                first, count = TUNING_SEED, DEFAULTS_SEEDS
+            seeds = range(first, first + count)
+            runs = study.comparison(own, seeds, purpose)
+            say_how_long(f"{family}, {purpose}", runs, results, arguments.jobs)
+            carry_out_all(runs, *options)
 
 
 def tuning_left(study: Study, arms: Sequence[Arm]) -> list[Run]:
     """Return the tuning runs that can be done now."""
     runs = [run for arm in arms for run in study.tuning_of(arm)[0]]
     return [run for run in runs if study.results.of(run) is None]
-
-
-def say_the_plan(study: Study, wanted: dict, arguments: argparse.Namespace) -> None:
-    """Print how long all of it will take, before anything is known of it."""
-    count = 0
-    for purpose in arguments.purposes:
-        for arm in wanted[purpose]:
-            values = [value for value in arm.values if value not in arm.reserve]
-            tuning = len(values) + FURTHER_RUNS
-            count += tuning if purpose == "tuning" else arguments.seeds * arm.ranks
-    size = study.size
-    hours = count * (size.iterations * size.seconds_per_step + OVERHEAD_SECONDS) / 3600
-    print(
-        f"{study.family}: {' and '.join(arguments.purposes)}, {count} runs of "
-        f"{size.iterations} steps or so, {hours / arguments.jobs:.1f} hours with "
-        f"{arguments.jobs} at a time where a core takes {size.seconds_per_step:g} s per step; "
-        "less if some are done",
-        flush=True,
-    )
 
 
 def say_how_long(what: str, runs: list[Run], results: Results, jobs: int) -> None:
@@ -256,15 +210,16 @@ def say_how_long(what: str, runs: list[Run], results: Results, jobs: int) -> Non
 def main() -> int:
     """Parse the command line, run, report."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.study",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="few steps, two seeds, no tuning")
     parser.add_argument("--families", nargs="+", choices=(*FAMILIES, "custom"), default=None)
     parser.add_argument("--input", nargs="*", default=[], help="texts of family custom")
     parser.add_argument("--purposes", nargs="+", choices=PURPOSES, default=["tuning", "core"])
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=[], metavar="ARM")
-    parser.add_argument("--seeds", type=int, default=None, help="default: 5, with --quick 2")
-    parser.add_argument("--size", choices=("small", "long"), default="small")
+    parser.add_argument("--seeds", type=int, help=f"default: {SEEDS}, with --quick 2")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "study")
@@ -274,17 +229,14 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="keep checkpoints and logs")
     parser.add_argument("--report-only", action="store_true", help="train nothing")
     arguments = parser.parse_args()
+    arguments.size = "quick" if arguments.quick else "small"
+    arguments.families = arguments.families or ["code" if arguments.quick else "prose"]
+    arguments.seeds = arguments.seeds or (2 if arguments.quick else SEEDS)
     if arguments.quick:
-        arguments.size = "quick"
-        arguments.families = arguments.families or ["code"]
-    if arguments.size != "small":
-        # What the small runs are tuned to is taken.
-        arguments.purposes = [p for p in arguments.purposes if p != "tuning"]
+        arguments.purposes = [each for each in arguments.purposes if each != "tuning"]
     if arguments.device == "cpu":
         # Evaluation, too, takes a device where it sees one.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    arguments.families = arguments.families or ["prose"]
-    arguments.seeds = arguments.seeds or (2 if arguments.quick else 5)
     # Runs are started from the repository's root.
     for name in ("data", "output"):
         setattr(arguments, name, getattr(arguments, name).resolve())
@@ -297,8 +249,7 @@ def main() -> int:
             carry_out(arguments, results)
         if not results.lines:
             raise ValueError(f"{results.path} has no results to report")
-        directory = arguments.report or arguments.output
-        study_report.write(results.lines, directory)
+        report.write(results.lines, arguments.report or arguments.output)
     except (ValueError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

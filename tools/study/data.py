@@ -9,9 +9,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from tools.study_arms import PROSE_PACKAGES
+from .arms import PROSE_PACKAGES
 
-ROOT = Path(__file__).resolve().parents[1]
 # Small, so that most of the work is in the layers and not in the vocabulary.
 VOCABULARY = 2048
 # Loads differ from document to document, so enough of them must be held out for maxvio to tell of

@@ -8,8 +8,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from tools.study_arms import ARMS
-from tools.study_results import Lines
+from .arms import ARMS
+from .results import Lines
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -1,0 +1,219 @@
+"""What the study compares: routers, their settings, data families and model sizes.
+
+Pure data: each name stands for flags of Megatron's command line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megatron_maxscore.commands.demo import MODEL
+
+NO_AUX = "--moe-router-load-balancing-type none"
+MAXSCORE = "--moe-router-type maxscore"
+# Part of every run's key: results of another revision of the study do not count.
+REVISION = 2
+# What tuning climbs on: peak learning rates, and factors on the gates of the chosen experts
+# (--moe-router-topk-scaling-factor).
+LEARNING_RATES = ("1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2")
+FACTORS = ("0.5", "1", "2", "4", "8")
+
+
+class Setting(NamedTuple):
+    """What an arm is run with, beside its flags: peak learning rate, factor on the gates."""
+
+    learning_rate: str
+    factor: str
+
+
+# Where tuning begins: at the setting that most arms of the first study ended with.
+START = Setting("2e-3", "4")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One router.
+
+    Attributes:
+        name: in files and results.
+        title: in tables.
+        flags: of the router.
+        setting: learning rate and factor, where the first study found them; None if they are tuned.
+        follows: arm whose tuned setting is taken, for an arm that has none of its own.
+    """
+
+    name: str
+    title: str
+    flags: str
+    setting: Setting | None = None
+    follows: str = ""
+
+
+def _aux(coefficient: str) -> str:
+    return f"--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff {coefficient}"
+
+
+_BIAS = (
+    f"{NO_AUX} --moe-router-enable-expert-bias --moe-router-score-function sigmoid "
+    "--moe-router-bias-update-rate 3e-3"
+)
+CORE = (
+    # One flag, and what the product makes of it.
+    Arm("maxscore", "MaxScore", MAXSCORE),
+    Arm("dropless", "dropless top-k, aux loss", _aux("1e-1"), Setting("2e-3", "4")),
+    Arm("bias", "top-k, expert bias", _BIAS, Setting("2e-3", "4")),
+    Arm(
+        "quantile", "quantile balancing",
+        "--moe-router-load-balancing-type quantile_balancing "
+        "--moe-router-quantile-balancing-ema 0.97",
+        Setting("2e-3", "4"),
+    ),
+    Arm(
+        "gshard", "top-k, aux loss, capacity 1, drops (GShard)",
+        f"{_aux('1')} --moe-expert-capacity-factor 1.0", Setting("2e-3", "2"),
+    ),
+    Arm(
+        "bias_capacity", "top-k, expert bias, capacity 1, drops",
+        f"{_BIAS} --moe-expert-capacity-factor 1.0", Setting("2e-3", "4"),
+    ),
+)  # fmt: skip
+# Routers that drop nothing but bound no load, and routers that bound it: what MaxScore's primary
+# question names.
+DROPLESS = ("dropless", "bias", "quantile")
+BOUNDED = ("gshard", "bias_capacity")
+# The other two of flow or top-k, SoftTopk or softmax gates.
+FACTORIAL = (
+    Arm("flow_plain_gates", "flow, top-k's softmax gates", f"{MAXSCORE} --maxscore-gate score"),
+    # A capacity of all tokens: the flow is top-k.
+    Arm(
+        "plain_soft_gates", "top-k, SoftTopk gates, aux loss",
+        f"{MAXSCORE} --maxscore-capacity-factor 8 {_aux('1e-1')}", Setting("4e-3", "4"),
+    ),
+)  # fmt: skip
+SERVABLE = (
+    Arm(
+        "servable_sigmoid", "MaxScore, servable, sigmoid gates",
+        f"{MAXSCORE} --maxscore-preset servable --moe-router-score-function sigmoid",
+    ),
+    Arm(
+        "servable_softmax", "MaxScore, servable, softmax gates",
+        f"{MAXSCORE} --maxscore-preset servable",
+    ),
+    # The recipe of the dropless arm, and one flag more: nothing is tuned for MaxScore.
+    Arm(
+        "one_flag", "dropless top-k's recipe and one flag", f"{_aux('1e-1')} {MAXSCORE}",
+        Setting("2e-3", "4"),
+    ),
+)  # fmt: skip
+# What may become MaxScore's default, and whether an aux loss belongs to its best use.
+DEFAULTS = (
+    CORE[0],
+    *SERVABLE[:2],
+    Arm("aux", "MaxScore, aux loss 1e-1", f"{MAXSCORE} {_aux('1e-1')}", follows="maxscore"),
+)
+ARMS = {arm.name: arm for arm in (*CORE, *FACTORIAL, *SERVABLE, *DEFAULTS)}
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model and how long it is trained.
+
+    Attributes:
+        name: in files and results.
+        flags: of the model and of training.
+        iterations: training steps.
+        tokens_per_step: of one step.
+        seconds_per_step: on one core, for the estimate of what is to come.
+        valid_sequences: evaluated at the end, None for all.
+    """
+
+    name: str
+    flags: str
+    iterations: int
+    tokens_per_step: int
+    seconds_per_step: float
+    valid_sequences: int | None = None
+
+
+# Also the demo's.
+_TRAINED = (
+    MODEL
+    + """
+    --micro-batch-size 8 --global-batch-size 16 --lr-decay-style cosine --min-lr 2e-4
+    --lr-warmup-fraction 0.1 --weight-decay 0.1 --clip-grad 1.0 --log-interval 1
+"""
+)
+SIZES = {
+    "small": Size("small", _TRAINED, 300, 4096, 0.8),
+    "quick": Size("quick", _TRAINED, 30, 4096, 0.8, valid_sequences=48),
+}
+FAMILIES = {
+    "code": "the sources of this Python's standard library (PSF licence)",
+    "prose": "documentation of six OpenStack services, from their source distributions on PyPI "
+    "(Apache-2.0)",
+}
+# Where the prose comes from; the versions fix the text.
+PROSE_PACKAGES = (
+    "cinder==29.0.0", "ironic==39.0.0", "keystone==30.0.0", "manila==23.0.1", "neutron==29.0.0",
+    "nova==34.0.0",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        family: data.
+        size: model and length.
+        arm: router.
+        setting: learning rate and factor on the gates.
+        seed: of weights and of the data's order.
+        purpose: what it counts for, one of ``study.PURPOSES``.
+        data: digest of tokenizer and data sets.
+        device: "cpu", or "cuda" for one device that all runs share.
+    """
+
+    family: str
+    size: Size
+    arm: Arm
+    setting: Setting
+    seed: int
+    purpose: str
+    data: str = ""
+    device: str = "cpu"
+
+    @property
+    def flags(self) -> str:
+        """Return the run's flags, all but paths."""
+        size = self.size
+        text = (
+            f"{size.flags} --train-iters {size.iterations} --lr-decay-iters {size.iterations} "
+            f"--lr {self.setting.learning_rate} --seed {self.seed} {self.arm.flags}"
+        )
+        if self.setting.factor != "1":
+            text += f" --moe-router-topk-scaling-factor {self.setting.factor}"
+        return " ".join(text.split())
+
+    @property
+    def key(self) -> str:
+        """Return what identifies the run.
+
+        It does not have the versions of this repository, Megatron and torch, which a result names.
+        """
+        size = self.size
+        text = f"{REVISION} {self.family} {self.data} {size.name} {size.valid_sequences} "
+        text += self.flags
+        if self.device != "cpu":
+            text += f" {self.device}"
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def title(self) -> str:
+        """Return a short name for people."""
+        return (
+            f"{self.family} {self.arm.name} lr {self.setting.learning_rate} "
+            f"gates times {self.setting.factor} seed {self.seed}"
+        )
