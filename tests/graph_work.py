@@ -9,7 +9,7 @@ import torch
 from megatron_maxscore.moe import metrics
 from megatron_maxscore.moe.context import RUN
 from megatron_maxscore.moe.step import average_prices, begin_batch
-from tests.one_rank_layer import HIDDEN, make_layer
+from tools.benchmarks.one_rank_layer import HIDDEN, make_layer
 
 BATCHES, MICROBATCHES = 3, 2
 GRAPH = dict(cuda_graph_impl="full_iteration", cuda_graph_modules=[])

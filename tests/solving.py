@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.oracles import check_assignment
+from tools.benchmarks.oracles import check_assignment
 
 # Tokens, experts, k: below and above the size from which a cold start takes a sample.
 SMALL, SAMPLED = (384, 12, 3), (4608, 32, 4)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Check the kernels on a machine with a CUDA device: what could go wrong first, then times, all tests,
-# and registers. Writes runs/gpu/; options go to tools/benchmark_gpu.py. With WHEELS=DIRECTORY nothing is downloaded; on a machine with a network, fill it:
+# and registers. Writes runs/gpu/; options go to tools/benchmarks/gpu.py. With WHEELS=DIRECTORY nothing is downloaded; on a machine with a network, fill it:
 #   python3.12 -m pip download --dest DIRECTORY --constraint tools/constraints.txt '.[test]' setuptools wheel
 set -euo pipefail
 if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
@@ -29,9 +29,9 @@ echo "== one launch, phase by phase, graph, no waits"
 python -m pytest -q -m gpu --timeout 300 -x tests/gpu/test_kernels.py \
   -k "same_bits or graph or waits or beside" | tee runs/gpu/first.txt || failed=1
 echo "== times"
-python tools/benchmark_gpu.py --output runs/gpu "$@" | tee runs/gpu/times.txt || failed=1
+python -m tools.benchmarks.gpu --output runs/gpu "$@" | tee runs/gpu/times.txt || failed=1
 echo "== tests"
 python -m pytest -q -m gpu --timeout 1200 --junitxml runs/gpu/tests.xml tests/gpu || failed=1
 echo "== resources"
-python tools/kernel_report.py --output runs/gpu/kernels.md || failed=1
+python -m tools.maintenance.kernel_report --output runs/gpu/kernels.md || failed=1
 exit "${failed:-0}"

@@ -12,7 +12,7 @@ import torch
 from megatron.core.transformer.moe.moe_utils import permute
 
 from megatron_maxscore.moe.permutation import order_of, permute_known
-from tests import releases
+from tools.maintenance import releases
 
 
 @releases.on_every_release

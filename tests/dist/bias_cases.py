@@ -11,7 +11,7 @@ import torch
 from megatron_maxscore.moe import MaxScoreConfig
 from tests.dist.cases import EXPERTS, TOPK, make_layer, own_input
 from tests.dist.router_cases import reference_gates, reference_objective
-from tests.oracles import highs_objective
+from tools.benchmarks.oracles import highs_objective
 
 
 def expert_bias(rank, size, score_function, objective="auto"):

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_maxscore.errors import LostRankError
 from megatron_maxscore.flow import exchange, sample, solve, solver
 from tests.dist.cases import device
-from tools.workloads import as_integers, workload
+from tools.benchmarks.workloads import as_integers, workload
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import torch
 from megatron_maxscore.moe import MaxScoreConfig
 from megatron_maxscore.moe.context import RUN
 from tests.dist.cases import EXPERTS, HIDDEN, TOPK, make_layer, own_input
-from tests.oracles import highs_objective
+from tools.benchmarks.oracles import highs_objective
 
 # The default: half of what logits of a normalised input start with; Megatron's init is 0.02.
 TEMPERATURE = 0.5 * 0.02 * HIDDEN**0.5
@@ -198,7 +198,7 @@ def routed_with(rank, size, **settings):
 
 def padding(rank, size):
     """Valid tokens get the best assignment that leaves padding its room."""
-    from tests.oracles import check_assignment
+    from tools.benchmarks.oracles import check_assignment
 
     layer = make_layer(ep=size)
     layer.train()

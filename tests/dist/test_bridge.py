@@ -10,7 +10,7 @@ import torch
 from megatron_maxscore.moe import metrics
 from tests.dist import bridge_cases
 from tests.dist.pool import Pool
-from tests.releases import package
+from tools.maintenance.releases import package
 
 VERSION = "0.6.0"
 pytestmark = pytest.mark.full

@@ -8,9 +8,9 @@ import re
 import pytest
 
 from megatron_maxscore.moe import metrics
-from tests import features
 from tests.dist.training_runs import MAXSCORE, MODEL, run, succeed
-from tests.releases import NEWEST, RELEASES, in_front, on_every_release, wheel
+from tools.maintenance import features
+from tools.maintenance.releases import NEWEST, RELEASES, in_front, on_every_release, wheel
 
 
 def _cases():

@@ -8,8 +8,8 @@ import torch
 from megatron_maxscore.flow import solve
 from tests.dist import flow_cases as cases
 from tests.dist.pool import Pool, RankError
-from tests.oracles import ortools_objective
-from tools.workloads import FAMILIES
+from tools.benchmarks.oracles import ortools_objective
+from tools.benchmarks.workloads import FAMILIES
 
 # Tokens of all ranks, experts, k: where every rank gets all rows, and where rows stay apart.
 SMALL, LARGE = (384, 12, 3), (4608, 32, 4)

@@ -9,7 +9,7 @@ import torch
 from megatron_maxscore.moe import MaxScoreConfig
 from tests.dist import cases, feature_cases
 from tests.dist.pool import Pool, RankError
-from tests.oracles import highs_objective
+from tools.benchmarks.oracles import highs_objective
 
 LAYOUTS = [
     (2, dict(ep=2)),

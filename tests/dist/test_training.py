@@ -10,7 +10,7 @@ import torch
 
 from megatron_maxscore import flow
 from tests.dist.training_runs import MAXSCORE, TOPK, run, succeed
-from tests.releases import in_front, on_every_release, wheel
+from tools.maintenance.releases import in_front, on_every_release, wheel
 
 
 def on(release):

@@ -12,7 +12,14 @@ import pytest
 
 from megatron_maxscore import patch
 from tests.dist.training_runs import MAXSCORE, ROOT, TOPK, run, succeed
-from tests.releases import NEWEST, RELEASES, copy_of_wheel, in_front, on_every_release, wheel
+from tools.maintenance.releases import (
+    NEWEST,
+    RELEASES,
+    copy_of_wheel,
+    in_front,
+    on_every_release,
+    wheel,
+)
 
 EP2 = "--expert-model-parallel-size 2 --train-iters 4"
 CPU = "megatron_maxscore.cpu"

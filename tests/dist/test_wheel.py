@@ -12,7 +12,7 @@ import sysconfig
 import pytest
 
 from tests.dist.training_runs import MAXSCORE, MODEL, ROOT
-from tests.releases import copy_of_wheel
+from tools.maintenance.releases import copy_of_wheel
 
 
 @pytest.fixture(scope="module")

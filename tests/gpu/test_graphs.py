@@ -7,7 +7,7 @@ import torch
 
 from megatron_maxscore.moe.context import RUN
 from tests.graph_work import SETTINGS, compare, pair, work
-from tests.one_rank_layer import build, tear_down
+from tools.benchmarks.one_rank_layer import build, tear_down
 
 TOKENS = 2048
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tools.simulate_scale import solve_together
+from tools.benchmarks.scale import solve_together
 
 TOKENS, EXPERTS, TOPK, RANKS = (2048, 1024, 3000, 100), 64, 8, 4
 

@@ -7,7 +7,7 @@ import torch
 
 from megatron_maxscore.flow import engine, solve
 from megatron_maxscore.ops import soft_topk
-from tools.workloads import FAMILIES, workload
+from tools.benchmarks.workloads import FAMILIES, workload
 
 ALLOWED = [family for family in FAMILIES if family != "forbidden arcs"]
 DEGENERATE = ("peaked", "two-hot", "repeated", "clusters", "equal")

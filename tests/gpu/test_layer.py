@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.one_rank_layer import EXPERTS, HIDDEN, TOPK, build, routed, tear_down
+from tools.benchmarks.one_rank_layer import EXPERTS, HIDDEN, TOPK, build, routed, tear_down
 
 TOKENS = 2048
 

@@ -13,6 +13,6 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 if os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore_glob = ["*"]
 else:
-    from tests.kernels import interpreted
+    from tools.benchmarks import interpreted
 
     interpreted.install()

@@ -22,9 +22,9 @@ megatron_maxscore.cpu.enable()
 
 from megatron_maxscore.flow import certified, solve  # noqa: E402
 from megatron_maxscore.flow.exchange import exchange_of  # noqa: E402
-from tests.kernels import interpreted  # noqa: E402
 from tests.kernels.watching import Watch  # noqa: E402
-from tests.oracles import check_assignment  # noqa: E402
+from tools.benchmarks import interpreted  # noqa: E402
+from tools.benchmarks.oracles import check_assignment  # noqa: E402
 
 TOKENS, EXPERTS, TOPK = map(int, sys.argv[1:] or (128, 16, 2))
 IS_LARGE = TOKENS * TOPK >= 8192

@@ -14,10 +14,10 @@ from megatron_maxscore.flow import certified, engine, solve
 from megatron_maxscore.flow.device import layout
 from megatron_maxscore.moe.groups import Groups
 from tests.draws import unequal_capacities
-from tests.kernels.engine_model import Model
 from tests.kernels.watching import Watch
-from tests.oracles import check_assignment, ortools_objective
-from tools.workloads import FAMILIES, workload
+from tools.benchmarks.engine_model import Model
+from tools.benchmarks.oracles import check_assignment, ortools_objective
+from tools.benchmarks.workloads import FAMILIES, workload
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 ALLOWED = [family for family in FAMILIES if family != "forbidden arcs"]

@@ -10,7 +10,7 @@ from megatron_maxscore.moe.context import RUN
 from tests.graph_work import SETTINGS, compare, pair, work
 from tests.kernels.our_kernels import count_as_a_device
 from tests.kernels.recording import Recording
-from tests.one_rank_layer import HIDDEN, build, make_layer, tear_down
+from tools.benchmarks.one_rank_layer import HIDDEN, build, make_layer, tear_down
 
 TOKENS = 48
 

@@ -12,7 +12,15 @@ from megatron_maxscore.moe import router as router_module
 from megatron_maxscore.moe.step import average_prices
 from tests.kernels.our_kernels import count_as_a_device
 from tests.kernels.watching import Watch
-from tests.one_rank_layer import EXPERTS, HIDDEN, TOPK, build, make_layer, routed, tear_down
+from tools.benchmarks.one_rank_layer import (
+    EXPERTS,
+    HIDDEN,
+    TOPK,
+    build,
+    make_layer,
+    routed,
+    tear_down,
+)
 
 TOKENS = 96
 

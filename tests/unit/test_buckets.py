@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_maxscore.flow import buckets, passes
 from tests import reference
-from tests.oracles import bucket_of
+from tools.benchmarks.oracles import bucket_of
 
 
 def test_example():

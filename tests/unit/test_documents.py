@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-import sys
 from pathlib import Path
 
 import torch
@@ -12,16 +11,14 @@ import torch
 import megatron_maxscore
 from megatron_maxscore.moe.fields import config_fields
 from megatron_maxscore.ops import soft_topk
+from tools.maintenance import compatibility
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
 
 
 def test_compatibility_table_is_current_and_full():
-    import make_compatibility
-
-    text = make_compatibility.document()
-    assert make_compatibility.DOCUMENT.read_text() == text
+    text = compatibility.document()
+    assert compatibility.DOCUMENT.read_text() == text
     cells = [
         cell.strip()
         for line in text.splitlines()

@@ -12,9 +12,9 @@ from hypothesis.extra.numpy import arrays
 from megatron_maxscore.flow import solve
 from megatron_maxscore.flow.exchange import pack, split_like, unpack
 from tests.dist.flow_cases import small_samples
-from tests.oracles import ortools_objective
-from tools.simulate_scale import collective_seconds, solve_together
-from tools.workloads import as_integers, workload
+from tools.benchmarks.oracles import ortools_objective
+from tools.benchmarks.scale import collective_seconds, solve_together
+from tools.benchmarks.workloads import as_integers, workload
 
 
 @given(

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from megatron_maxscore.flow import finish, solve
 from tests.dist.flow_cases import small_samples
-from tests.oracles import check_assignment, ortools_objective
-from tools.simulate_scale import solve_together
+from tools.benchmarks.oracles import check_assignment, ortools_objective
+from tools.benchmarks.scale import solve_together
 
 
 def draw(seed):

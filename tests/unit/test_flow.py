@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_maxscore.flow import solve
-from tests.oracles import check_assignment, highs_objective, ortools_objective
+from tools.benchmarks.oracles import check_assignment, highs_objective, ortools_objective
 
 
 @st.composite

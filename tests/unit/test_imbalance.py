@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tools.imbalance import BURST_EVERY, ROUTERS, WORKLOADS, Layout, outcome, run
+from tools.benchmarks.imbalance import BURST_EVERY, ROUTERS, WORKLOADS, Layout, outcome, run
 
 LAYOUT = Layout(tokens=96, experts=32, topk=4, ranks=4)
 

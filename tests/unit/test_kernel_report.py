@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tools.kernel_report import TARGETS, all_compilations, usage
+from tools.maintenance.kernel_report import TARGETS, all_compilations, usage
 
 REGISTERS = 65536
 

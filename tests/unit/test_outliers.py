@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_maxscore.flow import outliers, solve
-from tests.oracles import highs_objective
+from tools.benchmarks.oracles import highs_objective
 
 SIZES = (1e3, 1e6, 1e9, 1e10, 1e12, 1e15, 1e20, 1e30, 1e37)
 

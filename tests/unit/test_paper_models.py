@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import paper_models
+from tools.benchmarks import paper_models
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "examples" / "paper"
 

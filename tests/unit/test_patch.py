@@ -12,7 +12,7 @@ import pytest
 
 from megatron_maxscore import patch
 from megatron_maxscore.moe.fields import config_fields
-from tests.releases import RELEASES, copy_of_wheel
+from tools.maintenance.releases import RELEASES, copy_of_wheel
 
 CONFIG = "megatron/core/transformer/transformer_config.py"
 

@@ -95,26 +95,24 @@ def test_a_machine_without_a_gpu_is_found_before_anything_is_installed(checkout)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("benchmark_solver.py --sizes foo", "like 8192x64x8, got foo"),
-        ("benchmark_solver.py --sizes 512x16x17", "1 <= k <= experts"),
-        ("simulate_scale.py --ranks 0", "--ranks must lie between 1 and"),
-        ("simulate_scale.py --experts 5000", "--experts must lie between 1 and 4096, got 5000"),
-        ("record_scores.py --steps a-b", "--steps: expected numbers and ranges"),
-        ("paper_models.py huge", "invalid choice: 'huge'"),
+        ("benchmarks.solver --sizes foo", "like 8192x64x8, got foo"),
+        ("benchmarks.solver --sizes 512x16x17", "1 <= k <= experts"),
+        ("benchmarks.scale --ranks 0", "--ranks must lie between 1 and"),
+        ("benchmarks.scale --experts 5000", "--experts must lie between 1 and 4096, got 5000"),
+        ("benchmarks.record_scores --steps a-b", "--steps: expected numbers and ranges"),
+        ("benchmarks.paper_models huge", "invalid choice: 'huge'"),
     ],
 )
 def test_tools_refuse_wrong_arguments_in_one_line(arguments, words, capsys, monkeypatch):
-    script, *given = arguments.split()
-    monkeypatch.setattr(sys, "argv", [script, *given])
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    module, *given = arguments.split()
+    monkeypatch.setattr(sys, "argv", [module, *given])
     with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / "tools" / script), run_name="__main__")
+        runpy.run_module(f"tools.{module}", run_name="__main__")
     assert end.value.code == 2 and words in capsys.readouterr().err
 
 
 def test_help_of_the_papers_models_builds_none(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["paper_models.py", "--help"])
-    monkeypatch.setattr(sys, "path", list(sys.path))
     with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / "tools/paper_models.py"), run_name="__main__")
+        runpy.run_module("tools.benchmarks.paper_models", run_name="__main__")
     assert end.value.code == 0 and "usage: " in capsys.readouterr().out

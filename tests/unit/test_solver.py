@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from megatron_maxscore.flow import buckets, passes, solve
 from megatron_maxscore.flow.problem import Problem, shifts
 from tests import reference
-from tests.oracles import check_assignment, highs_objective, ortools_objective
 from tests.solving import SAMPLED, SMALL, check
-from tools.workloads import FAMILIES, as_integers, workload
+from tools.benchmarks.oracles import check_assignment, highs_objective, ortools_objective
+from tools.benchmarks.workloads import FAMILIES, as_integers, workload
 
 
 @pytest.mark.parametrize("family", FAMILIES)

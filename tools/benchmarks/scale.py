@@ -1,6 +1,6 @@
 """The solver on many ranks, simulated in one process, and what it would cost on a cluster.
 
-    python tools/simulate_scale.py [--ranks 8 32 128 512] [--experts 64 256] [--output DIRECTORY]
+    python -m tools.benchmarks.scale [--ranks 8 32 128 512] [--experts 64 256] [--output DIRECTORY]
 
 Every rank is a thread that runs ``flow.solve`` itself on scores of its own; only the collectives
 are replaced. So rounds, bytes and assignment are those of real ranks. What all ranks compute alike
@@ -17,7 +17,6 @@ import argparse
 import csv
 import math
 import resource
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -28,12 +27,10 @@ from typing import Any
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
+from megatron_maxscore.flow import MAX_EXPERTS, FlowSolution, solve
+from megatron_maxscore.flow.exchange import Exchange, pack
 
-from megatron_maxscore.flow import MAX_EXPERTS, FlowSolution, solve  # noqa: E402
-from megatron_maxscore.flow.exchange import Exchange, pack  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 TOKENS = 4096
 TOPK = 8
@@ -297,7 +294,7 @@ def main() -> None:
     cases += [(64, experts, groups) for experts in arguments.experts for groups in arguments.groups]
     rows = [run(*case) for case in tqdm(cases, desc="ranks x experts")]
     table = Table(
-        title=f"{TOKENS} tokens per rank, top-{TOPK}, warm; model: see tools/simulate_scale.py"
+        title=f"{TOKENS} tokens per rank, top-{TOPK}, warm; model: see tools/benchmarks/scale.py"
     )
     for name in rows[0]:
         table.add_column(name, justify="right")

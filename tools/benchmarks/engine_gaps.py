@@ -1,6 +1,6 @@
 """Check the certified gaps of bounded mode without a GPU, at any size.
 
-    python tools/engine_gaps.py [--sizes 8192x64x8 512x16x2] [--families iid "all equal"]
+    python -m tools.benchmarks.engine_gaps [--sizes 8192x64x8 512x16x2] [--families iid "all equal"]
 
 Solves every family cold, and warm with prices of another batch, with capacity factors 1, 1.02 and
 1.25, and prints gap, sweeps and rounds. Decisions are the kernel's own, in Triton's interpreter;
@@ -15,7 +15,6 @@ import argparse
 import math
 import os
 import sys
-from pathlib import Path
 
 # Before Triton is imported.
 os.environ["TRITON_INTERPRET"] = "1"
@@ -24,12 +23,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from tests.kernels import interpreted  # noqa: E402
-from tests.kernels.engine_model import Model  # noqa: E402
-from tools.workloads import FAMILIES, size_of, workload  # noqa: E402
+from . import interpreted
+from .engine_model import Model
+from .workloads import FAMILIES, size_of, workload
 
 SIZES = ("512x16x2", "512x64x6", "1024x48x4", "2048x64x4", "8192x64x8", "4096x256x8")
 DEGENERATE = ("peaked", "two-hot", "repeated", "clusters", "31 tokens", "1/90", "sorted alike")

@@ -1,6 +1,6 @@
 """What solving over all ranks buys, and costs, on this machine's gloo ranks.
 
-    python tools/benchmark_distributed.py [--ranks 2 4 8] [--tokens 8192] [--output DIRECTORY]
+    python -m tools.benchmarks.distributed [--ranks 2 4 8] [--tokens 8192] [--output DIRECTORY]
 
 For each number of ranks torchrun starts that many on this machine. Every workload is solved alone
 on each rank (scope local) and together (scope group); reported are the score of the former over
@@ -34,15 +34,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
+from megatron_maxscore.flow import FlowSolution, exchange, solve, solver
 
-from megatron_maxscore.flow import FlowSolution, exchange, solve, solver  # noqa: E402
-from tests.oracles import ortools_objective  # noqa: E402
-from tools.layer_times import layer_rows  # noqa: E402
-from tools.rivals import quantile_balancing  # noqa: E402
-from tools.workloads import as_integers  # noqa: E402
+from .layer_times import layer_rows
+from .oracles import ortools_objective
+from .rivals import quantile_balancing
+from .workloads import as_integers
+
+ROOT = Path(__file__).resolve().parents[2]
 
 WORKLOADS = (
     "uniform", "hot expert", "hot rank", "ragged source", "zero load", "rotating hot spot",
@@ -222,7 +221,7 @@ def launch(size: int, arguments: argparse.Namespace) -> dict[str, list[dict[str,
         found = Path(directory) / "found.json"
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-            str(size), str(Path(__file__)), "--worker", str(found), "--tokens",
+            str(size), "-m", "tools.benchmarks.distributed", "--worker", str(found), "--tokens",
             str(arguments.tokens), "--experts", str(arguments.experts), "--topk",
             str(arguments.topk), "--repeats", str(arguments.repeats), "--layer-tokens",
             str(arguments.layer_tokens), "--workloads", *arguments.workloads,

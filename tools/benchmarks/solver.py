@@ -1,13 +1,13 @@
 """Time the flow solver against other ways to assign tokens, and check it on every family.
 
-    python tools/benchmark_solver.py            # all families and sizes, about nine minutes
-    python tools/benchmark_solver.py --sizes 8192x64x8 --families iid "all equal"
+    python -m tools.benchmarks.solver            # all families and sizes, about nine minutes
+    python -m tools.benchmarks.solver --sizes 8192x64x8 --families iid "all equal"
 
 For every case it prints median time (20th to 80th percentile), the speed-up over OR-tools' solve()
 if and only if the answer is feasible, score over optimum and maxvio; it checks that objectives on
 integer scores equal OR-tools' exactly, and closes with the bars, PASS or MISSED. Warm starts come
 from the solution of another batch of the family. Writes solver.csv and solver.png. Scores recorded
-from training (tools/record_scores.py) are timed too if they are there.
+from training (tools/benchmarks/record_scores.py) are timed too if they are there.
 """
 
 from __future__ import annotations
@@ -32,15 +32,13 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from megatron_maxscore.flow import solve
+from megatron_maxscore.ops import soft_topk
 
-from megatron_maxscore.flow import solve  # noqa: E402
-from megatron_maxscore.ops import soft_topk  # noqa: E402
-from tests.oracles import highs_objective, ortools_flow  # noqa: E402
-from tools.rivals import greedy_then_hungarian, quantile_balancing, sinkhorn  # noqa: E402
-from tools.solver_report import OURS, SOLVERS, Row, picture, table_of  # noqa: E402
-from tools.workloads import (  # noqa: E402
+from .oracles import highs_objective, ortools_flow
+from .rivals import greedy_then_hungarian, quantile_balancing, sinkhorn
+from .solver_report import OURS, SOLVERS, Row, picture, table_of
+from .workloads import (
     FAMILIES,
     GENERIC,
     PLATEAUS,
@@ -50,6 +48,8 @@ from tools.workloads import (  # noqa: E402
     size_of,
     workload,
 )
+
+ROOT = Path(__file__).resolve().parents[2]
 
 SIZES = ("512x16x2", "4096x16x2", "8192x64x8", "4096x256x8", "16384x128x6", "65536x64x8")
 BAR_SIZE = "8192x64x8"
@@ -361,7 +361,7 @@ def bars(rows: list[Row], demo: Path) -> list[tuple[str, str, bool | None]]:
         )
     else:
         found.append(("warm, recorded scores: time / topk <= 4 (aim 2)",
-                      "not measured: run tools/record_scores.py", None))  # fmt: skip
+                      "not measured: run tools/benchmarks/record_scores.py", None))  # fmt: skip
     growth = {}
     for family in GENERIC:
         small, large = at(BAR_SIZE, family, "cold"), at("65536x64x8", family, "cold")

@@ -1,6 +1,6 @@
 """Run Megatron-LM's own unit tests of MoE layers against MaxScore's classes, on CPU.
 
-    python tools/run_upstream_tests.py TREE [--router maxscore topk] [--ranks 8] [--files NAME ...]
+    python -m tools.maintenance.upstream_tests TREE [--router maxscore topk] [--ranks 8]
 
 ``TREE`` is a Megatron-LM checkout at the tag of the installed megatron-core. Its tests run as they
 are, on gloo ranks in CPU mode, with every MoE layer's router and dispatcher MaxScore's, and for
@@ -136,8 +136,8 @@ def outcomes(
     with tempfile.TemporaryDirectory() as output:
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-            str(ranks), __file__, str(tree), "--session", router, "--files", file, "--output",
-            output,
+            str(ranks), "-m", "tools.maintenance.upstream_tests", str(tree), "--session", router,
+            "--files", file, "--output", output,
         ]  # fmt: skip
         log = Path(output) / "log"
         with log.open("w") as stream:

@@ -1,6 +1,6 @@
 """Time a solve on a CUDA device against other routers' choice of experts.
 
-    python tools/benchmark_gpu.py [--output runs/gpu] [--sizes 8192x64x8 4096x256x8] [--seconds 240]
+    python -m tools.benchmarks.gpu [--output runs/gpu] [--sizes 8192x64x8] [--seconds 240]
 
 Medians of CUDA-event times, in microseconds, with warm prices from another batch: our solve as a
 CUDA graph, launch by launch, and from cold prices; torch.topk, Megatron's fused top-k (with
@@ -8,7 +8,7 @@ Transformer Engine), its sinkhorn and its quantile balancing. Sweeps and rounds 
 iid scores each phase is timed. A Megatron MoE layer of one rank, bfloat16, forward and backward,
 comes after the first sizes: with forced balance, with top-k and with MaxScore, in turn. Most
 telling first; gpu.json is written as results come, and nothing new is begun after ``--seconds``.
-Scores recorded by tools/record_scores.py are timed with ``--recorded DIRECTORY``.
+Scores recorded by tools/benchmarks/record_scores.py are timed with ``--recorded DIRECTORY``.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from megatron_maxscore.flow import engine, solve
 
-from megatron_maxscore.flow import engine, solve  # noqa: E402
-from tests.one_rank_layer import make_layer, set_up, tear_down  # noqa: E402
-from tools.rivals import quantile_balancing, sinkhorn  # noqa: E402
-from tools.workloads import size_of, workload  # noqa: E402
+from .one_rank_layer import make_layer, set_up, tear_down
+from .rivals import quantile_balancing, sinkhorn
+from .workloads import size_of, workload
+
+ROOT = Path(__file__).resolve().parents[2]
 
 SIZES = (
     "8192x64x8", "4096x256x8", "16384x128x6", "65536x64x8", "131072x256x8", "4096x128x8",

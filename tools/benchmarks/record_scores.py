@@ -1,9 +1,9 @@
-"""Record router scores of a real training run, for ``tools/benchmark_solver.py``.
+"""Record router scores of a real training run, for ``tools/benchmarks/solver.py``.
 
 Trains a small mixture-of-experts model with 64 experts, top-8 and 8,192 tokens per solve on one CPU
 rank, on the demo's text, and keeps what the solver was asked in two layers at a few steps.
 
-    python tools/record_scores.py                 # about five minutes, writes runs/recorded
+    python -m tools.benchmarks.record_scores        # about five minutes, writes runs/recorded
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from megatron_maxscore.commands import prepare
 from megatron_maxscore.moe.recording import parse_numbers
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = """
     --num-layers 2 --hidden-size 128 --num-attention-heads 4 --seq-length 512
     --max-position-embeddings 512 --position-embedding-type rope --normalization RMSNorm --swiglu

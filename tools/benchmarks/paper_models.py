@@ -1,6 +1,6 @@
 """Count parameters and FLOPs of the paper's models, as the launch scripts build them.
 
-    python tools/paper_models.py
+    python -m tools.benchmarks.paper_models
 
 Reads the flags from examples/paper/flags.sh, lets Megatron parse them and build each model on the
 meta device, with each router, and prints what a token uses beside the nominal size.
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ROOT / "examples" / "paper" / "flags.sh"
 SIZES = {"162M": 162e6, "317M": 317e6, "599M": 599e6, "1205M": 1205e6}
 ROUTERS = ("maxscore", "authors", "gshard", "dropless", "deepseek")
@@ -109,7 +109,7 @@ def main() -> int:
     found = {}
     for size, router in track(pairs, "building", disable=not sys.stdout.isatty()):
         done = subprocess.run(
-            [sys.executable, __file__, size, router],
+            [sys.executable, "-m", "tools.benchmarks.paper_models", size, router],
             capture_output=True, text=True, check=False, cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
         )  # fmt: skip

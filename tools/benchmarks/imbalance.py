@@ -1,6 +1,6 @@
 """Print what routers make of the imbalance workloads that Megatron's users ask for, step by step.
 
-    python tools/imbalance.py [--steps 12] [--tokens 1024] [--experts 64] [--topk 8] [--ranks 8]
+    python -m tools.benchmarks.imbalance [--steps 12] [--tokens 1024] [--experts 64] [--ranks 8]
 
 The workloads W0 to W7 are those of Megatron-LM's pull request 7488, as router scores: what top-k
 makes of them is the imbalance that the workload is named for.
@@ -24,16 +24,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_maxscore.flow import solve
 from megatron_maxscore.moe.quotas import capacities

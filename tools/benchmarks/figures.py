@@ -1,11 +1,10 @@
 """Measure the figures that the documents quote and no other command prints. On the CPU.
 
-    python tools/document_figures.py switch    # docs/operations.md: loss over a change of router
-    python tools/document_figures.py groups    # docs/routing.md: assignments outside groups
-    python tools/document_figures.py rollouts  # docs/rl.md: log-probabilities by flow, by prices
-    python tools/document_figures.py serving   # docs/serve.md: exported models in bfloat16
+    python -m tools.benchmarks.figures switch    # docs/operations.md: loss over a change of router
+    python -m tools.benchmarks.figures groups    # docs/routing.md: assignments outside groups
+    python -m tools.benchmarks.figures serving   # docs/serve.md: exported models in bfloat16
 
-All but rollouts train the demo's model on the demo's data, prepared where they are missing.
+All train the demo's model on the demo's data, prepared where they are missing.
 """
 
 from __future__ import annotations
@@ -22,13 +21,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from megatron_maxscore.commands import demo, evaluate, prepare
 from megatron_maxscore.commands.processes import Processes, execute
 from megatron_maxscore.export.verify import bias_of, gates_of, load_served
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BIAS = "--moe-router-score-function sigmoid --moe-router-enable-expert-bias"
 STOCK_BIAS = f"{BIAS} --moe-router-load-balancing-type none"
 OUR_BIAS = f"{demo.MAXSCORE_ROUTER} {BIAS}"
@@ -141,28 +138,12 @@ def served_run(model: Any, tokens_BS: torch.Tensor) -> tuple[torch.Tensor, float
     return torch.stack(chosen), float(loss)
 
 
-def rollouts(arguments: argparse.Namespace) -> Table:
-    """Return how far log-probabilities of training and of rollouts are apart, per token."""
-    from tests.dist import rl_cases
-    from tests.dist.pool import Pool
-
-    table = Table("gates", "nats apart, by flow and by prices", "with replay")
-    bias = dict(moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True)
-    cases: dict[str, dict[str, Any]] = {"softmax": {}, "sigmoid with expert bias": bias}
-    ranks = Pool(2)
-    for title, settings in cases.items():
-        apart, replayed, _ = ranks.run(rl_cases.rollouts, **settings)[0]
-        table.add_row(title, f"{apart:.3f}", f"{replayed:.3f}")
-    ranks.close()
-    return table
-
-
 def main() -> int:
     """Measure one of them and print it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    measures = {"switch": switch, "groups": groups, "rollouts": rollouts, "serving": serving}
+    measures = {"switch": switch, "groups": groups, "serving": serving}
     parser.add_argument("what", choices=measures)
     parser.add_argument("--data", type=Path, default=Path("data"), help="prepared data")
     parser.add_argument("--output", type=Path, default=Path("runs/figures"), help="results")
@@ -170,7 +151,7 @@ def main() -> int:
     arguments.output = arguments.output.absolute()
     shutil.rmtree(arguments.output, ignore_errors=True)
     arguments.output.mkdir(parents=True)
-    if arguments.what != "rollouts" and prepare.main(["--output", str(arguments.data)]):
+    if prepare.main(["--output", str(arguments.data)]):
         return 1
     Console().print(measures[arguments.what](arguments))
     return 0

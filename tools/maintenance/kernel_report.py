@@ -1,6 +1,6 @@
 """Compile every Triton kernel ahead of time and print what each needs; no GPU is needed.
 
-    python tools/kernel_report.py [--targets 80 90 100] [--output FILE.md]
+    python -m tools.maintenance.kernel_report [--targets 80 90 100] [--output FILE.md]
 
 Registers and stack per thread, instructions that spill, and shared memory per program are read from
 the compiled code with the cuobjdump that comes with Triton. Ends with 1 if anything spills.
@@ -21,8 +21,6 @@ from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_maxscore.flow.device.kernel import solve_kernel
 from megatron_maxscore.flow.engine import REGISTERS, WARPS, Shape

@@ -1,6 +1,6 @@
 """Write ``patches/`` from the options and from Megatron trees of the supported releases.
 
-    python tools/make_patches.py TREE=core_v0.19.0 [TREE=core_v0.18.2 ...]
+    python -m tools.maintenance.patches TREE=core_v0.19.0 [TREE=core_v0.18.2 ...]
 
 Each tree is an unchanged checkout of the tag. The blocks are the same in all releases; only their
 places differ.
@@ -14,11 +14,10 @@ import sys
 import textwrap
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from megatron_maxscore.moe.fields import fork_fields
+from megatron_maxscore.patch import BEGIN, END, line_hash
 
-from megatron_maxscore.moe.fields import fork_fields  # noqa: E402
-from megatron_maxscore.patch import BEGIN, END, line_hash  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclasses.dataclass(frozen=True)

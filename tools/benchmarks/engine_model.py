@@ -213,18 +213,22 @@ class Model:
         self.solve.arguments = tuple(arguments)
 
     def vector(self, number):
+        """Return the (E,) values of a vector in the kernel's state."""
         first = layout.SCALARS.value + number.value * self.block
         return self.state[first : first + self.experts]
 
     def number(self, number):
+        """Return a number in the kernel's state."""
         return int(self.state[number.value])
 
     @property
     def held(self):
+        """Return which experts each row holds, (T, E) bool."""
         columns = np.arange(self.experts)
         return (self.bits[:, columns >> 5] >> (columns & 31)) & 1 != 0
 
     def keep(self, held):
+        """Set which experts each row holds, (T, E) bool."""
         bit = np.zeros((self.tokens, self.words * 32), np.uint32)
         bit[:, : self.experts] = held
         bit = bit.reshape(self.tokens, self.words, 32) << np.arange(32, dtype=np.uint32)
@@ -270,6 +274,7 @@ class Model:
         )  # fmt: skip
 
     def run(self, most=4000):
+        """Run all phases but the order of dispatch."""
         n = 0
         while self.phase(n) < layout.ORDER.value:
             n += 1
@@ -283,6 +288,7 @@ class Model:
 
     @property
     def capacity(self):
+        """Return the (E,) capacities."""
         return self.capacity_E.numpy()
 
 

@@ -1,7 +1,7 @@
 """Write docs/compatibility.md from a recorded run of the tests.
 
     python -m pytest -n 2 -m "not gpu" --junitxml results.xml tests/dist
-    python tools/make_compatibility.py --record results.xml
+    python -m tools.maintenance.compatibility --record results.xml
 
 Every row is a configuration, every column a release. A cell says what the run found: passed,
 refused (the test of the refusal passed), failed, or not run. ``--record`` replaces the record in
@@ -15,16 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from . import features
+from .releases import NEWEST, RELEASES, TREES
 
-from tests import features  # noqa: E402
-from tests.releases import NEWEST, RELEASES, TREES  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 DOCUMENT = ROOT / "docs" / "compatibility.md"
 RECORD = ROOT / "docs" / "compatibility.json"
@@ -96,7 +94,7 @@ CHECKPOINTS = {
     "CUDA graph of attention is let through, scope local": same("test_features.py::test_refusals"),
     "metrics in TensorBoard and the log": same("test_features.py::test_metrics_reach_the_writers"),
 }
-# Upstream's own tests, measured with tools/run_upstream_tests.py: stock passes, ours, per-token.
+# Upstream's own tests, by tools.maintenance.upstream_tests: stock passes, ours, per-token.
 UPSTREAM = (
     ("test_routers", 43, 33, 10),
     ("test_a2a_token_dispatcher", 17, 17, 0),
@@ -240,8 +238,8 @@ def document() -> str:
         "# Compatibility",
         "",
         f"This is what a run of the tests found on {record['date']}, at commit "
-        f"{record['commit']}, on CPUs with gloo. `tools/make_compatibility.py` wrote it from the "
-        "run's results; do not edit.",
+        f"{record['commit']}, on CPUs with gloo. `tools/maintenance/compatibility.py` wrote it "
+        "from the run's results; do not edit.",
         "",
         "- *passed*: the configuration ran and gave what its test asks for. Behind it are the "
         "scopes (`--maxscore-scope`) in which it trained.",
@@ -278,10 +276,10 @@ def document() -> str:
         *table("configuration", refused(record)),
         "## Megatron-LM's own tests",
         "",
-        "`python tools/run_upstream_tests.py TREE` runs them unedited, at tag core_v0.19.0 with "
-        "megatron-core 0.19.2, on eight gloo ranks. Ten router cases assume that each token takes "
-        "its own k best experts whatever the others take (group-limited routing, expert bias, and "
-        "equality of a prefix under padding); ours has the flow's properties tested instead. "
+        "`python -m tools.maintenance.upstream_tests TREE` runs them unedited, at tag core_v0.19.0 "
+        "with megatron-core 0.19.2, on eight gloo ranks. Ten router cases assume that each token "
+        "takes its own k best experts whatever the others take (group-limited routing, expert "
+        "bias, and equality of a prefix under padding); ours has the flow's properties tested instead. "
         "Refusals are off there: tests of dispatchers drop tokens on purpose.",
         "",
         "| file | stock passes | of these ours | assume per-token top-k |",
@@ -311,7 +309,7 @@ def main() -> None:
     if not arguments.check:
         DOCUMENT.write_text(document(), encoding="utf-8")
     elif DOCUMENT.read_text(encoding="utf-8") != document():
-        parser.exit(1, "error: run python tools/make_compatibility.py\n")
+        parser.exit(1, "error: run python -m tools.maintenance.compatibility\n")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from tools.workloads import FAMILIES, GENERIC
+from .workloads import FAMILIES, GENERIC
 
 OURS = ("cold", "warm")
 SOLVERS = (
