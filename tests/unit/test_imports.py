@@ -84,3 +84,20 @@ def test_importing_changes_nothing_and_needs_no_megatron():
         "assert 'megatron.core' not in sys.modules and 'megatron.training' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_tools_stand_on_their_own():
+    """No tool imports tests or edits the path; tests take nothing from tools that is private."""
+    root = PACKAGE.parent
+    tools = list((root / "tools").rglob("*.py"))
+    assert len(tools) > 20
+    for path in tools:
+        text = path.read_text()
+        assert "sys.path.insert" not in text, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                assert not ast.unparse(node).startswith(("from tests", "import tests")), path
+    for path in (root / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tools"):
+                assert not [alias.name for alias in node.names if alias.name[0] == "_"], path

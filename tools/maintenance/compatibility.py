@@ -279,8 +279,8 @@ def document() -> str:
         "`python -m tools.maintenance.upstream_tests TREE` runs them unedited, at tag core_v0.19.0 "
         "with megatron-core 0.19.2, on eight gloo ranks. Ten router cases assume that each token "
         "takes its own k best experts whatever the others take (group-limited routing, expert "
-        "bias, and equality of a prefix under padding); ours has the flow's properties tested instead. "
-        "Refusals are off there: tests of dispatchers drop tokens on purpose.",
+        "bias, and equality of a prefix under padding); ours has the flow's properties tested "
+        "instead. Refusals are off there: tests of dispatchers drop tokens on purpose.",
         "",
         "| file | stock passes | of these ours | assume per-token top-k |",
         "|---|---|---|---|",
