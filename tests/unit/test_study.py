@@ -129,7 +129,11 @@ def test_settings_are_tuned_given_or_of_another_arm(tmp_path):
     (run,) = on_device.comparison([ARMS["maxscore"]], [21], "core")
     assert run.device == "cuda"
     quick = dataclasses.replace(study, size=SIZES["quick"])
-    assert quick.setting(ARMS["servable_softmax"]) == START
+    assert quick.setting(ARMS["servable_sigmoid"]) == START
+    # No factor, where the served model has no place for one.
+    tried = tuned(study, ARMS["servable_softmax"], {"4e-3": -0.1})
+    assert tried == [(rate, "1") for rate in ("2e-3", "4e-3", "8e-3")]
+    assert quick.setting(ARMS["servable_softmax"]) == ("2e-3", "1")
 
 
 def test_maxscores_arm_is_the_flag_and_nothing_else():

@@ -31,12 +31,10 @@ from .arms import (
     CORE,
     DEFAULTS,
     FACTORIAL,
-    FACTORS,
     FAMILIES,
     LEARNING_RATES,
     SERVABLE,
     SIZES,
-    START,
     Arm,
     Run,
     Setting,
@@ -92,11 +90,11 @@ class Study:
     def tuning_of(self, arm: Arm) -> tuple[list[Run], Run | None]:
         """Return an arm's tuning runs as far as they are known, and the best when all are done.
 
-        From :data:`START` along the learning rate, then along the factor, in turn: the next above
+        From the arm's start along the learning rate, then along the factor, in turn: the next above
         the best and the next below, until no neighbour of the best is better in either.
         """
-        ladders = {"learning_rate": LEARNING_RATES, "factor": FACTORS}
-        runs = [self.run(arm, START, TUNING_SEED, "tuning")]
+        ladders = {"learning_rate": LEARNING_RATES, "factor": arm.factors}
+        runs = [self.run(arm, arm.start, TUNING_SEED, "tuning")]
 
         def untried(best: Run, name: str) -> list[Run]:
             ladder = ladders[name]
@@ -118,7 +116,7 @@ class Study:
         if arm.setting is not None:
             return arm.setting
         if self.size.name == "quick":
-            return START
+            return arm.start
         chosen = self.tuning_of(ARMS[arm.follows] if arm.follows else arm)[1]
         return None if chosen is None else chosen.setting
 

@@ -42,6 +42,7 @@ class Arm:
         flags: of the router.
         setting: learning rate and factor, where the first study found them; None if they are tuned.
         follows: arm whose tuned setting is taken, for an arm that has none of its own.
+        factors: what tuning may multiply the gates by.
     """
 
     name: str
@@ -49,6 +50,12 @@ class Arm:
     flags: str
     setting: Setting | None = None
     follows: str = ""
+    factors: tuple[str, ...] = FACTORS
+
+    @property
+    def start(self) -> Setting:
+        """Return where tuning begins."""
+        return START if START.factor in self.factors else Setting(START.learning_rate, "1")
 
 
 def _aux(coefficient: str) -> str:
@@ -99,7 +106,8 @@ SERVABLE = (
     ),
     Arm(
         "servable_softmax", "MaxScore, servable, softmax gates",
-        f"{MAXSCORE} --maxscore-preset servable",
+        # ERNIE 4.5 has no place for a factor.
+        f"{MAXSCORE} --maxscore-preset servable", factors=("1",),
     ),
     # The recipe of the dropless arm, and one flag more: nothing is tuned for MaxScore.
     Arm(
