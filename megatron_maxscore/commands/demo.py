@@ -168,10 +168,16 @@ def table_of(runs: list[Run]) -> Table:
         return f"{run.validation[rule]:.4f}"
 
     row("iterations", [str(run.iterations) for run in runs])
-    row("training loss, first", [f"{run.losses[0]:.4f}" for run in runs])
-    row("training loss, last", [f"{np.mean(run.losses[-5:]):.4f}" for run in runs])
-    row("validation loss, own rule (price / top-k)", [validation(r, "price") for r in runs])
-    row("validation loss, flow routing", [validation(r, "flow") for r in runs])
+    # The third run has another schedule, so its losses are not compared.
+    compared = [run.iterations == runs[0].iterations for run in runs]
+
+    def losses(cells: list[str]) -> list[str]:
+        return [cell if ok else "-" for cell, ok in zip(cells, compared, strict=True)]
+
+    row("training loss, first", losses([f"{run.losses[0]:.4f}" for run in runs]))
+    row("training loss, last", losses([f"{np.mean(run.losses[-5:]):.4f}" for run in runs]))
+    row("validation loss by prices, or top-k", losses([validation(r, "price") for r in runs]))
+    row("validation loss by the flow", losses([validation(r, "flow") for r in runs]))
     for label, reduce in (("min", np.min), ("mean", np.mean), ("max", np.max)):
         values = [f"{reduce(run.moe_layers('loads')):,.0f}" for run in runs]
         row(f"tokens per expert and step, {label}", values)
@@ -201,26 +207,37 @@ def picture(runs: list[Run], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), width_ratios=(1.15, 1, 1))
-    for run in runs:
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2))
+    # The third run has another schedule, so its losses are not compared.
+    for run in runs[:2]:
         smooth = np.convolve(run.losses, np.ones(5) / 5, mode="valid")
         axes[0].plot(np.arange(len(smooth)) + 5, smooth, label=run.title, linewidth=1.6)
-    axes[0].set(xlabel="iteration", ylabel="training loss (mean of 5)", title="Loss")
+    axes[0].set(xlabel="iteration", ylabel="training loss, nats (mean of 5)", title="Loss")
     axes[0].grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     # The layer where stock top-k is least balanced, the same one for both.
     layer = int(runs[1].moe_layers("maxvio").mean(0).argmax())
-    image = None
+    highest = 1.0
     for axis, run in zip(axes[1:], runs[:2], strict=True):
         loads = run.moe_layers("loads")[:, layer]
         relative = loads / loads.mean(1, keepdims=True)
-        image = axis.imshow(
-            relative.T, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest"
-        )
+        highest = max(highest, float(relative.max()))
+        steps = np.arange(1, len(loads) + 1)
+        axis.plot(steps, relative, linewidth=0.6, alpha=0.6)
+        axis.plot(steps, relative.max(1), color="black", linewidth=1.0, label="busiest expert")
+        axis.axhline(1.0, color="black", linestyle=":", linewidth=1.2, label="equal share")
         axis.set(
-            xlabel="iteration", ylabel="expert", title=f"{run.title}: load of layer {layer + 1}"
+            xlabel="iteration", title=f"{run.title}: loads of layer {layer + 1}, an expert a line"
         )
-    figure.colorbar(image, ax=axes[1:], label="load / mean load (white = 1)")
+        axis.legend(fontsize=8, loc="upper right")
+        if (loads == loads[0, 0]).all():
+            count, tokens = loads.shape[1], int(loads[0, 0])
+            axis.text(
+                0.5, 0.5, f"all {count} experts: exactly {tokens:,} tokens\nin every iteration",
+                ha="center", va="center", transform=axis.transAxes,
+            )  # fmt: skip
+    for axis in axes[1:]:
+        axis.set(ylabel="load / mean load", ylim=(0, highest * 1.05))
     figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
 

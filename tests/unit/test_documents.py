@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -11,9 +14,12 @@ import torch
 import megatron_maxscore
 from megatron_maxscore.moe.fields import config_fields
 from megatron_maxscore.ops import soft_topk
-from tools.maintenance import compatibility
+from tools.maintenance import compatibility, release
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# Written by programs.
+GENERATED = ("compatibility.md", "report.md")
 
 
 def test_compatibility_table_is_current_and_full():
@@ -29,7 +35,7 @@ def test_compatibility_table_is_current_and_full():
 
 
 def test_every_test_that_the_table_names_exists():
-    text = (ROOT / "docs/compatibility.md").read_text()
+    text = (ROOT / "docs/evidence/compatibility.md").read_text()
     known = set()
     for path in (ROOT / "tests").rglob("test_*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -39,10 +45,69 @@ def test_every_test_that_the_table_names_exists():
     assert len(named) > 15 and named <= known
 
 
-def test_readme_names_every_flag():
-    text = (ROOT / "README.md").read_text()
+def test_every_flag_is_in_the_reference():
+    text = (ROOT / "docs/flags.md").read_text()
     for name in config_fields():
         assert "--" + name.replace("_", "-") in text, name
+
+
+def test_the_site_builds_without_warnings(tmp_path):
+    """Strict: no broken link or anchor, no page outside the navigation, no missing name."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=240,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    page = (tmp_path / "api.html").read_text()
+    for name in ("solve", "FlowSolution", "MaxScoreConfig", "with_maxscore", "soft_topk"):
+        assert re.search(rf'id="megatron_maxscore[\w.]*\.{name}"', page), name
+
+
+def test_links_outside_the_site_lead_somewhere():
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "docs/evidence/study/first/README.md",
+    ):
+        path = ROOT / name
+        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text()):
+            if not link.startswith("http"):
+                assert (path.parent / link).exists(), f"{name}: {link}"
+
+
+def test_no_page_is_too_long_to_read():
+    for path in PAGES:
+        if path.name not in GENERATED:
+            assert len(path.read_text().splitlines()) <= 250, path.name
+
+
+def test_every_command_says_what_runs_it():
+    """A test that exists, CI, or why it cannot be run here."""
+    count = 0
+    for path in (*PAGES, ROOT / "CONTRIBUTING.md"):
+        lines = path.read_text().splitlines()
+        for place, line in enumerate(lines):
+            if line != "```bash":
+                continue
+            said = re.fullmatch(r"<!-- command: (.+) -->", lines[place - 1])
+            assert said, f"{path.name}:{place + 1}: no comment says what runs this command"
+            if said[1].startswith("tests/"):
+                assert (ROOT / said[1]).is_file(), f"{path.name}: {said[1]}"
+            else:
+                assert said[1] == "CI" or said[1].startswith(("needs a ", "takes ", "serves "))
+            count += 1
+    assert count > 20
+
+
+def test_version_changelog_and_documents_agree(tmp_path):
+    assert release.disagreements() == []
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/page.md").write_text("pip install megatron_maxscore-9.9-py3-none-any.whl\n")
+    (tmp_path / "README.md").write_text("")
+    (tmp_path / "CHANGELOG.md").write_text("# Changelog\n\n## 9.9 (unreleased)\n")
+    assert len(release.disagreements(tmp_path)) == 2
 
 
 def test_table_of_what_gates_sum_to():

@@ -1,6 +1,6 @@
 """Measure the figures that the documents quote and no other command prints. On the CPU.
 
-    python -m tools.benchmarks.figures switch    # docs/operations.md: loss over a change of router
+    python -m tools.benchmarks.figures switch    # docs/migrate.md: loss over a change of router
     python -m tools.benchmarks.figures groups    # docs/routing.md: assignments outside groups
     python -m tools.benchmarks.figures serving   # docs/serve.md: exported models in bfloat16
 

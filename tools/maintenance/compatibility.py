@@ -1,11 +1,11 @@
-"""Write docs/compatibility.md from a recorded run of the tests.
+"""Write docs/evidence/compatibility.md from a recorded run of the tests.
 
     python -m pytest -n 2 -m "not gpu" --junitxml results.xml tests/dist
     python -m tools.maintenance.compatibility --record results.xml
 
 Every row is a configuration, every column a release. A cell says what the run found: passed,
 refused (the test of the refusal passed), failed, or not run. ``--record`` replaces the record in
-docs/compatibility.json by what these JUnit files hold; without it the document is written again
+docs/evidence/compatibility.json by what these JUnit files hold; without it the document is written
 from the record. ``--check`` fails where the document is not what this writes. A release without a
 wheel has a column where ``MEGATRON_TREE`` named its checkout, in the run and here.
 """
@@ -24,8 +24,8 @@ from .releases import NEWEST, RELEASES, TREES
 
 ROOT = Path(__file__).resolve().parents[2]
 
-DOCUMENT = ROOT / "docs" / "compatibility.md"
-RECORD = ROOT / "docs" / "compatibility.json"
+DOCUMENT = ROOT / "docs" / "evidence" / "compatibility.md"
+RECORD = ROOT / "docs" / "evidence" / "compatibility.json"
 _OLDER = "test_ways_in.py::test_contracts_and_dispatcher[{release}-]"
 
 

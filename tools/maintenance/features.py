@@ -1,6 +1,6 @@
 """What must work together with MaxScore routing, item by item, and what is refused.
 
-One list serves the tests that train with each item and the table in docs/compatibility.md.
+One list serves the tests that train with each item and the table in docs/evidence/compatibility.md.
 """
 
 from __future__ import annotations
