@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Pretrain a mixture-of-experts model on a Slurm allocation with MaxScore routing, one flow problem
-# over all ranks that share the experts.
+# Pretrain a mixture-of-experts model on a Slurm allocation with MaxScore routing.
 # Usage: sbatch --nodes 4 examples/slurm/train.sh DATA_DIRECTORY CHECKPOINT_DIRECTORY [MORE ARGUMENTS]
 # The data directory is what megatron_maxscore prepare writes. With a Megatron-LM checkout, set
 # SCRIPT=/path/to/its/pretrain_gpt.py.
@@ -27,7 +26,7 @@ srun --kill-on-bad-exit=1 python -m torch.distributed.run \
   --rdzv-backend c10d --rdzv-endpoint "$HEAD:${PORT:-29500}" --rdzv-id "$SLURM_JOB_ID" \
   -m megatron_maxscore.launch "${SCRIPT:-examples/pretrain_gpt.py}" \
   --moe-router-type maxscore \
-  --maxscore-scope group \
+  --maxscore-scope local \
   --moe-router-load-balancing-type none \
   --moe-token-dispatcher-type alltoall \
   --tensor-model-parallel-size 2 --sequence-parallel \

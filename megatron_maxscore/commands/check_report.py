@@ -142,7 +142,8 @@ def _describe_solver(report: Report, args: Any, options: Any, is_cpu: bool) -> N
         (args.moe_router_dtype == "fp64", "--moe-router-dtype fp64"),
         (args.num_experts > MAX_EXPERTS, f"more than {MAX_EXPERTS} experts"),
         (
-            options.scope == "sequence" and args.context_parallel_size > 1,
+            options.scope == "sequence"
+            and (args.context_parallel_size > 1 or args.tensor_model_parallel_size > 1),
             "sequences are split over ranks",
         ),
     )

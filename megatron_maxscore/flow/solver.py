@@ -55,7 +55,8 @@ def solve(
         ([[1], [0]], 1.699999988079071, 0.0)
 
     Args:
-        scores: (T, E) float, or (B, S, E) for B separate problems; E <= 1024. -inf forbids the arc.
+        scores: (T, E) float, or (B, S, E) for B separate problems; E <= 4096, on a GPU
+            1024 (more are solved on the host). -inf forbids the arc.
             Arrays and nested lists are taken as tensors on the CPU, here and below.
             bfloat16 and float16 are exact in float32. Rows whose range exceeds that of ordinary
             rows by a factor of 16,384 or more are scaled down (:mod:`outliers`), and the result is

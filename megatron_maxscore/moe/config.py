@@ -263,7 +263,7 @@ class MaxScoreConfig:
 
         A router's input is normalised, so that logits start with a standard deviation of
         ``init_method_std * sqrt(hidden_size)``; what SoftTopk makes of them depends on the
-        temperature relative to that alone. docs/evidence/study.md has why it is half of it.
+        temperature relative to that alone. docs/evidence/study/first has why it is half of it.
 
         Args:
             config: a TransformerConfig.

@@ -129,6 +129,23 @@ def test_a_launch_that_works():
 
 
 @pytest.mark.parametrize(
+    ("flags", "where"),
+    [
+        ("", "on the GPU, with a certified gap"),
+        (
+            "--tensor-model-parallel-size 2 --sequence-parallel --disable-bias-linear",
+            "exact, on the host",
+        ),
+    ],
+)
+def test_where_sequences_are_solved(flags, where):
+    ours = "--moe-router-type maxscore --maxscore-scope sequence".split()
+    done = check("--", "pretrain_gpt.py", *MODEL, *ours, *flags.split())
+    said = " ".join(done.stdout.replace("│", " ").split())
+    assert done.returncode == 0 and f"solver {where}" in said, done.stdout
+
+
+@pytest.mark.parametrize(
     ("flags", "words"),
     [
         ("--moe-expert-capacity-factor 1.0", ("--maxscore-capacity-factor",)),
