@@ -1,7 +1,7 @@
 """``examples/pretrain_gpt.py`` that also writes every global batch's training loss exactly.
 
 With BAD_RANK and BAD_ITERATION set, that rank's routers meet NaN in that iteration, or with
-BAD_ITERATION=evaluation in evaluation.
+BAD_ITERATION=evaluation in evaluation. With FREEZE_ROUTERS set, no router learns.
 """
 
 import os
@@ -28,6 +28,17 @@ def _recording_step(*args, **kwargs):
 
 
 training.train_step = _recording_step
+
+if "FREEZE_ROUTERS" in os.environ:
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    _init = TopKRouter.__init__
+
+    def _frozen_init(self, *args, **kwargs):
+        _init(self, *args, **kwargs)
+        self.weight.requires_grad_(False)
+
+    TopKRouter.__init__ = _frozen_init
 
 if "BAD_RANK" in os.environ:
     from megatron.core.transformer.moe.router import Router

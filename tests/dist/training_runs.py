@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -86,7 +87,7 @@ def run(
     if "launch" in module:
         command += f" --maxscore-stats-file {stats}"
     process = subprocess.Popen(
-        command.split(),
+        shlex.split(command),
         cwd=ROOT,
         env={
             **os.environ,
