@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -16,6 +17,22 @@ from torch import Tensor
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
 INDEX = "model.safetensors.index.json"
+# Types of what an import reads of config.json.
+_COUNTS = (
+    "first_k_dense_replace", "head_dim", "hidden_size", "intermediate_size",
+    "max_position_embeddings", "moe_intermediate_size", "moe_k", "moe_layer_end_index",
+    "moe_layer_interval", "moe_layer_start_index", "moe_num_experts", "moe_num_shared_experts",
+    "n_group", "n_routed_experts", "n_shared_experts", "num_attention_heads",
+    "num_experts_per_tok", "num_hidden_layers", "num_key_value_heads", "topk_group", "vocab_size",
+)  # fmt: skip
+# -1 stands for the last layer.
+_LEAST = {"moe_layer_end_index": -1, "moe_layer_interval": 1}
+_OPTIONAL = ("head_dim", "num_key_value_heads", "rope_parameters", "rope_scaling")
+_NUMBERS = ("initializer_range", "rms_norm_eps", "rope_theta", "routed_scaling_factor")
+_SWITCHES = (
+    "attention_bias", "norm_topk_prob", "tie_word_embeddings", "use_bias", "use_qk_norm",
+)  # fmt: skip
+_OBJECTS = ("rope_parameters", "rope_scaling")
 
 
 def check_free(path: Path) -> None:
@@ -85,33 +102,71 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """Return config.json.
+    """Return config.json, checked by name and type in what an import reads of it.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, it is no JSON object, or a value is of another type; names it.
     """
     path = directory / CONFIG
     if not path.is_file():
         raise ValueError(f"{directory} holds no Hugging Face model: {CONFIG} is missing")
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+    config = _read_json(path)
+    for name, value in config.items():
+        if value is None and name in _OPTIONAL:
+            continue
+        least = _LEAST.get(name, 0)
+        if name in _COUNTS and not (type(value) is int and value >= least):
+            wanted = f"a whole number from {least} on"
+            raise ValueError(f"{path}: {name} must be {wanted}, got {value!r}")
+        if name in _NUMBERS and (type(value) not in (int, float) or not math.isfinite(value)):
+            raise ValueError(f"{path}: {name} must be a number, got {value!r}")
+        if name in _SWITCHES and type(value) is not bool:
+            raise ValueError(f"{path}: {name} must be true or false, got {value!r}")
+        if name in _OBJECTS and not isinstance(value, dict):
+            raise ValueError(f"{path}: {name} must be an object, got {value!r}")
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
+    return content
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
     """Return all weights of a model in safetensors.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, the index is wrong, or a file cannot be read.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     index = directory / INDEX
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = _read_json(index).get("weight_map")
+        if not isinstance(files, dict):
+            raise ValueError(f"{index}: weight_map must be an object, got {files!r}")
+        for weight, name in files.items():
+            # Nothing outside of the directory is read.
+            if not isinstance(name, str) or Path(name).name != name:
+                raise ValueError(f"{index}: weight_map: {weight} must name a file, got {name!r}")
+        names = sorted(set(files.values()))
     else:
         names = sorted(path.name for path in directory.glob("*.safetensors"))
     if not names:
         raise ValueError(f"{directory} holds no *.safetensors")
-    return {name: tensor for file in names for name, tensor in load_file(directory / file).items()}
+    found: dict[str, Tensor] = {}
+    for name in names:
+        try:
+            found.update(load_file(directory / name))
+        except SafetensorError as error:
+            raise ValueError(f"{directory / name} is no file of safetensors: {error}") from None
+    return found
 
 
 def is_exported(directory: str | Path | None) -> bool:

@@ -109,8 +109,10 @@ def test_commands(installed):
 def test_the_laptops_page(installed):
     """Its commands as they stand there, with a tenth of the steps."""
     interpreter, directory, _ = installed
-    (directory / "laptop").mkdir()
-    printed = quickstart.run(interpreter, directory / "laptop", shorter=True)
+    # Paths may have spaces and letters of any language.
+    laptop = directory / "mein Läptop 機"
+    laptop.mkdir()
+    printed = quickstart.run(interpreter, laptop, shorter=True)
     losses = [float(x) for x in re.findall(r"lm loss: ([\d.E+-]+)", printed)]
     assert len(losses) >= 2 and losses[-1] < losses[0] - 0.1
     assert "MaxScore routing, scope local, mode auto, solved on the CPU" in printed

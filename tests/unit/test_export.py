@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_maxscore.export import FORMATS, choose, weights
-from megatron_maxscore.export.directory import appearing, check_free
+from megatron_maxscore.export.directory import appearing, check_free, read_config, read_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = (
@@ -263,6 +263,57 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path):
         check_free(output)
     with pytest.raises(ValueError, match="is no directory"):
         check_free(tmp_path / "nowhere" / "served")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "config.json is not JSON"),
+        ("[1]", "must hold a JSON object, not a list"),
+        (
+            '{"num_hidden_layers": "four"}',
+            "num_hidden_layers must be a whole number from 0 on, got 'four'",
+        ),
+        ('{"hidden_size": -64}', "hidden_size must be a whole number from 0 on, got -64"),
+        ('{"moe_k": true}', "moe_k must be a whole number from 0 on, got True"),
+        ('{"moe_layer_interval": 0}', "moe_layer_interval must be a whole number from 1 on, got 0"),
+        ('{"rms_norm_eps": "small"}', "rms_norm_eps must be a number, got 'small'"),
+        ('{"rope_theta": NaN}', "rope_theta must be a number, got nan"),
+        ('{"tie_word_embeddings": "no"}', "tie_word_embeddings must be true or false, got 'no'"),
+        ('{"rope_parameters": [1]}', r"rope_parameters must be an object, got \[1\]"),
+    ],
+)
+def test_a_wrong_config_is_told_by_name(tmp_path, text, words):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        read_config(tmp_path)
+
+
+def test_a_config_may_leave_things_open(tmp_path):
+    text = '{"head_dim": null, "rope_scaling": null, "moe_layer_end_index": -1, "other": [1]}'
+    (tmp_path / "config.json").write_text(text)
+    assert read_config(tmp_path)["moe_layer_end_index"] == -1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"weight_map": {"lm_head.weight": "../other/model.safetensors"}}', "must name a file"),
+        ('{"weight_map": {"lm_head.weight": 3}}', "lm_head.weight must name a file, got 3"),
+        ('{"weight_map": ["a"]}', "weight_map must be an object"),
+        ("{}", "weight_map must be an object, got None"),
+    ],
+)
+def test_a_wrong_index_is_told_by_name(tmp_path, text, words):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        read_weights(tmp_path)
+
+
+def test_weights_that_are_no_safetensors(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"not a tensor" * 10)
+    with pytest.raises(ValueError, match=r"model\.safetensors is no file of safetensors"):
+        read_weights(tmp_path)
 
 
 @pytest.mark.parametrize("kind", FORMATS)

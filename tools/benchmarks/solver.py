@@ -215,7 +215,7 @@ def recorded_rows(directory: Path, budget: float) -> list[Row]:
     """Time warm solves of recorded scores beside topk of the same matrices."""
     rows: list[Row] = []
     for path in sorted(directory.glob("*.pt")):
-        saved = torch.load(path)
+        saved = torch.load(path, weights_only=True)
         work = Workload(saved["scores"].float().contiguous(), saved["topk"], saved["capacity"])
         name = path.stem.removesuffix("_solve000").replace("_rank000", "")
         tokens, num_experts = work.scores.shape
