@@ -241,6 +241,13 @@ def made_up(tmp_path):
             purpose = "tuning" if seed == 100 and name != "aux" else "defaults"
             run = Run("prose", SIZE, ARMS[name], START, seed, purpose)
             lines.append(result(run, 4.0 + 0.1 * generator.normal() + (name == "aux")))
+    for seed in (31, 32):
+        run = Run("prose", SIZE, ARMS["maxscore"], START, seed, "prices", milestones=(5, 10))
+        line = result(run, 4.0)
+        worse = json.loads(json.dumps(line["evaluation"]["rules"]))
+        worse["price"]["loss"] = worse["flow"]["loss"] + 0.11 * (seed - 30)
+        worse["price"]["maxvio"] = [3.5, 1.0, 1.0, 1.0]
+        lines.append(line | {"milestones": {"5": worse, "10": line["evaluation"]["rules"]}})
     other = Run("prose", SIZE, ARMS["maxscore"], Setting("4e-3", "4"), 100, "tuning")
     return [*lines, result(other, 4.5)]
 
@@ -275,7 +282,10 @@ def test_report_says_what_the_results_say(tmp_path):
     assert len(rows) == len(lines) and float(rows[0]["loss_own_rule"]) == pytest.approx(
         study_results.own_loss(lines[0])
     )
-    for name in ("prose_quick_curves.png", "prose_quick_loads.png"):
+    assert (
+        "| 5 | 2 | 4.1690 | 4.0040 | +0.1650 (+0.1100 to +0.2200) | 3.50 (at most 3.50) |" in text
+    )
+    for name in ("prose_quick_curves.png", "prose_quick_loads.png", "prose_quick_prices.png"):
         assert (tmp_path / name).stat().st_size > 10_000
         assert f"({name})" in text
 
@@ -374,6 +384,43 @@ def test_what_other_sources_began_is_begun_anew(tmp_path, monkeypatch):
         with pytest.raises(study_runs.RunError, match="exit status 1"):
             study_runs.carry_out(run, tmp_path, tmp_path, study_runs.Processes(), print)
         assert left.exists() == kept
+
+
+def test_milestones_are_evaluated_at_their_step(tmp_path, monkeypatch):
+    run = Run("code", SIZE, ARMS["maxscore"], START, 31, "prices", milestones=(4, 10))
+    directory = tmp_path / run.key
+    tracker = directory / "checkpoint" / "latest_checkpointed_iteration.txt"
+    tracker.parent.mkdir(parents=True)
+    (directory / "code").write_text(study_runs.code_digest())
+    done = []
+
+    def execute(command, log, processes, follow=None):
+        step = int(command[-1]) if "--exit-interval" in command else SIZE.iterations
+        if "evaluate" in command:
+            done.append(f"evaluate {tracker.read_text()}")
+            (directory / "evaluation.json").write_text(json.dumps({"rules": tracker.read_text()}))
+        else:
+            done.append(f"train to {step}")
+            tracker.write_text(str(step))
+
+    monkeypatch.setattr(study_runs, "execute", execute)
+    monkeypatch.setattr(study_runs, "summary", lambda *_: {})
+    arguments = (run, tmp_path, tmp_path, study_runs.Processes(), print)
+    study_runs.carry_out(*arguments)
+    assert done == [
+        "train to 4", "evaluate 4", "train to 10", "evaluate 10", "train to 20", "evaluate 20",
+    ]  # fmt: skip
+    assert json.loads((directory / "evaluation-4.json").read_text())["rules"] == "4"
+    # A run that was killed between training and evaluation is not trained on.
+    (directory / "evaluation-10.json").unlink()
+    tracker.write_text("10")
+    done.clear()
+    study_runs.carry_out(*arguments)
+    assert done[0] == "evaluate 10"
+    (directory / "evaluation-10.json").unlink()
+    tracker.write_text("20")
+    with pytest.raises(study_runs.RunError, match="checkpoint of step 20, not 10"):
+        study_runs.carry_out(*arguments)
 
 
 def test_of_drops_the_lower_loss_is_compared():

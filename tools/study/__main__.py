@@ -5,6 +5,7 @@
     python -m tools.study --purposes tuning defaults    # what MaxScore's default should be
     python -m tools.study --purposes factorial  # is it the flow or the gates
     python -m tools.study --purposes servable   # what serving anywhere costs
+    python -m tools.study --purposes prices     # from when on prices serve
     python -m tools.study --families custom --input my/texts --purposes tuning core
 
 Every arm starts from the same weights and sees the same data in the same order; what differs are
@@ -46,8 +47,13 @@ from .runs import ROOT, Results, carry_out_all
 # No seed is used for two purposes, and none by the first study (1 to 5, 11, 100).
 TUNING_SEED, FIRST_SEED = 100, 21
 SEEDS, DEFAULTS_SEEDS = 10, 5
-COMPARED = {"defaults": DEFAULTS, "core": CORE, "factorial": FACTORIAL, "servable": SERVABLE}
+COMPARED = {
+    "defaults": DEFAULTS, "core": CORE, "factorial": FACTORIAL, "servable": SERVABLE,
+    "prices": CORE[:1],
+}  # fmt: skip
 PURPOSES = ("tuning", *COMPARED)
+# From when on prices serve: seeds of their own, evaluated on the way too.
+PRICES_SEED, PRICES_SEEDS, MILESTONES = 31, 3, (20, 50, 100)
 # An arm's tuning runs, if its best is not far.
 TUNING_RUNS = 7
 # What a run takes besides its steps: two starts, validation on the way, evaluation at the end.
@@ -78,6 +84,7 @@ class Study:
         return Run(
             self.family, SIZES["small"] if tuning else self.size, arm, setting, seed, purpose,
             self.data, "cpu" if tuning else self.device,
+            MILESTONES if purpose == "prices" and self.size.name != "quick" else (),
         )  # fmt: skip
 
     def best(self, runs: list[Run]) -> Run | None:
@@ -185,6 +192,8 @@ def carry_out(arguments: argparse.Namespace, results: Results) -> None:
             if purpose == "defaults":
                 # Decided where the tuning was, before the seeds that count are touched.
                 first, count = TUNING_SEED, DEFAULTS_SEEDS
+            if purpose == "prices":
+                first, count = PRICES_SEED, min(arguments.seeds, PRICES_SEEDS)
             seeds = range(first, first + count)
             runs = study.comparison(own, seeds, purpose)
             say_how_long(f"{family}, {purpose}", runs, results, arguments.jobs)

@@ -182,6 +182,7 @@ class Run:
         purpose: what it counts for, one of ``study.PURPOSES``.
         data: digest of tokenizer and data sets.
         device: "cpu", or "cuda" for one device that all runs share.
+        milestones: steps after which the run is evaluated too, in order.
     """
 
     family: str
@@ -192,6 +193,7 @@ class Run:
     purpose: str
     data: str = ""
     device: str = "cpu"
+    milestones: tuple[int, ...] = ()
 
     @property
     def flags(self) -> str:
@@ -216,6 +218,8 @@ class Run:
         text += self.flags
         if self.device != "cpu":
             text += f" {self.device}"
+        if self.milestones:
+            text += f" evaluated after {self.milestones}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property

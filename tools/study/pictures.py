@@ -45,6 +45,27 @@ def _band(axis: Any, steps: np.ndarray, values: np.ndarray, style: dict) -> None
     axis.fill_between(steps, mean - spread, mean + spread, color=style["color"], alpha=0.15)
 
 
+def price_curve(lines: Lines, path: Path) -> None:
+    """Draw what prices cost against the flow, and their maxvio, over training; a line a seed."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8))
+    for line in lines:
+        steps = [int(step) for step in line["milestones"]] + [line["iterations"]]
+        every = [*line["milestones"].values(), line["evaluation"]["rules"]]
+        cost = [rules["price"]["loss"] - rules["flow"]["loss"] for rules in every]
+        maxvio = [max(rules["price"]["maxvio"]) for rules in every]
+        axes[0].plot(steps, cost, marker="o", label=f"seed {line['seed']}")
+        axes[1].plot(steps, maxvio, marker="o", label=f"seed {line['seed']}")
+    axes[0].axhline(0.0, color="black", linestyle=":", linewidth=1.0)
+    axes[0].set(ylabel="nats per token", title="loss by prices minus loss by the flow")
+    axes[1].set(ylabel="maxvio", title="maxvio by prices, worst layer", ylim=(0, None))
+    for axis in axes:
+        axis.set(xlabel="training step", xscale="log")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
 def load_maps(arms: dict[str, Lines], path: Path) -> bool:
     """Draw every expert's load over training, in each arm's least balanced layer."""
     maps = {

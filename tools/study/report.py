@@ -6,11 +6,12 @@ import csv
 import math
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from .arms import ARMS, BOUNDED, DROPLESS, FAMILIES
-from .pictures import curves, load_maps
+from .pictures import curves, load_maps, price_curve
 from .results import (
     Lines,
     by_arm,
@@ -172,6 +173,36 @@ def against_table(arms: dict[str, Lines], reference: str, lines: Lines) -> str:
             )
     title = ARMS[reference].title
     headings = ["router", "seeds", f"loss minus that of {title}", f"not worse by {MARGIN} nats"]
+    return _markdown(headings, rows)
+
+
+def milestones_table(lines: Lines) -> str:
+    """Return the table of losses and maxvio by prices and by the flow, over training."""
+    found: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for line in lines:
+        for step, rules in line["milestones"].items():
+            found[int(step)].append(rules)
+        found[line["iterations"]].append(line["evaluation"]["rules"])
+    rows = []
+    for step, every in sorted(found.items()):
+        price = [rules["price"]["loss"] for rules in every]
+        flow = [rules["flow"]["loss"] for rules in every]
+        cost = [p - f for p, f in zip(price, flow, strict=True)]
+        maxvio = [max(rules["price"]["maxvio"]) for rules in every]
+        rows.append(
+            [
+                str(step),
+                str(len(every)),
+                f"{np.mean(price):.4f}",
+                f"{np.mean(flow):.4f}",
+                f"{np.mean(cost):+.4f} ({min(cost):+.4f} to {max(cost):+.4f})",
+                f"{np.mean(maxvio):.2f} (at most {max(maxvio):.2f})",
+            ]
+        )
+    headings = [
+        "after steps", "seeds", "loss by prices", "loss by the flow",
+        "prices cost, nats: mean (range)", "maxvio by prices, worst layer",
+    ]  # fmt: skip
     return _markdown(headings, rows)
 
 
@@ -351,6 +382,14 @@ def _section(family: str, size: str, lines: Lines, directory: Path) -> list[str]
             if reference in core:
                 parts.append(against_table(found, reference, core[reference]))
         parts.append(inference_table(found))
+    if found := by_arm(lines, "prices"):
+        (own,) = found.values()
+        price_curve(own, directory / f"{family}_{size}_prices.png")
+        parts += [
+            "### From when on prices serve\n",
+            milestones_table(own),
+            f"![Loss and maxvio by prices over training]({family}_{size}_prices.png)\n",
+        ]
     if found := by_arm(lines, "defaults"):
         parts += ["### What the default should be\n", main_table(found)]
         if OURS in found:

@@ -238,6 +238,11 @@ def summary(run: Run, directory: Path, seconds: float) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "evaluation": evaluation,
     }
+    if run.milestones:
+        line["milestones"] = {
+            step: json.loads((directory / f"evaluation-{step}.json").read_text())["rules"]
+            for step in run.milestones
+        }
     if run.seed == LOAD_MAP_SEED:
         segments = min(SEGMENTS, len(ordered))
         relative = loads_ILE / loads_ILE.mean(2, keepdims=True).clip(1e-9)
@@ -280,6 +285,7 @@ def carry_out(
             clock.write_text(str(before + time.monotonic() - started))
 
     try:
+        evaluate_on_the_way(run, data, directory, processes, follow)
         execute(training_command(run, data, directory), directory / "log", processes, follow)
     except RunError as error:
         said = _DIVERGED.search(error.log)
@@ -290,6 +296,38 @@ def carry_out(
     command = evaluation_command(run, data, directory)
     execute(command, directory / "evaluation.log", processes)
     return summary(run, directory, before + time.monotonic() - started)
+
+
+def evaluate_on_the_way(
+    run: Run, data: Path, directory: Path, processes: Processes, follow: Callable[[str], None]
+) -> None:
+    """Train up to each milestone, and evaluate there; what was evaluated is not again.
+
+    Megatron ends a run at the first multiple of ``--exit-interval``, and saves; a run that goes on
+    from there continues bit for bit.
+
+    Raises:
+        RunError: a command failed, or the last checkpoint is not that of the milestone.
+    """
+    tracker = directory / "checkpoint" / "latest_checkpointed_iteration.txt"
+
+    def saved() -> int:
+        return int(tracker.read_text()) if tracker.exists() else 0
+
+    for step in run.milestones:
+        found = directory / f"evaluation-{step}.json"
+        if found.exists():
+            continue
+        if saved() < step:
+            command = [*training_command(run, data, directory), "--exit-interval", str(step)]
+            execute(command, directory / "log", processes, follow)
+        if saved() != step:
+            raise RunError(
+                f"{directory} has a checkpoint of step {saved()}, not {step}; remove it and start "
+                "again"
+            )
+        execute(evaluation_command(run, data, directory), directory / "evaluation.log", processes)
+        (directory / "evaluation.json").replace(found)
 
 
 def carry_out_all(
