@@ -6,6 +6,7 @@
     python -m tools.study --purposes factorial  # is it the flow or the gates
     python -m tools.study --purposes servable   # what serving anywhere costs
     python -m tools.study --purposes prices     # from when on prices serve
+    python -m tools.study --size long --families prose_large --purposes core --seeds 5
     python -m tools.study --families custom --input my/texts --purposes tuning core
 
 Every arm starts from the same weights and sees the same data in the same order; what differs are
@@ -53,7 +54,7 @@ COMPARED = {
 }  # fmt: skip
 PURPOSES = ("tuning", *COMPARED)
 # From when on prices serve: seeds of their own, evaluated on the way too.
-PRICES_SEED, PRICES_SEEDS, MILESTONES = 31, 3, (20, 50, 100)
+PRICES_SEED, PRICES_SEEDS, MILESTONES = 31, 3, (20, 50, 100, 300)
 # An arm's tuning runs, if its best is not far.
 TUNING_RUNS = 7
 # What a run takes besides its steps: two starts, validation on the way, evaluation at the end.
@@ -84,7 +85,9 @@ class Study:
         return Run(
             self.family, SIZES["small"] if tuning else self.size, arm, setting, seed, purpose,
             self.data, "cpu" if tuning else self.device,
-            MILESTONES if purpose == "prices" and self.size.name != "quick" else (),
+            tuple(step for step in MILESTONES if step < self.size.iterations)
+            if purpose == "prices"
+            else (),
         )  # fmt: skip
 
     def best(self, runs: list[Run]) -> Run | None:
@@ -124,7 +127,7 @@ class Study:
             return arm.setting
         if self.size.name == "quick":
             return arm.start
-        chosen = self.tuning_of(ARMS[arm.follows] if arm.follows else arm)[1]
+        chosen = self.tuning_of(arm)[1]
         return None if chosen is None else chosen.setting
 
     def comparison(self, arms: Sequence[Arm], seeds: Iterable[int], purpose: str) -> list[Run]:
@@ -134,7 +137,7 @@ class Study:
             ValueError: an arm is not tuned.
         """
         settings = {arm.name: self.setting(arm) for arm in arms}
-        missing = {arm.follows or arm.name for arm in arms if settings[arm.name] is None}
+        missing = {arm.name for arm in arms if settings[arm.name] is None}
         if missing:
             raise ValueError(
                 f"{self.family}: {', '.join(sorted(missing))} not tuned yet; add tuning to "
@@ -171,7 +174,7 @@ def carry_out(arguments: argparse.Namespace, results: Results) -> None:
 
     compared = {name: wanted(COMPARED[name]) for name in COMPARED if name in arguments.purposes}
     arms = [arm for each in compared.values() for arm in each] or wanted(ARMS.values())
-    tuned = [arm for arm in arms if arm.setting is None and not arm.follows]
+    tuned = [arm for arm in arms if arm.setting is None]
     if not (any(compared.values()) or (tuned and "tuning" in arguments.purposes)):
         raise ValueError(
             f"--arms {' '.join(arguments.arms)} has no runs for --purposes "
@@ -227,6 +230,7 @@ def main() -> int:
     parser.add_argument("--purposes", nargs="+", choices=PURPOSES, default=["tuning", "core"])
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=[], metavar="ARM")
     parser.add_argument("--seeds", type=int, help=f"default: {SEEDS}, with --quick 2")
+    parser.add_argument("--size", choices=("small", "long", "fine"), default="small")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "study")
@@ -236,10 +240,12 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="keep checkpoints and logs")
     parser.add_argument("--report-only", action="store_true", help="train nothing")
     arguments = parser.parse_args()
-    arguments.size = "quick" if arguments.quick else "small"
+    if arguments.quick:
+        arguments.size = "quick"
     arguments.families = arguments.families or ["code" if arguments.quick else "prose"]
     arguments.seeds = arguments.seeds or (2 if arguments.quick else SEEDS)
-    if arguments.quick:
+    if arguments.size != "small":
+        # What the small runs are tuned to is taken.
         arguments.purposes = [each for each in arguments.purposes if each != "tuning"]
     if arguments.device == "cpu":
         # Evaluation, too, takes a device where it sees one.

