@@ -56,7 +56,7 @@ class Replacements:
         if original is _MISSING:
             raise ImportError(
                 f"{self.name}: {path_of(owner, attribute)} does not exist in the installed "
-                "packages; install a supported megatron-core release (0.17 to 0.19)"
+                "packages; install a supported megatron-core release (0.17 to 0.20)"
             )
         wrapper = make(original)
         functools.update_wrapper(wrapper, original)

@@ -47,9 +47,10 @@ def check_script(script: str) -> None:
 def run_script(arguments: list[str]) -> None:
     """Run ``arguments[0]`` as ``__main__`` with the rest as its command line.
 
-    A ValueError or AssertionError raised before the process group exists is a mistake in the
-    options, the same on every rank: it becomes one line and exit status 2. So does, with status
-    1, an error that all ranks raise together. ``MAXSCORE_DEBUG=1`` shows the traceback instead.
+    A ValueError or AssertionError that is raised before the process group exists is a mistake in
+    the options and the same on every rank. It is printed as one line, and the exit status is 2.
+    An error that all ranks raise together (:class:`CollectiveError`) is printed as one line too,
+    with exit status 1. ``MAXSCORE_DEBUG=1`` shows the traceback instead.
     """
     import torch.distributed as dist
 

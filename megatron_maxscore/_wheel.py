@@ -9,9 +9,10 @@ from megatron_maxscore._replacements import Replacements
 
 
 def answer_dataset_helpers(replacements: Replacements) -> None:
-    """Do not run make for the index builder that the wheel ships compiled, without a makefile.
+    """Skip ``make`` for Megatron's index builder where it is already compiled.
 
-    CPU mode and the training hooks both need it; the second call changes nothing.
+    Megatron's wheel ships the builder compiled, without a makefile. CPU mode and the training hooks
+    both call this function; the second call changes nothing.
     """
     from megatron.core.datasets import utils
 

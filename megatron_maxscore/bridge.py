@@ -9,9 +9,10 @@
     config = qwen3_30b_a3b_pretrain_config()
     pretrain(config, forward_step, callbacks=[bridge.use_maxscore(config)])
 
-The hooks of :mod:`megatron_maxscore.training` never run there. The callback does what they do:
-prices wait in ``finalize_model_grads_func`` and are taken at the end of the step unless it was
-skipped, bad scores raise an error on every rank, and metrics go to TensorBoard and W&B.
+Bridge never calls the functions that :mod:`megatron_maxscore.training` wraps, so the callback does
+their work. In ``finalize_model_grads_func`` it raises an error on every rank if scores were not
+finite, and averages the prices of the batch. At the end of the step these become the routers'
+prices, unless the optimizer skipped the step. Metrics go to TensorBoard and W&B.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def use_maxscore(config: Any, options: MaxScoreConfig | None = None) -> Any:
 
 
 def _fixed_shape(config: Any) -> list[int]:
-    """Return what every rank routes in every microbatch, as far as a configuration says it."""
+    """Return the [length, batch] that each rank routes in every microbatch; [0, 0] if unknown."""
     model, dataset = config.model, config.dataset
     varies = getattr(model, "variable_seq_lengths", False) or "SFT" in type(dataset).__name__
     length = getattr(model, "seq_length", None)

@@ -2,8 +2,9 @@
 
 The script is any Megatron training script, unmodified. It gains ``--moe-router-type`` and the
 ``--maxscore-*`` options; with ``--moe-router-type topk``, the default, it trains as without the
-launcher. ``--cpu`` forces CPU mode, which is automatic where there is no CUDA device and nothing
-promises one. ``pretrain_gpt`` names a script that comes with the package.
+launcher. ``--cpu`` forces CPU mode. Without the flag, CPU mode is chosen if there is no CUDA device
+and nothing in the environment or the command says that there should be one. ``pretrain_gpt`` names
+a script that comes with the package.
 """
 
 from __future__ import annotations

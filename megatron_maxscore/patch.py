@@ -5,10 +5,10 @@
 under plain torchrun. ``check`` says whether a tree is patched, can be patched, or cannot, and
 changes nothing; ``revert`` takes our lines out again.
 
-There is one patch per release in ``patches/``. They hold no line of Megatron's. Where each block
-of ours belongs is told by the hashes of the lines around it, so a fork whose other lines have
-changed can be patched as well; ``git apply --unidiff-zero`` takes the same files on an unchanged
-tree of the release. Either all files are changed or none.
+There is one patch per release in ``patches/``. The patches contain no lines of Megatron's. For each
+block of ours a patch has the hashes of the line above and the line below, which mark its place. So
+a fork can be patched too, even if it has changed other lines. On an unchanged tree of the release
+``git apply --unidiff-zero`` can apply the same files. Either all files are changed or none.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def with_ours(lines: list[str], hunks: list[Hunk]) -> list[str]:
     """Return a file's lines with the blocks of the hunks.
 
     Raises:
-        PatchError: the place of one is not there, or there more than once.
+        PatchError: the place of a block does not occur in the file, or occurs more than once.
     """
     hashes = [line_hash(line) for line in lines]
     places: dict[int, Hunk] = {}

@@ -3,10 +3,10 @@
     python -m megatron_maxscore check -- pretrain_gpt.py --moe-router-type maxscore ...
     python -m megatron_maxscore check -- torchrun --nproc-per-node 8 ... pretrain_gpt.py ...
 
-The script is not run: Megatron parses and validates the arguments, as for a launch with
-Transformer Engine, DeepEP and HybridEP in their newest versions. Exit status 1 and one line if the
-launch would be refused. Flags that the installed megatron-core does not know are listed and
-skipped. Files that the launch reads and writes are not looked for.
+The script is not run. Megatron parses and validates its arguments as if Transformer Engine, DeepEP
+and HybridEP were installed in their newest versions. If the launch would be refused, one line says
+why, and the exit status is 1. Flags that the installed megatron-core does not know are listed and
+skipped. Files that the launch reads and writes are not checked.
 """
 
 from __future__ import annotations
@@ -89,10 +89,10 @@ _FUSED = (
 
 @contextlib.contextmanager
 def packages(is_cpu: bool) -> Iterator[None]:
-    """Let Megatron find Transformer Engine and the dispatchers' packages in all versions.
+    """Make Megatron believe that Transformer Engine and the dispatchers' packages are installed.
 
     Args:
-        is_cpu: whether the launch is on the CPU, where they are not.
+        is_cpu: whether the launch is on the CPU. Then nothing is pretended.
     """
     from megatron.core import utils
     from megatron.core.extensions import transformer_engine
@@ -215,7 +215,7 @@ def _validate(args: Any) -> None:
     from megatron_maxscore.training.arguments import check_configuration
 
     check_configuration(args)
-    # Ours come with it; what they say of files is not asked here.
+    # Megatron's own function: our wrapper around it would also check files.
     arguments.validate_args.__wrapped__(args, {"tokenizer_type": "NullTokenizer"})
     core_transformer_config_from_args(args)
 

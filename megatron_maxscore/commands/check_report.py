@@ -82,14 +82,7 @@ def _describe_shapes(report: Report, args: Any, options: Any) -> None:
     experts, topk = args.num_experts, args.moe_router_topk
     share, rest = divmod(tokens * topk, experts)
     report.say("tokens", f"{tokens:,} on each rank in a microbatch, {topk} experts each")
-    if options.capacity_factor != 1.0:
-        most = math.ceil(tokens * topk * options.capacity_factor / experts)
-        quota = f"at most {most:,} of a rank's tokens (factor {options.capacity_factor})"
-    elif not share:
-        quota = f"at most 1 of a rank's {tokens * topk:,} assignments"
-    else:
-        quota = f"{share:,} of a rank's tokens" + (f", {rest} experts one more" if rest else "")
-    report.say("each expert", quota)
+    report.say("each expert", _room(args, options, tokens))
     ranks = args.expert_model_parallel_size
     width = args.hidden_size * (4 if args.params_dtype.itemsize == 4 else 2)
     sent = tokens * topk * width * (ranks - 1) // max(ranks, 1)
@@ -114,6 +107,24 @@ def _describe_shapes(report: Report, args: Any, options: Any) -> None:
         )
 
 
+def _room(args: Any, options: Any, tokens: int) -> str:
+    """Return what an expert may get of a problem's tokens."""
+    experts, topk, factor = args.num_experts, args.moe_router_topk, options.capacity_factor
+    whose = "a rank's tokens"
+    if options.scope == "group":
+        tensor = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+        tokens, whose = tokens * args.expert_model_parallel_size * tensor, "its group's tokens"
+    elif options.scope == "sequence":
+        tokens, whose = args.seq_length, "a sequence's tokens"
+    share, rest = divmod(tokens * topk, experts)
+    if options.scope == "local" and factor == 1.0 and share:
+        return f"{share:,} of {whose}" + (f", {rest} experts one more" if rest else "")
+    if options.scope == "local" and factor == 1.0:
+        return f"at most 1 of a rank's {tokens * topk:,} assignments"
+    most = math.ceil(tokens * topk * factor / experts)
+    return f"at most {most:,} of {whose}" + (f" (factor {factor})" if factor != 1.0 else "")
+
+
 def _dispatcher(args: Any) -> str:
     name = str(args.moe_token_dispatcher_type)
     return f"flex ({args.moe_flex_dispatcher_backend})" if name == "flex" else name
@@ -122,32 +133,39 @@ def _dispatcher(args: Any) -> str:
 def _splits(args: Any, options: Any, share: int, rest: int) -> str:
     if args.moe_token_dispatcher_type != "alltoall":
         return f"Megatron's {_dispatcher(args)} finds them"
+    gathered = "gathered and copied to the host"
+    if args.moe_router_padding_for_quantization and not _needs_no_padding(args, options):
+        return f"{gathered}: Megatron pads rows, since quotas are no multiples of the padding"
     if options.scope == "group":
         return "known from the solve, which tells every rank's loads"
-    if options.scope == "sequence" or options.capacity_factor != 1.0:
-        return "gathered and copied to the host, as with top-k"
+    if options.scope == "sequence":
+        split = args.context_parallel_size * args.tensor_model_parallel_size
+        if split == 1 and args.seq_length * args.moe_router_topk % args.num_experts == 0:
+            return "known in advance: a sequence's assignments divide evenly"
+        if split > 1:
+            return "known from the solve where its ranks are all that share the experts"
+        return f"{gathered}, as with top-k"
+    if options.capacity_factor != 1.0:
+        return f"{gathered}, as with top-k"
     if not share:
-        return "gathered and copied to the host: a rank has fewer assignments than experts"
+        return f"{gathered}: a rank has fewer assignments than experts"
     return "known in advance: nothing is gathered or copied to the host" + (
         "; remainders rotate" if rest else ""
     )
 
 
-def _describe_solver(report: Report, args: Any, options: Any, is_cpu: bool) -> None:
-    from megatron_maxscore.flow.certified import MAX_EXPERTS
+def _needs_no_padding(args: Any, options: Any) -> bool:
+    from types import SimpleNamespace
 
-    reasons = (
-        (is_cpu, "CPU mode"),
-        (options.mode == "exact", "--maxscore-mode exact"),
-        (args.moe_router_dtype == "fp64", "--moe-router-dtype fp64"),
-        (args.num_experts > MAX_EXPERTS, f"more than {MAX_EXPERTS} experts"),
-        (
-            options.scope == "sequence"
-            and (args.context_parallel_size > 1 or args.tensor_model_parallel_size > 1),
-            "sequences are split over ranks",
-        ),
-    )
-    why = next((text for applies, text in reasons if applies), None)
+    from megatron_maxscore.moe.dispatcher import knows_splits
+
+    return knows_splits(SimpleNamespace(**vars(args), num_moe_experts=args.num_experts), options)
+
+
+def _describe_solver(report: Report, args: Any, options: Any, is_cpu: bool) -> None:
+    from megatron_maxscore.moe.checks import why_on_host
+
+    why = "CPU mode" if is_cpu else why_on_host(args, options)
     if why:
         report.say("solver", f"exact, on the host, because of {why}")
     else:

@@ -3,17 +3,18 @@
     python -m megatron_maxscore evaluate --checkpoint runs/model --data data/valid_text_document
     python -m megatron_maxscore evaluate --data data/valid_text_document -- FLAGS --load runs/model
 
-A MaxScore router routes by prices, which is causal, and by the flow, which sees the micro-batch
-(as many sequences as in training, unless ``--micro-batch-size`` says otherwise). Both see the same
-batches, so their next-token distributions are compared too: mean KL divergence (flow from price)
-and how often the likeliest token is the same. ``--decode N`` feeds N sequences token by token
-through the key-value cache and compares with one pass. Stock routers have their own rule, with
-a capacity factor also "no drops"; sinkhorn, which Megatron leaves out in evaluation, also "as in
-training". Expert loads, maxvio and dropped assignments are counted from the routing map, over the
-whole data set; also the mean of the batches' maxvio, and of the sum of a token's gates.
+A MaxScore router is evaluated under two rules: by prices, which is causal, and by the flow, which
+sees the whole micro-batch (as many sequences as in training, unless ``--micro-batch-size`` says
+otherwise). Both rules see the same batches. So their next-token distributions are compared too:
+the mean KL divergence (flow from price), and how often the likeliest token is the same.
+``--decode N`` feeds N sequences token by token through the key-value cache and compares the result
+with one pass. A stock router is evaluated under its own rule. With a capacity factor there is also
+"no drops", and with sinkhorn, which Megatron does not use in evaluation, also "as in training".
+Expert loads, maxvio and dropped assignments are counted from the routing map, over the whole data
+set. The table also has the mean of the batches' maxvio, and of the sum of a token's gates.
 
-``--checkpoint`` may also be a directory that ``export`` has written; transformers runs it then, by
-prices.
+``--checkpoint`` may also be a directory that ``export`` has written. Then transformers runs the
+model, which routes by prices.
 
 Prints a table; ``--output`` writes all of it as JSON. Under torchrun, data-parallel ranks share the
 batches.

@@ -3,9 +3,10 @@
     python -m megatron_maxscore export --checkpoint runs/model --output served
 
 The directory holds config.json, weights in safetensors, the tokenizer and a model card.
-transformers, vLLM and SGLang open it, and route there as MaxScore does by prices. What is written
-is loaded and compared with the checkpoint before the directory gets its name. Models that no
-format can hold exactly are refused, with what would mend it; ``check`` says so before training.
+transformers, vLLM and SGLang open it, and their models route as MaxScore does by prices. What is
+written is loaded and compared with the checkpoint before the directory gets its name. A model that
+no format can hold exactly is refused, and the message says what would have to change. ``check``
+says the same before training.
 """
 
 from __future__ import annotations

@@ -126,8 +126,9 @@ class Buffer:
             **kwargs: events, which mean nothing here.
 
         Returns:
-            Rows, their experts numbered from the first of this rank with -1 for those elsewhere,
-            the weights with 0 for those, the count of each local expert, a handle, an event.
+            The received rows; the experts of each row, numbered from the first expert of this rank,
+            with -1 for experts elsewhere; their weights, with 0 for experts elsewhere; the number
+            of rows of each local expert; a handle; an event.
         """
         assert x.dim() == 2 and x.is_contiguous()
         if handle is not None:

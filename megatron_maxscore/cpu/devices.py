@@ -117,8 +117,8 @@ def answer_factories(replacements: Replacements) -> None:
 
         return factory
 
-    # ``with torch.device(...)`` knows factories by a list that is made once; it has to name the
-    # originals, which the wrappers call.
+    # ``with torch.device(...)`` recognises factories by a list that torch makes once. Make it now,
+    # so that it holds the original functions, which the wrappers call.
     device_contexts._device_constructors()
     for name in _FACTORIES:
         replacements.wrap(torch, name, make)

@@ -40,9 +40,10 @@ def answer_torch_norm(replacements: Replacements) -> None:
 
 
 def answer_inference_layers(replacements: Replacements) -> None:
-    """``isinstance`` of layers for inference, in megatron-core 0.20.
+    """``isinstance`` checks against layers for inference, in megatron-core 0.20.
 
-    They derive from Transformer Engine's. Without it they are mocks, which are no types.
+    These layers derive from Transformer Engine's. Without it they are mocks, and ``isinstance``
+    fails because a mock is not a type. Here they become empty classes.
     """
     from megatron.core import tensor_parallel
 

@@ -52,9 +52,10 @@ def check_free(path: Path) -> None:
 
 @contextlib.contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """Give a directory beside ``path``, which takes its name when the block ends without an error.
+    """Yield a new directory beside ``path``, and rename it to ``path`` if the block succeeds.
 
-    Otherwise it is removed. What a killed process leaves is hidden, and called incomplete.
+    After an error the directory is removed. If the process is killed it stays, under a hidden name
+    that contains "incomplete".
     """
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.incomplete-", dir=path.absolute().parent))
     try:

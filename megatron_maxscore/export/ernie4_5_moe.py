@@ -28,8 +28,8 @@ def _further(args: Any) -> Iterator[str]:
     held = [(i + 1) % interval == 0 and first <= i <= last for i in places]
     if held != routed_layers(args):
         yield (
-            "give layers with experts one distance in --moe-layer-freq; if it is n, layer n must "
-            "be the first of them"
+            "give layers with experts one distance in --moe-layer-freq; if it is n, the number of "
+            "the first of them, counted from 1, must be a multiple of n"
         )
 
 

@@ -48,8 +48,10 @@ class Weight:
     Attributes:
         ours: its name in Megatron's model, with {layer} and {expert}.
         theirs: its names in the exported model.
-        kind: same; vocabulary: without the rows that pad it; halves: stacked; qkv: of groups of
-            query heads, one key and one value; bias: float32 of the router, any shape.
+        kind: how the two are related. same: equal. vocabulary: theirs lacks the rows that pad the
+            vocabulary. halves: ours is their two weights, stacked. qkv: ours has, for each group of
+            heads, the queries, one key and one value. bias: the router's bias, in float32 and in
+            any shape.
     """
 
     ours: str
@@ -214,8 +216,8 @@ def routed_layers(args: Any) -> list[bool]:
 def common_config(args: Any) -> dict[str, Any]:
     """Return what config.json says in every format.
 
-    Both spellings of the rotary base and of the dtype are there: transformers 5, and 4 with the
-    servers that read its files.
+    The rotary base and the dtype are there in two spellings: that of transformers 5, and that of
+    transformers 4, which is also the one of servers that read its files.
     """
     dtype = str(args.params_dtype).removeprefix("torch.")
     return {

@@ -11,7 +11,7 @@ SENTENCE_PIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2
 MODEL_FILE = "tokenizer.model"
 # Megatron's default of --make-vocab-size-divisible-by.
 _PADDING = 128
-# Texts that a converted tokenizer must split as the original does; %s stands for the text before.
+# Texts that a converted tokenizer must split as the original does.
 _SAMPLES = (
     "The quick brown fox jumps over the lazy dog.",
     "  two spaces, then  two more, and one at the end ",

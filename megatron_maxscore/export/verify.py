@@ -144,7 +144,7 @@ def compare(
         )
     result = Agreement(spread=float(logits.std()))
     is_reached = torch.zeros(batch, length, dtype=torch.bool)
-    # By layers: what a tie has reached is no witness in the layers after it.
+    # Layer by layer: tokens that a tie has reached are not compared in the layers after it.
     for layer in sorted(ours):
         chosen, unbiased, gap = theirs[layer]
         differs = (ours[layer] != chosen).any(-1)

@@ -1,8 +1,8 @@
-"""The first exchange of a solve: arguments must agree, and bad ones fail on every rank alike.
+"""The first exchange of a solve: ranks compare their arguments and raise the same errors.
 
-A rank that raised alone would leave the others waiting in the next collective. So what a rank finds
-wrong travels with its arguments in the first exchange, whose size depends on no argument, and all
-ranks raise the same error.
+If one rank raised alone, the others would wait for it in the next collective. Each rank therefore
+sends its arguments together with a description of what is wrong with them, and then all ranks raise
+the same error. The size of this exchange does not depend on the arguments.
 
 Shape letters: see :mod:`megatron_maxscore`.
 """
@@ -29,27 +29,29 @@ ARGUMENTS = (
 # A unit (see :attr:`Own.unit_B`) of scores that are all 0.
 ANY_UNIT = 1 << 20
 _TEXT_BYTES = 256
-# Problems whose counts fit into the first exchange; more take a second one.
+# The counts of so many problems fit into the first exchange. More problems need a second one.
 _INLINE = 32
 _DIGEST = 8
 _SHOWN = 24
-# Of each problem: its rows, their largest range, the unit, and two classes of ranges to a word.
+# Words sent for each problem: its number of rows, their largest range, the unit, and the rows in
+# each class of ranges, two classes to a word.
 _WORDS = 3 + outliers.CLASSES // 2
 
 
 @dataclass(frozen=True)
 class Own:
-    """What one rank has to say.
+    """What one rank sends in the first exchange.
 
     Attributes:
         arguments: one value for each of :data:`ARGUMENTS`; arrays are compared by their digest.
-        error: what is wrong with this rank's arguments, "" if nothing is.
-        bad: what is wrong with its scores, "" if nothing is; told with the rank.
+        error: what is wrong with this rank's arguments; "" if they are fine.
+        bad: what is wrong with its scores; "" if they are fine. Raised only if arguments agree.
         has_forbidden: whether any arc of its rows is forbidden.
-        rows_B: (B,) int64 its rows.
-        largest_B: (B,) float64 the largest range of its rows.
-        unit_B: (B,) int64, these ranges are scores times ``2.0 ** unit``.
-        classes_BX: (B, X) uint32 its rows by the size of their range, see :mod:`outliers`.
+        rows_B: (B,) int64, the number of its rows in each problem.
+        largest_B: (B,) float64, the largest range of these rows, in the unit of ``unit_B``.
+        unit_B: (B,) int64, ranges are given in scores times ``2.0 ** unit_B``.
+        classes_BX: (B, X) uint32, the number of its rows in each class of ranges, see
+            :mod:`outliers`.
     """
 
     arguments: tuple[Any, ...]
@@ -63,7 +65,7 @@ class Own:
 
     @classmethod
     def wrong(cls, error: str) -> Own:
-        """Return what a rank says whose arguments are wrong."""
+        """Return what a rank with wrong arguments sends."""
         none_B = np.zeros(0, np.int64)
         classes_BX = np.zeros((0, outliers.CLASSES), np.uint32)
         return cls(
@@ -79,9 +81,10 @@ class Agreed:
     Attributes:
         has_forbidden: whether any arc of any rank is forbidden.
         rows_RB: (R, B) int64.
-        largest_B: (B,) float64, in scores times ``2.0 ** unit_B``, no larger than outliers become.
+        largest_B: (B,) float64, in scores times ``2.0 ** unit_B``: the largest row range, or a
+            bound on it after outliers are scaled down.
         unit_B: (B,) int64.
-        limit_B: (B,) float64, rows with a larger range are outliers; inf if there is none.
+        limit_B: (B,) float64; rows with a larger range are outliers. inf if there are none.
     """
 
     has_forbidden: bool
@@ -134,14 +137,14 @@ def _agreed(counts: list[bytes], num_problems: int, has_forbidden: bool) -> Agre
     table_RYB = table_RYB[:, :, :num_problems]
     rows_RB, unit_RB = table_RYB[:, 0], table_RYB[:, 2]
     largest_RB = np.ascontiguousarray(table_RYB[:, 1]).view(np.float64)
-    # The rank with the largest scores decides on the unit, the smallest shift.
+    # The rank with the largest scores has the smallest exponent, and all ranks adopt it.
     unit_B = np.where(rows_RB > 0, unit_RB, ANY_UNIT).min(0)
     unit_B = np.where(unit_B == ANY_UNIT, 0, unit_B)
     shift_RB = np.clip(unit_B - unit_RB, -4000, 4000)
     largest_B = np.ldexp(largest_RB, shift_RB).max(0)
     limit_B = np.full(num_problems, np.inf)
-    # Ranges are classed in each rank's own unit. Scores at the ends of float64's range, where
-    # units differ, are left as they are.
+    # Each rank counts ranges in its own unit, so counts can be added only if all units are equal.
+    # They differ only for scores near the ends of float64's range. No row is scaled down then.
     if (shift_RB * (rows_RB > 0) * (unit_RB != ANY_UNIT) == 0).all():
         words_RBY = np.ascontiguousarray(table_RYB[:, 3:].transpose(0, 2, 1))
         classes_BX = words_RBY.view(np.uint32).astype(np.int64).sum(0)

@@ -1,13 +1,14 @@
-"""Histograms of bids on a logarithmic scale, off which price steps are read.
+"""Histograms of bids on a logarithmic scale, from which price steps are read.
 
-A bid is what a token's reduced score has above its threshold. A sweep needs, for each expert, the
-price at which exactly C bids stay positive. Counting bids in buckets of four per octave gives it to
-about the tenth of its own distance from zero, whatever the scale of the scores, from integers that
-can be added up in any order and over ranks.
+A bid is a token's reduced score minus its threshold. A sweep needs, for each expert, the price step
+that leaves exactly C bids positive. With four buckets per octave, the histogram gives this step
+with an error of about a tenth of its size, whatever the scale of the scores. The counts are
+integers, which can be added up in any order and over ranks.
 
-Where it is known how far a price may be off, its window, only some octaves below that are told
-apart: bids nearer to zero share one bucket of their sign. Bids of 0 and 1 have the innermost ones
-to themselves: many bids of 0 are a plateau, which no price step may cross.
+The window of an expert says how far its price may be off. If it is known, only some octaves below
+the window have buckets of their own, and bids nearer to zero share one bucket for each sign. Bids
+of 0 and 1 always have the two innermost buckets to themselves, because many bids of 0 form a
+plateau, which no price step may cross.
 
 Shape letters: see :mod:`megatron_maxscore`.
 """
@@ -48,9 +49,9 @@ def base_of(window_BE: IntArray, num_buckets: int) -> IntArray:
 
 
 def gap_within(gaps_D: IntArray, rank: int) -> int:
-    """Return a gap such that more than ``rank`` rows have no larger one, from counts by level.
+    """Return a number such that the gaps of more than ``rank`` rows are not above it.
 
-    That is the upper edge of a level, as an integer.
+    It is read off the counts of gaps by level: the upper edge of a level, as an integer.
     """
     level = int(np.searchsorted(gaps_D.cumsum(), rank, side="right"))
     return 0 if level == 0 else int(EDGE_L[min(level, NUM_LEVELS)])

@@ -1,7 +1,8 @@
 """Bounded mode: solves on the device, by the engine of :mod:`device`, without a host sync.
 
-Ranks that solve one problem exchange per-expert counts, then their loads; each of them works out
-every rank's quota of every expert, and moves its own units until it keeps to it.
+Ranks that solve one problem together exchange counts for each expert, then their loads. Each rank
+works out all ranks' quotas: how many of its rows a rank gives each expert. It then moves its own
+units until it meets its quotas.
 
 Shape letters: see :mod:`megatron_maxscore`.
 """
@@ -27,8 +28,8 @@ from megatron_maxscore.flow.exchange import Exchange
 from megatron_maxscore.flow.rank_quotas import quotas_of
 from megatron_maxscore.flow.solution import ROUNDING, FlowSolution
 
-# Rows of a problem on one rank and experts, which keys of offers have bits for, and assignments of
-# all ranks.
+# Keys of offers have bits for fewer rows on a rank than MAX_ROWS and for MAX_EXPERTS experts. The
+# last number is the most assignments on all ranks.
 MAX_ROWS = 1 << 21
 MAX_EXPERTS = 1 << 10
 _MOST_UNITS = (1 << 31) - 1024
@@ -44,8 +45,8 @@ def _on_gpu(scores: Tensor) -> bool:
 def obstacle(scores: Tensor, mode: str, num_ranks: int, has_mask: bool, fill_padding: bool) -> str:
     """Return why a problem is solved exactly, on the host; "" if it is not.
 
-    That depends on no value. Ranks of a group decide alike: what only some of them may have, a
-    mask, does not count there.
+    The answer does not depend on values in tensors, and is the same on all ranks of a group: since
+    only some ranks may have a mask, it does not matter there whether this rank has one.
 
     Raises:
         ValueError: ``mode`` is "bounded" and the scores are on the CPU.
@@ -101,8 +102,9 @@ def capacity_of(
 ) -> Tensor:
     """Return the (E,) int64 capacities of a problem on the device.
 
-    Those that are on the host are checked, and copied once for each set of values. Those on the
-    device are checked there: should they hold too little, CUDA reports a device-side assertion.
+    Capacities on the host are checked here, and each set of values is copied to the device once.
+    Capacities on the device are checked there: if they hold less than the tokens demand, CUDA
+    reports a device-side assertion.
 
     Raises:
         ValueError: they are out of range, or hold less than the tokens demand.
@@ -249,7 +251,7 @@ _agreed: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def _agree_once(exchange: Exchange, arguments: tuple, tokens: int, error: str) -> None:
-    """Compare arguments between the ranks in their first call with a group, which all of them make.
+    """Compare arguments between the ranks in the first call with a group; all ranks must make it.
 
     Raises:
         ValueError: on every rank: arguments are wrong on a rank, differ, or there are too many
@@ -273,8 +275,8 @@ def _agree_once(exchange: Exchange, arguments: tuple, tokens: int, error: str) -
 def refuse(exchange: Exchange, mode: str, error: str) -> None:
     """Raise a ValueError for arguments that are wrong, so that no rank of the group waits in vain.
 
-    The others may be in their first exchange of arguments, or, where these were compared before, in
-    the sum that the device checks.
+    If the group has not compared its arguments yet, the other ranks wait in that exchange.
+    Otherwise they wait in the sum that the device checks. This rank takes part before it raises.
     """
     is_known = getattr(exchange, "group", exchange) in _agreed
     if exchange.size > 1 and mode != "exact" and is_known:
@@ -301,8 +303,8 @@ def _solve_together(
 ) -> FlowSolution:
     """Solve one problem over the ranks of a group; every rank must call it.
 
-    Communicates, on the stream of the device: what rows are like (1 KB), for each sweep 9 counts
-    for each expert, every rank's loads, and sums of the result.
+    Ranks exchange, on the device's stream: counts of rows by their ranges and grains (2 KB), in
+    each sweep 9 counts for each expert, then every rank's loads, and three sums of the result.
     """
     ranks, shape, launch = exchange.size, engine.shape, _launch()
     topk, num_experts = shape.topk, shape.experts

@@ -61,9 +61,10 @@ class Contested:
     ) -> tuple[Contested, IntArray | None]:
         """Return the contested rows of all ranks, by problem and index, and which arcs are own.
 
-        Two rounds: the sizes, then (how many arcs, experts, which of them are held, reduced scores)
-        of each row. Reduced scores are given above the best that the row has not, which all that
-        is decided from them allows, and which takes four bytes.
+        Two rounds: first the sizes, then for each row the number of its arcs, their experts, which
+        of them it holds, and reduced scores. A row's reduced scores are sent relative to the best
+        expert that it does not hold. Only differences within a row decide anything, and they mostly
+        fit into four bytes.
         """
         if exchange.size == 1:
             return self, None

@@ -22,14 +22,14 @@ from megatron_maxscore.flow.device.kernel import solve_kernel
 from megatron_maxscore.flow.device.sweeps import END, GO_ON, HOLD
 
 __all__ = ["END", "GO_ON", "HOLD", "REGISTERS", "WARPS", "Shape", "Solve", "is_cooperative"]
-# Entries of a tile; its rows are fewer than 64, which is what counts of a tile have bits for.
+# Entries of a tile, and its most rows. Rows must be fewer than 64: a tile's counts have 6 bits.
 _TILE, _MOST_ROWS = 2048, 32
-# Without a number of registers the assembler spills some for the sake of more programs.
+# Unless the number of registers is given, the assembler spills some so that more programs fit.
 WARPS, REGISTERS = 8, 255
-# Launches where a device has no cooperative ones; the last one makes the rest of the phases.
+# Launches of one phase each where launches cannot be cooperative. One more makes all other phases.
 _LAUNCHES = 40
 _ENDLESS = 1 << 30
-# Of the sums that ranks exchange first.
+# int32 words of the header that ranks sum up in their first exchange.
 HEADER_WORDS = layout.HEADER.value - layout.BAD.value
 
 
@@ -165,8 +165,8 @@ class Solve:
             capacity: (E,) or (B, E) int64 of all ranks' rows; None for the scan alone.
             quota: (E,) int64 of this rank's rows, None for the capacities.
             end: what to do when sweeps are over.
-            mark: what ranks that solve one problem compare.
-            members: programs for each problem if other than usual.
+            mark: a digest of the arguments, which ranks that solve one problem compare.
+            members: programs for each problem; 0 for the usual number.
             options: of the launch.
         """
         capacity = self.results if capacity is None else capacity  # which a scan does not read

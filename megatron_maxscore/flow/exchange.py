@@ -1,8 +1,8 @@
-"""What ranks tell each other while they solve one problem together.
+"""The collectives of ranks that solve one problem together.
 
-A solve over a process group is the same code on every rank. It exchanges counts, which are summed,
-and a few rows, which every rank gets from every rank; from then on all ranks decide alike. Alone a
-rank exchanges nothing and takes the same decisions.
+All ranks of a process group run the same code. They sum counts over the ranks, and every rank
+receives a few rows from every other rank. From these data all ranks take the same decisions. A
+single rank exchanges nothing and takes the same decisions, too.
 
 Shape letters: see :mod:`megatron_maxscore`.
 """
@@ -152,7 +152,8 @@ class GroupExchange(Exchange):
 
 
 def _all_gather(everyone: Tensor, own: Tensor, group: Any) -> None:
-    # torch 2.14 has renamed it. Looked up here: it may be wrapped after this module is imported.
+    # torch 2.14 renamed the function. It is looked up at every call, since somebody may wrap it
+    # after this module is imported.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(everyone, own, group=group)
 
@@ -191,7 +192,7 @@ def split_like(flat: np.ndarray, counts: list[np.ndarray]) -> list[np.ndarray]:
 def exchange_of(group: Any) -> Exchange:
     """Return the exchange of a process group; None and groups of one rank need none.
 
-    An exchange is taken as it is, which lets ranks be simulated.
+    An argument that is an exchange already is returned as it is. Simulated ranks use this.
     """
     if isinstance(group, Exchange):
         return group

@@ -12,17 +12,17 @@ capacities leave slack, a sink of price 0 that stands for the unused units. All 
 x stays optimal for its own loads. When no imbalance is left, x and the prices satisfy complementary
 slackness, hence both are optimal.
 
-Only some swaps take part: for each pair of experts those up to a limit of their cost. What is left
-out costs at least the limit, so the limit stands for it as an arc that leads nowhere, and no path
-is taken that might be longer than one over such arcs. When units are left, prices have risen
-and limits are set anew.
+Only some swaps take part: for each pair of experts, those that cost at most a limit. A swap that is
+left out costs at least the limit. Shortest paths therefore contain an arc of that cost in its
+place, but no unit can move along this arc. The stage ends when all shortest paths contain such
+arcs. If units are left, limits are set anew at the prices that have been reached.
 
-The first limit is the same for all pairs: a reach within which there are enough rows, by the
-counts of gaps that the sweeps have made. It is all that most problems need. Where too many swaps
-are within it, or few units are left, each pair gets a limit of its own. Every row is looked at for
-the cheapest swap of each pair of experts. Paths over these tell how far the units that are left
-have to go, and a pair has only its few cheapest swaps, up to a multiple of that. So each stage
-moves units, and no stage builds large heaps to move the last ones.
+The first limit, the reach, is the same for all pairs. It is read off the counts of gaps that the
+sweeps have made, so that there are enough rows within it. Most problems need no other limit. If too
+many swaps are within the reach, or few units are left, each pair gets a limit of its own. One pass
+over all rows finds the cheapest swaps of each pair of experts. Paths over these swaps tell how far
+the units that are left have to go. Each pair then has only its few cheapest swaps, up to a multiple
+of that distance. So each stage moves units, and no stage builds large heaps to move the last ones.
 
 Shape letters: see :mod:`megatron_maxscore`.
 """
@@ -42,29 +42,31 @@ from megatron_maxscore.flow.kernels.vectors import padded
 from megatron_maxscore.flow.prices import PriceState
 from megatron_maxscore.flow.problem import FAR, WHOLE, BoolArray, IntArray, Problem
 
-# Contested rows for each unit out of balance, and at least; at most half of all to begin with.
+# The first limit aims at so many contested rows for each unit out of balance, plus a minimum, but
+# at most half of all rows.
 _ROWS_PER_UNIT = 32
 _MIN_ROWS = 64
 # The same on a plateau, where every row offers many swaps at no cost.
 _PLATEAU_ROWS_PER_UNIT = 2
 # All swaps take part where an expert has so few rows, and there are so few altogether.
 _ROWS_PER_EXPERT, _ALL_SWAPS = 16, 1 << 22
-# The next reach relative to one that did not suffice: where the swaps within it are many already;
-# in general; and how much more where most units are left, or all of them.
+# How many times longer the next reach is than one that did not suffice: if there are many swaps
+# within it already; in general. Then the further factor if most units are left, or all of them.
 _LITTLE_LONGER, _LONGER = 2, 4
 _MORE_FOR_MOST, _MORE_FOR_ALL = 2, 8
 _MOST_LEFT = 0.9
-# Limits are the same for all pairs of experts as long as there are no more swaps than this for each
-# assignment, or for each pair, whichever is more, and more units are left.
+# All pairs of experts share one limit as long as it admits no more swaps than this for each
+# assignment, or for each pair, whichever is more.
 _SWAPS_PER_ASSIGNMENT, _SWAPS_PER_PAIR = 4, 64
-# And with so few units only as long as there are no more swaps than this for each pair.
+# With at most so many units left, it must also admit no more swaps than this for each pair.
 _FEW_UNITS, _FEW_SWAPS = 64, 2
-# From then on, about how many swaps a pair should have, and how many more for each unit that one of
-# its experts has too many or too few; how many times more where they did not suffice, and at most.
+# Limits of pairs: about how many swaps a pair should have, and how many more for each unit that one
+# of its experts has too many or too few. A pair that had too few swaps gets _MORE times as many,
+# but at most _MOST_WANTED.
 _SWAPS, _SWAPS_PER_UNIT = 16, 0.5
 _MORE, _MOST_WANTED = 4, 1 << 20
-# Groups of rows of which the cheapest swaps of each pair are found, and how many swaps cost no more
-# than the dearest of these, on average.
+# The cheapest swap of each pair is found in so many groups of rows. _EXPECTED is how many swaps of
+# the pair, on average, cost no more than the dearest of these.
 _GROUPS = 8
 _EXPECTED = _GROUPS * sum(1 / (1 + group) for group in range(_GROUPS))
 # The longest limit relative to the way that units have to go.
@@ -108,8 +110,8 @@ class _Finish:
         excess_BJ: (B, J) int64 units above capacity, the sink last.
         slack_BE: (B, E) int64 unused units that the sink has placed.
         left_B: (B,) int64 units that are left to be moved.
-        reach_B: (B,) int64 the limit of all swaps, or the least of those that differ.
-        differs_B: (B,) bool, whether limits differ.
+        reach_B: (B,) int64 the limit of all swaps; not used where pairs have their own limits.
+        differs_B: (B,) bool, whether each pair of experts has a limit of its own.
     """
 
     def __init__(self, exchange: Exchange, problem: Problem, state: PriceState) -> None:
@@ -135,7 +137,7 @@ class _Finish:
         return self.prices_BE
 
     def _level_out(self) -> None:
-        """Let rows that do not care give experts above capacity for others below."""
+        """Let rows swap experts above capacity for equally good ones below capacity."""
         ties_B, units_B = self.state.gaps_BD[:, 0], self.left_B
         slot_B = _slots((ties_B > 0) & (units_B > 0))
         enough_B = _PLATEAU_ROWS_PER_UNIT * units_B + 4 * self.problem.num_experts
@@ -211,9 +213,9 @@ class _Finish:
     def _augment(
         self, found: Contested, slot_B: IntArray, limit_FEP: IntArray, wanted_FEE: NDArray
     ) -> tuple[BoolArray, IntArray, IntArray, IntArray, BoolArray]:
-        """Move units among contested rows; return what they have now, and what changes.
+        """Move units among contested rows; return which arcs they hold now, and other changes.
 
-        That is excess, slack, (B, J) potentials, and which pairs of experts had too few swaps.
+        These are excess, slack, (B, J) potentials, and which pairs of experts had too few swaps.
         """
         excess_BJ, slack_BE = self.excess_BJ.copy(), self.slack_BE.copy()
         potential_BJ, lacks_FEE = passes.augment(
@@ -276,9 +278,9 @@ class _Finish:
 
 
 def more_wanted(more_EE: int | NDArray, lacks_EE: BoolArray) -> NDArray:
-    """Return (E, E) int64 how many times more swaps pairs should have; more for those in need.
+    """Return (E, E) int64 factors on the number of swaps of pairs, raised for pairs in need.
 
-    However many stages there are it stays within int32.
+    The factor is capped, so that it stays within int32 after any number of stages.
 
     Args:
         more_EE: what it was before, (E, E) int64 or 1.
@@ -297,8 +299,8 @@ def imbalance(
 ) -> tuple[IntArray, IntArray]:
     """Return (B, E + 1) units above capacity, the sink last, and (B, E) units that it has placed.
 
-    Unused units of an expert count as filled by the sink only where its price is 0: elsewhere an
-    under-filled expert violates complementary slackness.
+    The sink fills an expert's unused units only if the expert's price is 0. An under-filled expert
+    with a price above 0 violates complementary slackness.
     """
     has_sink_B = ~problem.tight_B
     is_free_BE = has_sink_B[:, None] & (prices_BE == 0)

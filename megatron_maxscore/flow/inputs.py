@@ -44,7 +44,7 @@ class Options:
         """Return (B, E) int64 for problems of so many rows."""
         if self.capacity_E is not None:
             return np.broadcast_to(self.capacity_E, (rows_B.size, num_experts))
-        # More than all rows make no difference, and might not be an integer any more.
+        # A capacity above the number of rows makes no difference, and might not be an integer.
         each = [
             math.ceil(min(count * self.topk * self.capacity_factor / num_experts, count))
             for count in rows_B.tolist()
@@ -166,7 +166,7 @@ class Rows:
 
     @classmethod
     def of(cls, scores: Tensor, valid: Tensor | None, fill_padding: bool) -> Rows:
-        """Take the rows that are valid, or all of them, padding with scores of 0."""
+        """Take the valid rows; if padding gets experts, all rows, with scores of 0 in padding."""
         is_batch = scores.dim() == 3
         batch = scores if is_batch else scores[None]
         num_problems, size, num_experts = batch.shape

@@ -5,10 +5,10 @@ with exploded scores would leave the others no bits. Such rows are scaled down t
 still far above the others': they keep their order of experts and come first wherever they compete
 with ordinary rows.
 
-Which rows are outliers follows from how many rows have ranges of which size, counted in classes of
-a factor of 256. These counts travel in the first exchange and are summed over the ranks, so the
-answer does not depend on how rows are split. At most one row in 16, or one row if there are fewer,
-can be an outlier; ordinary rows keep at least 14 bits of their range.
+To find the outliers, rows are counted by their range, in classes of a factor of 256. These counts
+are part of the first exchange and are summed over the ranks, so the answer does not depend on how
+rows are split. At most one row in 16, or one row if there are fewer, can be an outlier. Of the
+ordinary rows, the largest keeps at least 14 bits of its range (11 with more than 2048 experts).
 
 Shape letters: see :mod:`megatron_maxscore`.
 """
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 _BITS = 8
 _FIRST = -19
 CLASSES = 38
-# Rows are outliers from here on, above the class of the largest ordinary row.
+# A row is an outlier if its range is so many bits above the class of the largest ordinary row.
 _MARGIN_BITS = 14
 # At most one row in so many is an outlier.
 _SHARE = 16
-# How fast outliers approach twice the limit.
+# An outlier so many bits above the limit is scaled to 1.5 times the limit.
 _HALF_WAY_BITS = 16.0
 
 

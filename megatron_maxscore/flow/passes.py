@@ -118,7 +118,7 @@ def cheapest(
 ) -> IntArray:
     """Return the cost of the cheapest swap from each expert to each other, in groups of rows.
 
-    A group has the rows whose index in the problem has one remainder.
+    A row's group is its index in the problem modulo ``groups``.
 
     Args:
         problem: the problems.

@@ -6,15 +6,15 @@ The dual of the flow is
     \min_{\beta} \sum_i \text{(sum of the k largest of } s_i - \beta) + \sum_j C_j \beta_j,
     \qquad \beta \ge 0 \text{ unless the capacities leave no slack}
 
-A sweep sets each row's threshold midway between its k-th and (k+1)-th reduced score, and counts by
-how much every score lies above its threshold. From the counts follows, per expert, the price step
-that would leave C of its bids positive (:mod:`buckets`). When an expert's price moves, a row's
-threshold follows half the way, so a step falls short by about a half where many experts compete:
-steps are taken 1.5 to 3 times as long, shorter and longer ones in turn, until one makes things
-worse.
+A sweep sets each row's threshold midway between its k-th and (k+1)-th reduced score. A bid is a
+reduced score minus this threshold. From counts of bids (:mod:`buckets`) the sweep computes, for
+each expert, the price step that would leave C of its bids positive. When an expert's price moves,
+a row's threshold follows half the way. Where many experts compete, a plain step therefore goes only
+about half as far as it should. Steps are made 1.5 to 3 times as long, shorter and longer ones in
+turn, until one of them raises the overflow. From then on they are plain.
 
-Where there are many rows, the first sweeps of a cold start are over a sample of them, and so are
-those of a warm one whose prices turn out to be worth less. Sweeps need not reach the optimum:
+If there are many rows, a cold start first sweeps over a sample of them. A warm start does so only
+if its prices turn out to be worse than those of a sample. Sweeps need not reach the optimum:
 :mod:`~megatron_maxscore.flow.finish` does, from any prices.
 
 Shape letters: see :mod:`megatron_maxscore`.
@@ -35,22 +35,25 @@ from megatron_maxscore.flow.sweeps import EVERYTHING, Descent, Reading, is_tight
 
 MAX_PASSES = 24
 SAMPLE_PASSES = 10
-# Overflow at which the finish is cheaper than another sweep: units per expert, or a share of all
-# units, which is smaller beyond some units, since the cost of the finish is in units.
+# Overflow at which the finish is cheaper than another sweep: at least so many units per expert, or
+# a share of all units. With many units it is _UNITS_BEYOND plus a smaller share, since the finish
+# takes time for every unit.
 _UNITS_PER_EXPERT = 0.75
 _SHARE_OF_UNITS = 1 / 800
 _SHARE_BEYOND = 1 / 1600
 _UNITS_BEYOND = 64
-# The finish is the work of one thread, E^2 for every other unit: at most this over E units.
+# The finish runs on one thread and takes about E^2 steps for every second unit. It gets at most
+# this number divided by E units.
 _MOST_UNITS = 1 << 16
 # Overflow of the sample at which its prices are as good as a sample can tell.
 SAMPLE_AIM = 0.015
-# Overflow from which warm prices are worth less than those of a sample.
+# If warm prices leave a larger share of overflow than this, prices of a sample are better.
 LOST = 0.1
-# Prices of a sample, and warm ones, are off by less than the largest row range over 2 to this.
+# Prices from a sample or an earlier solve are assumed to be off by less than the largest row range
+# divided by 2 to this power.
 _FIRST_WINDOW_BITS = 5
-# All buckets are counted where one row in so many has a gap smaller than this many octaves below
-# the first window, since prices as fine as that matter then.
+# If one row in _FINE has a gap more than _WINDOW_OCTAVES octaves below the first window, small
+# price differences matter, and all buckets are counted.
 _FINE, _WINDOW_OCTAVES = 8, 13
 
 
@@ -73,7 +76,7 @@ class PriceState:
     x_NE: BoolArray
 
     def part(self, problem: Problem, first: int, last: int) -> PriceState:
-        """Return that of the problems from ``first`` to before ``last``; nothing is copied."""
+        """Return the state of the problems ``first`` to before ``last``; nothing is copied."""
         start_B = problem.start_B[first : last + 1]
         rows = slice(int(start_B[0]), int(start_B[-1]))
         return PriceState(
@@ -122,7 +125,7 @@ def improve(exchange: Exchange, problem: Problem, prices_BE: IntArray) -> PriceS
         if are_fine:
             rows.num_buckets = ALL_BUCKETS
     found = rows.sweep(prices_BE, window_BE, MAX_PASSES + (first is not None), aim_B, first)
-    # With a little slack the lowest may be anywhere; what is common to all changes no choice.
+    # With a little slack the lowest price may have any value. Subtracting it changes no choice.
     level_B = np.where(problem.tight_B, 0, found.prices_BE.min(1))
     prices_BE = found.prices_BE - level_B[:, None]
     return PriceState(prices_BE, found.load_BE, rows.gaps_BD, rows.gap_N, rows.x_NE)

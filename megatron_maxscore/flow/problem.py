@@ -35,8 +35,8 @@ FloatArray = NDArray[np.float64]
 # than 60 bits. All these integers are exact in float64 as well.
 MAX_EXPERTS = 4096
 _SCORE_BITS = {1024: 36, 2048: 35, MAX_EXPERTS: 33}
-# Adding it to a float64 below 2**51 in size rounds that to an integer, half to even, which is then
-# the difference of the bit patterns.
+# Adding this to a float64 below 2**51 in size rounds the float64 to an integer, half to even. The
+# integer is then the difference of the two bit patterns.
 ROUNDER = 1.5 * 2.0**52
 ROUNDER_BITS = int(np.float64(ROUNDER).view(np.int64))
 # Reduced scores below this belong to forbidden arcs.
@@ -105,7 +105,7 @@ class Problem:
 
     @functools.cached_property
     def origin_B(self) -> IntArray:
-        """(B,) int64; a row less this is its index in the whole problem."""
+        """(B,) int64; a local row number minus this is the row's index in the whole problem."""
         return self.start_B[:-1] - self.offset_B
 
     @functools.cached_property
@@ -180,8 +180,8 @@ def check_supply(problem: Problem) -> None:
 def integer_prices(prices_BE: FloatArray, problem: Problem, largest_B: FloatArray) -> IntArray:
     """Turn warm-start prices in score units into integers the solver can start from.
 
-    They are shifted to minimum 0 and clipped at ``(E - 1)`` times the largest scaled range, within
-    which an optimal dual of a problem without forbidden arcs always lies.
+    Prices are shifted so that the lowest is 0, and clipped at ``(E - 1)`` times the largest scaled
+    range. A problem without forbidden arcs always has optimal prices within this limit.
 
     Args:
         prices_BE: (B, E) float64, finite.

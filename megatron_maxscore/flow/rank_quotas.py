@@ -12,17 +12,17 @@ from torch import Tensor
 def quotas_of(
     loads_RE: Tensor, capacity_E: Tensor, rows_R: Tensor, topk: int, prices_E: Tensor
 ) -> Tensor:
-    """Return how many of its rows each rank is to give each expert, near what it gives them now.
+    """Return how many rows each rank is to give each expert, close to what it gives them now.
 
-    Sums over experts are ``rows * topk``, those over ranks at most the capacities, and no quota is
-    more than its rank's rows: so each rank alone can keep to its quotas.
+    A rank's quotas sum to ``rows * topk``, an expert's quotas to at most its capacity. No quota is
+    larger than its rank's number of rows. Each rank can therefore meet its quotas on its own.
 
     Args:
         loads_RE: (R, E) int64, rows that each rank gives each expert now, ``rows * topk`` in sum.
         capacity_E: (E,) int64, of all ranks, at most all rows each and enough for them.
         rows_R: (R,) int64 rows of each rank.
         topk: K.
-        prices_E: (E,); with slack, what is idle should be at price 0.
+        prices_E: (E,); if capacities leave slack, experts of price 0 should be the idle ones.
 
     Returns:
         (R, E) int64, the same on every rank.
@@ -32,7 +32,8 @@ def quotas_of(
     give_E, room_E = (total_E - capacity_E).clamp(min=0), (capacity_E - total_E).clamp(min=0)
     is_free_E = (prices_E <= 0) & (capacity_E.sum() > total_E.sum())
     wanted_E = torch.where(is_free_E, 0, room_E)
-    # Room at a price comes first; where overfull experts do not fill it, free ones give as well.
+    # Room at experts with a price is filled first. If overfull experts have too few units for
+    # that, free experts give some as well.
     missing = (wanted_E.sum() - give_E.sum()).clamp(min=0)
     spare_E = torch.where(is_free_E, torch.minimum(total_E, capacity_E), 0)
     before_E = spare_E.cumsum(0) - spare_E
@@ -46,13 +47,13 @@ def quotas_of(
     before_RE = asked_RE.cumsum(0) - asked_RE
     asked_RE = torch.minimum((give_E - before_RE).clamp(min=0), asked_RE)
     given_RE = torch.zeros_like(loads_RE).scatter_(0, order_RE, asked_RE)
-    # Units given stand in a line, rank by rank, and room in another, expert by expert.
+    # Given units are numbered rank by rank, and room expert by expert. Equal numbers match.
     last_R = given_RE.sum(1).cumsum(0)[:, None]
     first_R = last_R - given_RE.sum(1)[:, None]
     taken_RE = torch.minimum(last_R, end_E) - torch.maximum(first_R, end_E - room_E)
     near_RE = loads_RE - given_RE + taken_RE.clamp(min=0)
-    # Always possible (McNaughton's wrap-around rule): experts' units, one after the other, go to
-    # rows in turn, so that an expert's rows are distinct.
+    # The way that is always possible (McNaughton's wrap-around rule): units are dealt to the rows
+    # in turn, one expert after the other, so no row gets the same expert twice.
     rows, last_R = rows_R.sum(), rows_R.cumsum(0)
     before_E = capacity_E.cumsum(0) - capacity_E
     units_E = torch.minimum((rows * topk - before_E).clamp(min=0), capacity_E)

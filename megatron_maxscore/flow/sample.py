@@ -1,4 +1,4 @@
-"""Rows from everywhere: a sample that prices begin from, and the whole of small problems.
+"""Gather rows from all ranks: a sample to find first prices, or all rows of a small problem.
 
 Shape letters: see :mod:`megatron_maxscore`.
 """
@@ -18,18 +18,18 @@ _MIN_SAMPLE = 512
 
 
 def wanted_sample(num_experts: int, topk: int) -> int:
-    """Return how many rows make a sample, where there are four times as many."""
+    """Return the size of a sample; it is used if there are at least four times as many rows."""
     return max(_MIN_SAMPLE, -(-_SAMPLE_LOAD * num_experts // topk))
 
 
 def sample_size(problem: Problem) -> IntArray:
-    """Return (B,) int64 how many rows make a sample; all of them where there are few."""
+    """Return (B,) int64 the size of each problem's sample, which is all rows if it has few."""
     wanted = wanted_sample(problem.num_experts, problem.topk)
     return np.asarray(np.where(problem.rows_B >= 4 * wanted, wanted, problem.rows_B))
 
 
 def take_sample(exchange: Exchange, problem: Problem, size_B: IntArray) -> Problem:
-    """Return the problem over some rows from everywhere, with capacities to match.
+    """Return the problem over a sample of all ranks' rows, with capacities scaled to match.
 
     One round; every rank gets the whole sample.
     """
@@ -55,7 +55,7 @@ def take_sample(exchange: Exchange, problem: Problem, size_B: IntArray) -> Probl
     scores_NE = gather_rows(exchange, problem.scores_NE[np.concatenate(own)], count_RB)
     low_N = exchange.same(lambda: passes.scan(scores_NE)[0])
     share_B = size_B / np.maximum(problem.rows_B, 1)
-    # To so few bits that sums of them are exact in any order.
+    # Capacities are rounded to 1/1024, so that their sums are exact in any order.
     capacity_BE = np.rint(problem.capacity_BE * share_B[:, None] * 1024.0) / 1024.0
     return Problem(
         scores_NE,
@@ -100,10 +100,10 @@ def gather_rows(exchange: Exchange, rows_NE: np.ndarray, count_RB: IntArray) -> 
 
 
 def _spread(size: int, count: int) -> IntArray:
-    """Return ``size`` of ``count`` rows: one from each of as many equal parts.
+    """Return the indices of ``size`` of ``count`` rows, one from each of ``size`` equal parts.
 
-    The place within the part changes from part to part, since rows have periods: with B sequences
-    side by side, every B-th row is of the same sequence.
+    The place within a part changes from part to part. Equal steps would not do: with B sequences
+    side by side, every B-th row belongs to the same sequence.
     """
     part = np.arange(size, dtype=np.int64)
     return np.asarray((part * count + part_of(hashed(part), count)) // max(size, 1))

@@ -34,7 +34,7 @@ from megatron_maxscore.flow.sample import gather_rows, sample_size
 from megatron_maxscore.flow.solution import ROUNDING, FlowSolution
 
 
-# Nothing in it can be traced: a function that torch.compile compiles calls it as it is.
+# torch.compile cannot trace this function. A compiled function calls it uncompiled.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def solve(
     scores: Tensor | ArrayLike,
@@ -55,30 +55,30 @@ def solve(
         ([[1], [0]], 1.699999988079071, 0.0)
 
     Args:
-        scores: (T, E) float, or (B, S, E) for B separate problems; E <= 4096, on a GPU
-            1024 (more are solved on the host). -inf forbids the arc.
+        scores: (T, E) float, or (B, S, E) for B separate problems, on any device; E <= 4096.
+            Problems with more than 1024 experts are solved on the host even if the scores are on a
+            GPU. -inf forbids the arc. bfloat16 and float16 are converted to float32, which is
+            exact. Rows whose range exceeds that of ordinary rows by a factor of 16,384 or more are
+            scaled down (:mod:`outliers`), and the result is the optimum for the scaled scores.
             Arrays and nested lists are taken as tensors on the CPU, here and below.
-            bfloat16 and float16 are exact in float32. Rows whose range exceeds that of ordinary
-            rows by a factor of 16,384 or more are scaled down (:mod:`outliers`), and the result is
-            the optimum for these scores. Any device.
         topk: k distinct experts per token, 1 <= k <= E.
         capacity: int, or (E,) int64; per problem.
         capacity_factor: used without ``capacity``: C = ceil(T * k * factor / E) for all experts.
         prices: (E,) or (B, E) warm start in score units, finite.
-        group: process group whose ranks hold the other tokens, contiguous in group-rank order; all
-            of them must call. T is then the number of tokens of all ranks, capacities are theirs,
-            and every argument but scores and ``valid`` must be the same on every rank.
+        group: process group over whose ranks the tokens are split, contiguously in group-rank
+            order. All ranks must call. For capacities, T is then the number of tokens of all ranks.
+            Every argument but scores and ``valid`` must be the same on every rank.
         valid: (T,) or (B, S) bool, False = padding.
         fill_padding: True: padding rows get k experts too, as rows of equal scores in the same
             flow. False: they get no expert and take no capacity.
-        mode: "exact", on the CPU, to which scores on a GPU are copied; "bounded", on the GPU
-            (:mod:`device`), with a certified gap and without a host sync; or "auto", exact for
-            scores on the CPU and bounded for those on a GPU. In bounded mode scores that are not
-            finite count as 0 instead of raising, a forbidden arc counts as one row range less than
-            the row's lowest score, and ranks compare arguments in the first call with a group; from
-            then on the device does, and values of prices are taken to be equal unseen. Bounded mode
-            needs ``fill_padding`` where there may be padding, and float32 or narrower scores;
-            other problems are solved exactly, and that is said once.
+        mode: "exact" solves on the CPU; scores on a GPU are copied there. "bounded" solves on the
+            GPU (:mod:`device`), with a certified gap and without a host sync. "auto" is exact for
+            scores on the CPU and bounded for scores on a GPU. In bounded mode, NaN and +inf count
+            as 0 instead of raising, and a forbidden arc counts as one row range less than the row's
+            lowest score. Ranks compare arguments in the first call with a group. In later calls the
+            device compares a digest of them; it does not include the values of prices, which must
+            be equal. Bounded mode needs ``fill_padding`` if there may be padding, and float32 or
+            narrower scores. Other problems are solved exactly, and a message says so once.
 
     Returns:
         The assignment and its certificate, on the device of ``scores``.
@@ -167,7 +167,7 @@ class _Solve:
         start_BE = np.zeros(problem.capacity_BE.shape, np.int64)
         if options.warm_BE is not None:
             with np.errstate(over="ignore"):
-                # Differences first: an infinite one is clipped, that of two infinite ones is NaN.
+                # Subtract before scaling: an infinite difference is clipped, inf - inf is NaN.
                 above_BE = options.warm_BE - options.warm_BE.min(1, keepdims=True)
                 above_BE = np.ldexp(above_BE, agreed.unit_B[:, None])
             start_BE = integer_prices(above_BE, problem, agreed.largest_B)
@@ -239,7 +239,7 @@ class _Solve:
         return dataclasses.replace(own, sums_3B=sums_3B, load_RBE=load_RBE).with_rent(problem)
 
     def _gathered(self, problem: Problem, start_BE: IntArray) -> _Result:
-        """Give every rank all rows, which are few, and let it solve the whole."""
+        """Give every rank the rows of all ranks, which are few, and solve the whole on each."""
         rows_RB = problem.rows_RB
         scores_NE = gather_rows(self.exchange, problem.scores_NE, rows_RB)
 

@@ -17,17 +17,17 @@ from megatron_maxscore.flow.problem import BoolArray, IntArray, Problem
 
 # Steps are long only where the overflow is at most this share of all units.
 NEAR = 0.1
-# By how much longer than plain they are, one after the other; the last value stays.
+# By what factor successive steps are longer than plain ones. The last value is used from then on.
 RELAXATION = (1.5, 1.75, 2.5, 1.5, 3.0, 1.5)
-# From here on a step's own effect is seen only after the next one.
+# The effect of a step that is this long is seen only after the next step.
 VERY_LONG = 2.0
 # A sweep that leaves more than this share of the overflow is not worth another.
 STALLED = (4, 5)
 EVERYTHING = 1 << 49
-# How far prices are counted on to be off after a step, in steps of the expert, and of all.
+# How far a price may be off after a step: so many times its own step plus the mean of all steps.
 WINDOW_OWN = 4
 WINDOW_MEAN = 4
-# One over the share of the units up to which slack is too little for sweeps to see.
+# Sweeps ignore slack of less than one in so many units.
 LITTLE_SLACK = 100
 
 # (B, E) int64 loads, and a function that returns the (B, E, U) counts of bids.
@@ -62,9 +62,9 @@ def overflow(
 def is_tight(problem: Problem) -> BoolArray:
     """Return (B,) bool, whether sweeps take the capacities as tight.
 
-    So little slack that it does not matter to them must not keep prices from falling below 0: the
-    experts that are not wanted would stay where they are, and all others had to rise. A sample's
-    capacities are not integers.
+    Sweeps ignore very little slack, and let prices fall below 0. Otherwise the prices of unwanted
+    experts would stay at 0, and those of all other experts would have to rise. Half a unit is
+    ignored in any case, because a sample's capacities are not integers.
     """
     total_B, units_B = problem.capacity_BE.sum(1), problem.rows_B * problem.topk
     return np.asarray(LITTLE_SLACK * np.abs(total_B - units_B) < LITTLE_SLACK / 2 + units_B)
@@ -73,9 +73,10 @@ def is_tight(problem: Problem) -> BoolArray:
 def _within_limits(prices_BE: IntArray, is_tight_B: BoolArray, score_bits: int) -> IntArray:
     """Keep prices where optimal ones can be found: >= 0 with slack, and not too far apart.
 
-    Without slack a price common to all experts changes nothing; with it, it changes no choice and
-    only costs. An expert that few rows may take can get no bid at any price, and would fall ever
-    further; optimal prices of problems without forbidden arcs are within E - 1 ranges.
+    Adding the same amount to all prices changes no choice. With slack it makes the bound worse, so
+    the lowest price is brought to 0. An expert that only few rows may take may lack bids at any
+    price, and its price would fall without end. It is kept within E - 1 ranges of the highest
+    price, where optimal prices of problems without forbidden arcs lie.
     """
     widest = (prices_BE.shape[1] - 1) << score_bits
     low_BE: IntArray = np.maximum(prices_BE, prices_BE.max(1, keepdims=True) - widest)
@@ -98,7 +99,7 @@ def sweep(
 ) -> Descent:
     """Sweep until the overflow is at most ``aim_B``, no longer falls, or passes are up.
 
-    What ``read`` has chosen last belongs to the prices that are returned.
+    The last call of ``read`` is made at the prices that are returned.
 
     Args:
         read: chooses at prices, in problems that are active; returns (B, E) int64 loads and a
@@ -139,14 +140,14 @@ def sweep(
         # A long step that made things worse is taken back to its plain length.
         take_back_B = active_B & ~is_best_B & was_long_B
         is_plain_B |= take_back_B
-        # Little progress says nothing as long as windows limit steps, nor after a very long one.
+        # Little progress does not count as long as windows limit steps, or after a very long step.
         says_B = active_B & is_near_B & ~was_short_B & (relaxation_B < VERY_LONG) & ~take_back_B
         stalls_B += says_B & (_exceeds(now_B, STALLED, best_B) | ~is_best_B)
-        # Exactly as before: a plateau, which no price can part.
+        # The overflow is exactly as before: the rows form a plateau, which no price can divide.
         stalls_B += active_B & (now_B == best_B)
         best_BE = np.where((active_B & is_best_B)[:, None], prices_BE, best_BE)
         best_B = np.where(active_B & is_best_B, now_B, best_B)
-        # The last pass is kept for the best prices, should the last ones not be these.
+        # One pass is kept in reserve, to read the best prices again if the latest are not the best.
         enough_B = (best_B <= aim_B) | (stalls_B >= 2) | (passes >= max_passes - 1)
         ends_B = active_B & enough_B & (is_best_B | (prices_BE == best_BE).all(1))
         active_B &= ~ends_B
@@ -175,7 +176,7 @@ def _exceeds(now_B: np.ndarray, ratio: tuple[int, int], before_B: np.ndarray) ->
 
 
 def _next_window(step_BE: IntArray, window_BE: IntArray) -> IntArray:
-    """Return how far prices may be off after a step: each expert's own one, and all experts'."""
+    """Return how far prices may be off, from each expert's last step and the mean last step."""
     size_BE = np.abs(step_BE)
     next_BE = WINDOW_OWN * size_BE + WINDOW_MEAN * (size_BE.sum(1) // size_BE.shape[1])[:, None] + 4
     # The step ended at the edge of the window: it was too small.

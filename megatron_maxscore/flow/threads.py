@@ -1,7 +1,7 @@
-"""Running row kernels on several threads, and how rows are split over them.
+"""Run row kernels on several threads, and split rows over them.
 
-Kernels release the interpreter lock, and what they add up are integers, so the number of threads
-changes no result. It is torch's: ``torch.set_num_threads`` or ``OMP_NUM_THREADS`` set it.
+Kernels release the interpreter lock and add up integers only, so results do not depend on the
+number of threads. torch's number is used: ``torch.set_num_threads`` or ``OMP_NUM_THREADS`` sets it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def run(tasks: list[Callable[[], Any]]) -> list[Any]:
     try:
         first = tasks[0]()
     finally:
-        # Nobody may go on writing into arrays that the caller has given up.
+        # Worker threads must not keep writing into arrays after the caller has returned.
         rest = [future.result() for future in futures]
     return [first, *rest]
 

@@ -152,10 +152,10 @@ def restore(checkpoint: str | Path | None, arguments: Sequence[str] = ()) -> Tra
     groups are global. What Megatron says while it starts is shown only if it fails.
 
     Args:
-        checkpoint: directory that ``--save`` wrote. The model's shape and our options come from it,
-            as far as Megatron's ``--use-checkpoint-args`` goes, and :data:`FURTHER`, and the
-            tokenizer's arguments, except those that are given. None: ``arguments`` say everything,
-            ``--load`` included.
+        checkpoint: directory that ``--save`` wrote. Arguments that are not given come from it: our
+            options, the tokenizer's arguments, those that Megatron's ``--use-checkpoint-args``
+            restores, and those in :data:`FURTHER`. None: ``arguments`` say everything, ``--load``
+            included.
         arguments: further arguments of Megatron's, such as parallel sizes.
 
     Returns:
@@ -172,7 +172,8 @@ def restore(checkpoint: str | Path | None, arguments: Sequence[str] = ()) -> Tra
                 "--save wrote"
             )
         command += ["--load", str(checkpoint), "--use-checkpoint-args"]
-        # Megatron takes both of the tokenizer's arguments or none; below what is given stays.
+        # Megatron would replace the tokenizer's type and model together, even if one was given.
+        # _parsed() restores only what was not given.
         command.append("--no-use-tokenizer-model-from-checkpoint-args")
     return _started(command, _restored)
 

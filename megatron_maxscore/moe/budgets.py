@@ -55,19 +55,19 @@ def least_rank_factor(most_rows: int, local_experts: int, align: int, assignment
     """Return the least ``--moe-expert-rank-capacity-factor`` with which all rows fit.
 
     Args:
-        most_rows: of an expert.
-        local_experts: Z, of each rank.
-        align: to which each expert's rows are padded; 0 or 1 for none.
-        assignments: of each rank's tokens, T times K.
+        most_rows: the largest number of rows that one expert may get.
+        local_experts: Z, experts of each rank.
+        align: each expert's rows are padded to a multiple of this; 0 or 1 for no padding.
+        assignments: T times K, assignments that each rank makes.
     """
     padded = math.ceil(most_rows / max(align, 1)) * max(align, 1)
     return local_experts * padded / assignments
 
 
 class BudgetedFlexTokenDispatcher(MoEFlexTokenDispatcher):
-    """Megatron's flex dispatcher, whose budget of rows holds in training alone.
+    """Megatron's flex dispatcher with a budget of rows that applies only in training.
 
-    HybridEP then takes as many rows as there are, at the price of a host sync.
+    In evaluation HybridEP takes as many rows as there are, which costs a host sync.
 
     Args:
         *args: as for Megatron's dispatcher.
@@ -89,7 +89,7 @@ class BudgetedFlexTokenDispatcher(MoEFlexTokenDispatcher):
             manager.moe_expert_rank_capacity_factor = None
             self._has_lifted = True
         elif self._has_lifted:
-            # Only then: Megatron lifts it itself for a step that it repeats after an overflow.
+            # Only if we lifted it: Megatron lifts it too, while it repeats an overflowed step.
             manager.moe_expert_rank_capacity_factor = self.config.moe_expert_rank_capacity_factor
             self._has_lifted = False
         prepared: tuple[Tensor, Tensor] = super().dispatch_preprocess(

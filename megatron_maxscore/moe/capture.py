@@ -1,8 +1,9 @@
 """CUDA graphs: what a routing call may do while one is captured.
 
-A graph repeats the kernels of a call with other inputs, and nothing that Python did. So a captured
-call reads and writes tensors that keep their place (prices, their sums, statistics, the annealing
-factor), and whatever Python decides must follow from the configuration alone.
+When a graph is replayed, the kernels of the captured call run again on new inputs, but its Python
+code does not. So a captured call keeps its state (prices, their sums, statistics, the annealing
+factor) in tensors whose memory stays where it is. Whatever Python decides in the call must follow
+from the configuration alone.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ def holds_router(config: Any) -> bool:
 
 
 def holds_dispatch(config: Any) -> bool:
-    """Return whether they hold the preparation of the dispatch, or all of it."""
+    """Return whether CUDA graphs hold the preparation of the dispatch, or the whole dispatch."""
     graph = graph_of(config)
     if graph.implementation == "full_iteration":
         return True
-    # Megatron's own implementation does not tell the two apart.
+    # Megatron's own implementation (local) treats moe_router and moe_preprocess alike.
     names = {"moe_preprocess"} | ({"moe_router"} if graph.implementation == "local" else set())
     return graph.implementation != "none" and bool(names & graph.modules)

@@ -100,6 +100,23 @@ def check_transformer_config(config: Any, options: MaxScoreConfig) -> None:
     _check_graphs(config, topk, num_experts, get, options)
 
 
+def why_on_host(args: Any, options: MaxScoreConfig) -> str | None:
+    """Return why a launch on GPUs is solved on the CPU, None if it is not.
+
+    Args:
+        args: Megatron's parsed arguments.
+        options: MaxScore's own.
+    """
+    is_split = args.context_parallel_size > 1 or args.tensor_model_parallel_size > 1
+    reasons = (
+        (options.mode == "exact", "--maxscore-mode exact"),
+        (args.moe_router_dtype == "fp64", "--moe-router-dtype fp64"),
+        (args.num_experts > MAX_DEVICE_EXPERTS, f"more than {MAX_DEVICE_EXPERTS} experts"),
+        (options.scope == "sequence" and is_split, "sequences are split over ranks"),
+    )
+    return next((text for applies, text in reasons if applies), None)
+
+
 def _check_graphs(
     config: Any, topk: int, num_experts: int, get: Any, options: MaxScoreConfig
 ) -> None:
@@ -218,7 +235,7 @@ def _check_groups(topk: int, num_experts: int, get: Any) -> None:
 def _check_gates_can_learn(
     topk: int, num_experts: int, score_function: Any, get: Any, options: MaxScoreConfig
 ) -> None:
-    """Refuse gates that are 1 whatever the router's weight is, which then gets no gradient."""
+    """Refuse gates that are always 1: the router's weight would get no gradient."""
     if options.normalize_gates and topk == 1:
         raise ValueError(
             "--maxscore-normalize-gates cannot be combined with --moe-router-topk 1: a token's "

@@ -220,7 +220,7 @@ class MaxScoreConfig:
             setattr(config, PREFIX + item.name, getattr(self, item.name))
 
     def resolved_for(self, config: Any) -> MaxScoreConfig:
-        """Return these options with gate and objective as they are for a score function.
+        """Return these options with ``auto`` for gate and objective replaced by the actual choice.
 
         Args:
             config: a TransformerConfig, or Megatron's parsed arguments.
@@ -261,9 +261,10 @@ class MaxScoreConfig:
     def temperature_for(self, config: Any) -> float:
         """Return SoftTopk's temperature in a model, in the unit of the logits.
 
-        A router's input is normalised, so that logits start with a standard deviation of
-        ``init_method_std * sqrt(hidden_size)``; what SoftTopk makes of them depends on the
-        temperature relative to that alone. docs/evidence/study/first has why it is half of it.
+        A router's input is normalised, so logits start with a standard deviation of
+        ``init_method_std * sqrt(hidden_size)``. What SoftTopk makes of them depends only on the
+        ratio of the temperature to this deviation. By default the ratio is one half, for which
+        docs/evidence/study/first gives the reason.
 
         Args:
             config: a TransformerConfig.

@@ -1,7 +1,8 @@
 """What goes on around a router: the iteration, the microbatch, logging, and the rule of evaluation.
 
-Megatron passes none of it to a router. A training loop's hooks say how to find out; without them
-routers count by themselves, nothing is logged, and there is one microbatch.
+Megatron passes none of this to a router. The hooks of a training loop set it, or functions that
+return it, on :data:`RUN`. Without hooks each router counts global batches by itself, nothing is
+logged, and the microbatch's number is 0.
 """
 
 from __future__ import annotations

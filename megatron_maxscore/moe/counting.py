@@ -4,12 +4,12 @@ A routing pass changes prices and statistics only when its backward pass runs. S
 gradients (scoring in training mode), passes whose loss is thrown away, and the first pass of a
 checkpointed function change nothing, and a recomputed pass counts once.
 
-A global batch may be run again before its optimizer step. What a router has added up since the
-batch began is therefore closed at the end of every attempt (:meth:`SolveStatistics.take`), which
-replaces what an earlier attempt has left.
+Megatron may run a global batch several times before the optimizer takes its step. So at the end of
+every attempt :meth:`SolveStatistics.take` hands out what the router has added up in it. That
+replaces what an earlier attempt at the same batch left.
 
-All counts are tensors that keep their place: a CUDA graph that holds a pass adds to them whenever
-it is replayed.
+All counts are tensors whose memory stays where it is. So a CUDA graph that holds a pass adds to
+them whenever it is replayed.
 
 Shape letters: see :mod:`megatron_maxscore`; M values that metrics measure.
 """
@@ -35,10 +35,11 @@ class Pass:
     Attributes:
         prices_E: (E,) float32, the mean over its problems.
         gap: 0-dim float64, the largest of its problems.
-        seconds: of the host in it.
-        bad_T: (T,) bool, tokens whose logits were not finite; None if it is known that none is.
-        lost_tokens: tokens that did not fit into what other ranks expect of this one.
-        values_M: (M,) float64 what metrics measured; None where that is not due.
+        seconds: time that the host spent in the solve.
+        bad_T: (T,) bool, tokens whose logits were not finite; None if it is known that there are
+            none.
+        lost_tokens: tokens that were not sent, since this rank had more than the others expect.
+        values_M: (M,) float64 what metrics measured; None if nothing is logged in this iteration.
         has_counted: whether a backward pass has run.
     """
 

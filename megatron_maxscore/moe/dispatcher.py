@@ -1,12 +1,12 @@
 """``MaxScoreTokenDispatcher``: the all-to-all dispatcher that already knows every split.
 
 Megatron's dispatcher gathers all ranks' token counts and copies the resulting split sizes to the
-host before it can start the all-to-all. Under static quotas both are known from the number of
-tokens alone, and where the flow was solved over all these ranks, every rank has learned every
-rank's loads from it. So neither happens.
+host before it can start the all-to-all. MaxScore often needs neither. Static quotas follow from the
+number of tokens alone. If the flow was solved over all these ranks, the solve has told every rank
+the loads of all ranks.
 
-Where the flow was solved on the device, the loads are there too; Megatron's own copy on its side
-stream brings the sizes to the host.
+If that solve ran on the device, the loads are on the device too. Megatron's own copy on its side
+stream then brings the split sizes to the host.
 
 Shape letters: see :mod:`megatron_maxscore`.
 """
@@ -36,10 +36,12 @@ class _Counts(NamedTuple):
     """What a rank sends and gets, as tensors where the loads are.
 
     Attributes:
-        sent_R: (EP,) to each rank.
-        received_RR: (ETP, EP) by each expert-tensor-parallel rank from each.
-        counts_RZ: (R, Z) every rank's tokens for each local expert, expert-tensor ranks slowest.
-        tokens_Z: (Z,) their sums.
+        sent_R: (EP,) rows that this rank sends to each expert-parallel rank.
+        received_RR: (ETP, EP) rows that each expert-tensor-parallel rank gets from each
+            expert-parallel rank.
+        counts_RZ: (R, Z) tokens of every rank for each local expert; the expert-tensor-parallel
+            rank is the slowest index of the ranks.
+        tokens_Z: (Z,) sums of ``counts_RZ`` over the ranks.
     """
 
     sent_R: Tensor
@@ -73,8 +75,9 @@ class _Filled(NamedTuple):
 def knows_splits(config: Any, options: MaxScoreConfig) -> bool:
     """Return whether a layer's dispatcher is ours and takes its splits from the routing.
 
-    Where each expert's rows are padded to a multiple, for fp8 and fp4, it does only if all quotas
-    are multiples already. Otherwise Megatron pads the map, counts and gathers.
+    For fp8 and fp4 Megatron pads each expert's rows to a multiple. Then the splits are taken from
+    the routing only if all quotas are such multiples already. Otherwise Megatron pads the routing
+    map, counts its rows and gathers the counts of all ranks.
 
     Args:
         config: a TransformerConfig.
@@ -90,8 +93,8 @@ def knows_splits(config: Any, options: MaxScoreConfig) -> bool:
     return is_static and assignments > 0 and assignments % multiple == 0
 
 
-# Attributes of Megatron's dispatcher that are on the host where splits are known in advance, and
-# the same in every microbatch of a graph.
+# Attributes of Megatron's dispatcher. If splits are known in advance, these are on the host, and
+# the same in every microbatch that a graph is replayed for.
 _ON_THE_HOST = (
     "tokens_per_expert", "input_splits", "output_splits", "output_splits_tp", "num_out_tokens",
     "num_global_tokens_per_local_expert",
@@ -105,15 +108,15 @@ _PREPARED = (
 class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
     """All-to-all dispatcher with splits known from the routing.
 
-    Where the plan of a routing map (:mod:`plan`) says that every rank's loads are its quotas (scope
-    ``local``, capacity factor 1, a fixed shape of microbatches), or has every rank's loads (scope
-    ``group``), ``preprocess`` issues no collective and does not wait for the device. Otherwise
-    Megatron's own ``preprocess`` runs. Which of them is decided from configuration and training
-    mode, so alike on every rank.
+    The router attaches a plan (:mod:`plan`) to its routing map. In scope ``local``, with capacity
+    factor 1 and a fixed shape of microbatches, the plan says that every rank's loads are its
+    quotas. In scope ``group`` it holds every rank's loads. In both cases ``preprocess`` issues no
+    collective and does not wait for the device. Otherwise Megatron's own ``preprocess`` runs. The
+    choice depends on configuration and training mode only, so all ranks make the same one.
 
     A rank with fewer tokens than the configuration says adds rows of zeros, since the others expect
-    its quotas. Tokens of a rank with too many are not dispatched, and an error is raised at the end
-    of the training step; without Megatron's training loop their output is NaN.
+    its quotas. A rank with more tokens dispatches none of them, and all ranks raise an error at the
+    end of the training step. Without Megatron's training loop the output of these tokens is NaN.
 
     Args:
         *args: as for Megatron's dispatcher.
@@ -134,8 +137,8 @@ class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
         self._known: dict[StaticLoads, _Splits] = {}
         self._filled: _Filled | None = None
         self._dtoh_point = self.cuda_dtoh_point
-        # What a graph of the preparation has left on the host, where a replay leaves nothing, and
-        # whether the dispatch to come has been prepared by Python.
+        # Host values from when the preparation was captured in a graph, since a replay sets none;
+        # and whether Python, not a replay, has prepared the next dispatch.
         self._captured: dict[str, Any] = {}
         self._is_prepared = False
         if holds_dispatch(self.config):
@@ -180,8 +183,8 @@ class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
         if self.num_local_experts > 1:
             self.num_global_tokens_per_local_expert = splits.counts_RZ
         self.cuda_sync_point = "no_sync"
-        # Nothing is to be copied either: a stream that branches off and does not come back could
-        # not be captured in a graph.
+        # Nothing needs to be copied either. Megatron would copy on a side stream without joining
+        # it again, which a CUDA graph cannot capture.
         self.cuda_dtoh_point = "never"
         return splits.tokens_per_expert_Z
 
@@ -190,12 +193,12 @@ class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
     ) -> tuple[Tensor, Tensor]:
         """Prepare for dispatch; see the base class.
 
-        1. Add rows of zeros where the others expect more than this rank has, or where its tokens do
-           not fit. How it was filled waits on the dispatcher for :meth:`combine_postprocess`, as
-           Megatron's own splits do: its combine gets nothing else.
-        2. Let Megatron permute tokens; it asks :meth:`preprocess` for the splits, and finds the
-           order in the map's plan (:mod:`permutation`). Static loads are multiples already where
-           experts' rows are padded (:func:`knows_splits`).
+        1. Add rows of zeros if the others expect more rows than this rank has, or if its tokens do
+           not fit. The dispatcher remembers what was added until :meth:`combine_postprocess`, as it
+           does with Megatron's own splits, since the combine gets no other arguments.
+        2. Let Megatron permute tokens. It asks :meth:`preprocess` for the splits, and finds the
+           order in the map's plan (:mod:`permutation`). If experts' rows are to be padded, static
+           loads are such multiples already (:func:`knows_splits`), so padding is turned off.
 
         Args:
             hidden_states: (S, B, H).
@@ -280,7 +283,7 @@ class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
 
     def _static_splits(self, static: StaticLoads) -> _Splits:
         if static not in self._known:
-            # Turns repeat their quotas after E microbatches at the latest, seldom sooner.
+            # Quotas repeat after a number of turns, which the sizes decide; a few are kept.
             if len(self._known) >= 2 * self.num_experts:
                 self._known.clear()
             self._known[static] = self._splits(self._quotas(static))

@@ -2,10 +2,11 @@
 
 What a group is worth to a token follows Megatron's rule: the sum of the group's largest scores,
 here of score minus price. In training a first flow chooses the groups, so that every group is
-chosen equally often: groups that most tokens want could not serve them anyway. The flow over
-experts then maximises scores from which one row range is taken at experts of other groups. An
-assignment therefore always exists, and a token leaves its groups only where capacities ask for it.
-In evaluation by prices each token chooses its groups on its own, as in stock Megatron.
+chosen equally often. A group that most tokens want could not serve them all anyway. A second flow
+chooses the experts. For it, scores of experts outside a token's groups are lowered by the range of
+the token's scores. An assignment therefore always exists, and a token leaves its groups only if
+capacities leave no other way. In evaluation by prices each token chooses its groups on its own, as
+in stock Megatron.
 
 Shape letters: see :mod:`megatron_maxscore`.
 """
@@ -63,13 +64,13 @@ class Groups:
 
     @staticmethod
     def only(biased_TE: Tensor, inside_TE: Tensor) -> Tensor:
-        """Return scores that leave no choice but the experts inside, as Megatron has them."""
+        """Return scores that are -inf at experts outside the groups, as Megatron does."""
         return biased_TE.masked_fill(~inside_TE, -math.inf)
 
     @staticmethod
     def preferred(scores_TE: Tensor, inside_TE: Tensor) -> Tensor:
-        """Return scores, at least float32, less a row range at experts outside."""
-        # A narrow type would round what is left of the scores.
+        """Return scores, lowered by the row's range at experts outside; float32 at least."""
+        # In a narrower type lowered scores would lose too many digits.
         wide_TE = scores_TE if scores_TE.element_size() >= 4 else scores_TE.float()
         range_T1 = wide_TE.amax(1, keepdim=True) - wide_TE.amin(1, keepdim=True)
         return wide_TE - range_T1 * ~inside_TE

@@ -1,10 +1,10 @@
 """Put MaxScore's router and dispatcher into Megatron's MoE layers.
 
 Megatron builds MoE layers from many specs, and rebuilds some of them (multi-token prediction) from
-its own functions. All of them end in ``MoELayer.__init__``, so that is the one place that is
-wrapped: it swaps the router class in the layer's submodules before the layer is built, and the
-dispatcher afterwards. No module attribute changes meanwhile, so layers can be built in several
-threads.
+its own functions. All of them end in ``MoELayer.__init__``, so only this function is wrapped. The
+wrapper replaces the router class in the layer's submodules before the layer is built, and the
+dispatcher afterwards. It changes no attribute of a module meanwhile, so layers can be built in
+several threads.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from megatron_maxscore.moe.router import MaxScoreRouter
 _replacements = Replacements("MaxScore layer hook")
 
 
-# Options of layers that neither config nor spec make ours; None leaves those alone.
+# Options for layers that are not configured for MaxScore, by config or by spec. None: such layers
+# stay stock.
 _everywhere: MaxScoreConfig | None = None
 
 
@@ -140,7 +141,8 @@ def _is_hashed(config: Any, arguments: dict[str, Any]) -> bool:
 def choose_dispatcher(layer: Any, pg_collection: Any) -> None:
     """Give a layer with our router our dispatcher, in place of Megatron's all-to-all one.
 
-    Megatron's flex dispatcher with HybridEP and a budget of rows gets one without in evaluation.
+    A flex dispatcher with HybridEP and a budget of rows is replaced by one that ignores the budget
+    in evaluation.
 
     Args:
         layer: a MoELayer whose dispatcher is built.

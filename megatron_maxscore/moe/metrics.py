@@ -3,8 +3,8 @@
 The training loop decides when (:attr:`RunContext.is_logging`); without it nothing is computed.
 Values stay on the device of the scores, so nothing is synchronised. Each is a mean over the counted
 passes of a global batch (:mod:`counting`), and over the ranks that hold replicas of the router.
-Routers hand in those of the batch's last attempt when it ends, and the tracker gets them when it
-reports.
+When a global batch ends, each router hands in the values of the batch's last attempt. They go to
+Megatron's tracker when it reports.
 
 Shape letters: see :mod:`megatron_maxscore`.
 """
@@ -26,10 +26,11 @@ from megatron_maxscore.moe.plan import RoutingPlan
 from megatron_maxscore.releases import has_metrics_tracker
 
 PREFIX = "maxscore/"
-# objective, unconstrained: score per token, as routed and if every token had its k best experts;
-# score_ratio: the former over the latter, what balance costs. first_choices: share of tokens that
-# have their k best experts. load_p05 to load_max: of the experts of the problem, over their mean.
-# outside_groups: share of assignments outside a token's groups, 0 without group-limited routing.
+# objective: score per token, as routed. unconstrained: the same if every token had its k best
+# experts. score_ratio: objective over unconstrained, which shows what balance costs.
+# first_choices: share of tokens that have their k best experts. load_p05 to load_max: percentiles
+# and maximum of the loads of the problem's experts, divided by the mean load. outside_groups: share
+# of assignments outside a token's groups, 0 without group-limited routing.
 NAMES = tuple(
     PREFIX + name
     for name in (
@@ -77,7 +78,8 @@ def give_to_tracker(loss_scale: float) -> None:
     A router without a counted pass gives zeros, since every rank must report the same names.
 
     Args:
-        loss_scale: what the tracker multiplies values by: they are sums over microbatches to it.
+        loss_scale: the tracker multiplies values by this, since it expects sums over microbatches.
+            It is divided out here.
     """
     for place, statistics in list(_waiting.values()):
         means_M = statistics.values_M / (statistics.solves.clamp(min=1) * loss_scale)
@@ -97,7 +99,8 @@ def values_of(
 ) -> Tensor | None:
     """Return the :func:`measured` values of a call with this plan, (M,) float64 by :data:`NAMES`.
 
-    None if they are not due. A CUDA graph always measures, since it is replayed when they are.
+    None if the current iteration is not logged. While a CUDA graph is captured they are always
+    measured, since it is also replayed in iterations that are logged.
     """
     is_due = RUN.is_logging is not None if is_capturing() else _are_due()
     if not is_due:

@@ -1,10 +1,11 @@
 """The order of dispatch from known experts.
 
-Megatron's permutation gets a (T, E) map: it sorts all its entries (from 0.18), or picks the true
-ones, which waits for the device (before). A solve on the device has put the assignments in order
-already; otherwise it is a stable sort of T * K small integers, of fixed size. :func:`install` makes
-Megatron's all-to-all dispatcher use it for maps whose plan (:mod:`plan`) has the experts. Replaced
-symbol: ``permute`` in ``megatron.core.transformer.moe.token_dispatcher``.
+Megatron's permutation starts from a (T, E) map. From 0.18 on it sorts all entries of the map.
+Before that it selects the true ones, so the host waits for the device. If the experts are known,
+less is needed: a solve on the device has put the assignments in order already; otherwise a stable
+sort of T * K small integers does it. :func:`install` makes Megatron's all-to-all dispatcher use
+this order for maps whose plan (:mod:`plan`) has the experts. Replaced symbol: ``permute`` in
+``megatron.core.transformer.moe.token_dispatcher``.
 
 Shape letters: see :mod:`megatron_maxscore`.
 """

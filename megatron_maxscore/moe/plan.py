@@ -1,8 +1,8 @@
 """What a router tells the dispatcher about the assignment it has just made.
 
-The plan is an attribute of the routing map: whoever has the map that the router returned has its
-plan, and a map that was changed on the way has none. So nothing waits on the router or on the
-dispatcher between their calls, and several layers can run at the same time.
+The plan is an attribute of the routing map. Whoever has the map that the router returned has its
+plan, and a map that was changed on the way has none. So neither the router nor the dispatcher has
+to remember a plan between calls, and several layers can run at the same time.
 
 Shape letters: see :mod:`megatron_maxscore`.
 """
@@ -35,13 +35,15 @@ class RoutingPlan:
     """One routing call's assignment.
 
     Attributes:
-        experts_TK: (T, K) int64 what the map says; None if tokens have to be counted in the map.
+        experts_TK: (T, K) int64, each token's experts, as in the map; None if only the map has
+            them.
         order: (2, T * K) int64 the assignments in order of their expert, as
             :func:`megatron_maxscore.moe.permutation.order_of` returns it; None if not known.
         static: what every rank sends, if that is known in advance.
-        loads_RE: (R, E) int64 what every rank sends, if the solve has told; else None. With neither
-            the dispatcher gathers all ranks' counts, as Megatron's does.
-        num_tokens: whose assignments this rank sends; None for as many as the map has rows.
+        loads_RE: (R, E) int64 what every rank sends, if the solve has found it; else None. If both
+            ``static`` and ``loads_RE`` are None, the dispatcher gathers the counts of all ranks,
+            as Megatron's does.
+        num_tokens: number of tokens whose assignments this rank sends; None: all rows of the map.
         fits: False if this rank's tokens do not fit into what the other ranks expect of it. The
             dispatcher then sends rows of zeros in their place, so that no rank waits in vain.
         is_reported: whether someone will raise an error if they do not fit.

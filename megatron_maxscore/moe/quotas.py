@@ -3,8 +3,8 @@
 With capacity factor 1 the T·k assignments of a rank are spread evenly: every expert gets
 ``T k // E``, and the remainder goes to consecutive experts, starting where the previous rank's
 remainder ended. Every rank knows every rank's quotas without communication, and over the ranks of
-a group the loads differ by at most one. The next microbatch starts where the last rank's remainder
-ended, so that after at most E microbatches every expert has got the same.
+a group the loads differ by at most one. The remainder starts at another expert in each turn
+(iteration plus microbatch), so that in the long run every expert gets the same.
 
 With fewer assignments than experts, quotas of 0 and 1 would leave the flow nearly no choice. Every
 expert then takes at most one of the rank's tokens, and the flow chooses which experts take any.
@@ -39,8 +39,9 @@ def quotas(
         turn: number of the microbatch, the same on all ranks.
     """
     rest = num_tokens * topk % num_experts
-    # What all ranks hand out in a turn, and after how many turns every expert has got the same.
-    # From then on remainders start one expert later, or a rank might always serve the same experts.
+    # step: sum of all ranks' remainders in one turn. cycle: turns after which every expert has got
+    # the same number. After each cycle remainders start one expert later. Otherwise the remainder
+    # of a rank might always go to the same experts.
     step = ranks * rest
     cycle = num_experts // math.gcd(step, num_experts)
     first = turn * step + turn // cycle + rank * rest

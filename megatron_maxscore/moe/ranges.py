@@ -1,7 +1,7 @@
 """NVTX ranges around the parts of a routing call, for Nsight Systems.
 
-They are Megatron's own, so they are there where Megatron's are (``--nvtx-ranges``, with
-``--profile``), and cost a comparison elsewhere.
+They use Megatron's functions, so the flags that turn on Megatron's ranges (``--nvtx-ranges``, with
+``--profile``) turn on these too. If they are off, a range costs one comparison.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ store of its own. The autograd graph keeps the region alive, and with it what it
 as the function may be run again.
 
 Replaced symbols: ``CheckpointFunction.apply`` and ``CheckpointWithoutOutput.checkpoint`` of
-``megatron.core.tensor_parallel.random``, and ``transformer_engine.pytorch.distributed.checkpoint``
-where Transformer Engine is installed, through which quantised recipes recompute.
+``megatron.core.tensor_parallel.random``. If Transformer Engine is installed, also
+``transformer_engine.pytorch.distributed.checkpoint``, with which quantised recipes recompute.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class _Run:
     """One run of a region.
 
     Attributes:
-        region: which.
+        region: the region that runs.
         is_repeated: whether the region has run before.
         calls: how often each decider has been asked so far in this run.
     """
@@ -92,9 +92,9 @@ class Keepable(Protocol):
 def decide_once[D: Keepable](decider: Hashable, decide: Callable[[], D]) -> D:
     """Return ``decide()``, or what it gave when the running region ran for the first time.
 
-    A decider may be asked several times in one region, as a layer is that occurs several times. A
-    region that is built while another is repeated (a checkpoint inside a checkpoint) takes what
-    that one has stored.
+    A decider may be asked several times in one region, for example if a layer occurs in it several
+    times. With a checkpoint inside a checkpoint, the inner region is built anew while the outer one
+    is repeated. It then uses what the outer region has stored.
 
     Args:
         decider: who asks.

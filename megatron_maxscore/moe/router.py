@@ -90,7 +90,7 @@ class Decision:
 
 @dataclass
 class _UnderWay:
-    """A routing call while Megatron's routing function runs, which passes nothing on.
+    """State of a routing call, which Megatron's routing function cannot pass on.
 
     Attributes:
         call: the call.
@@ -175,9 +175,9 @@ class MaxScoreRouter(PricedRouter):
         """Route (S, B, E) logits; see the base class.
 
         1. Note what is known of the call, and replace logits that are not finite.
-        2. Let Megatron route: it applies jitter and losses, and asks :meth:`select` for the experts
-           and their gates, which asks :meth:`assign` for the experts. It makes probs and map.
-           Where experts are found by their gates, none of these may be 0.
+        2. Let Megatron route. It applies jitter and losses, asks :meth:`select` for the experts and
+           their gates, and makes probs and map. ``select`` gets the experts from :meth:`assign`.
+           Gates of 0 become tiny positive numbers if a dispatcher finds experts by their gates.
         3. Attach the plan to the map, for the dispatcher.
         4. Count the call towards prices and statistics when its backward pass runs.
 
@@ -186,7 +186,7 @@ class MaxScoreRouter(PricedRouter):
             exactly k per row. Probabilities of tokens whose logits are not finite are NaN, unless
             the training step raises an error for them.
         """
-        # 1. A pass without gradients, which ends in no training step, is reported by nobody.
+        # 1. A pass without gradients ends in no training step: no error reports its bad tokens.
         if padding_mask is not None:
             padding_mask = self._own_part(padding_mask, logits.shape[0] * logits.shape[1])
         padding_T = None if padding_mask is None else padding_mask.reshape(-1)
@@ -233,11 +233,11 @@ class MaxScoreRouter(PricedRouter):
 
         1. Choose the experts: by the flow of the objective, or by a replay.
         2. Make their gates of the logits, or of Megatron's scores. With an expert bias Megatron
-           makes them itself, since its scores here have the bias in them.
+           makes the gates itself, since the scores that it passes here include the bias.
 
         Args:
-            scores_TE: Megatron's scores, with the expert bias if there is one, or its logits
-                without pre-softmax.
+            scores_TE: Megatron's scores, plus the expert bias if there is one. With a softmax and
+                ``moe_router_pre_softmax`` off, these are the logits.
             replay: Megatron's, None if there is none.
         """
         under_way: _UnderWay = _local.under_way
@@ -259,7 +259,8 @@ class MaxScoreRouter(PricedRouter):
             assert experts_TK is not None
             return scores_TE, experts_TK  # gates are made below
 
-        # 1. Replayed experts need not meet the quotas; choose() says so when it is asked instead.
+        # 1. Replayed experts need not meet the quotas. Only choose() sets a decision, so there is
+        # no plan if the replay gives the experts.
         if replay is None:
             _, experts_TK = choose()
         else:
@@ -333,8 +334,8 @@ class MaxScoreRouter(PricedRouter):
     ) -> tuple[RoutingPlan, FlowSolution]:
         """Solve, warm from the prices.
 
-        Without any, as after a checkpoint that has none, a solve on a GPU is repeated, from the
-        prices that it has found: its gap depends on where it starts.
+        The gap of a solve on a GPU depends on the prices that it starts from. If there are none, as
+        after a checkpoint without prices, it is repeated from the prices that it has found.
         """
         prices_E = self.prices
         is_approximate = is_device(scores_TE) and self.options.mode != "exact"
@@ -365,7 +366,8 @@ class MaxScoreRouter(PricedRouter):
     def _own_part(self, padding_mask: Tensor, num_tokens: int) -> Tensor:
         """Return the mask of this rank's tokens.
 
-        The first pipeline stage slices it for sequence parallelism, others get it whole.
+        Under sequence parallelism the first pipeline stage slices the mask. Other stages get the
+        whole mask.
         """
         ranks = self.tp_group.size()
         if padding_mask.numel() not in (num_tokens, num_tokens * ranks):

@@ -36,10 +36,10 @@ class Scope:
         options: MaxScore's options; scope, mode and capacity factor count.
         pg_collection: Megatron's process groups ``tp``, ``tp_cp`` and ``tp_ep``.
         sequence_parallel: whether tensor-parallel ranks hold different tokens.
-        knows_splits: whether the dispatcher is ours, which expects of every rank what the
+        knows_splits: whether the dispatcher is ours. It expects every rank to send what the
             configuration says.
-        is_graphed: whether a CUDA graph holds the solves of training, in which nothing may follow
-            from the number of the microbatch.
+        is_graphed: whether a CUDA graph holds the solves of training. Then nothing in a solve may
+            depend on the number of the microbatch.
 
     Raises:
         ValueError: the collection lacks the group of the scope.
@@ -181,7 +181,7 @@ class Scope:
         elif self.options.scope == "local":
             is_static = has_quotas(self._fixed_tokens, topk, num_experts)
         else:
-            # Sequences that a rank has to itself, and which are spread evenly.
+            # Each sequence must be on one rank, and its assignments must divide evenly.
             is_whole = self.options.scope == "sequence" and self.group.size() == 1
             is_static = is_whole and self.options.fixed_shape[0] * topk % num_experts == 0
         return StaticLoads(self._fixed_tokens, turn) if is_static else None
@@ -220,7 +220,7 @@ class Scope:
         return solution.loads.sum(0)[self._place_R]
 
     def _of_primary(self, exchange: Exchange, experts_TK: Tensor) -> Tensor:
-        """Return the experts that the rank with this rank's tokens has got; two rounds."""
+        """Return the experts from the rank that solved for this rank's tokens; two rounds."""
         experts = experts_TK.cpu().numpy().astype(np.int16)
         sizes = [
             int.from_bytes(data, "little")

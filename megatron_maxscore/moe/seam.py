@@ -16,10 +16,10 @@ from megatron_maxscore.ops import finite
 
 
 def seen_with(config: Any, values: dict[str, Any]) -> Any:
-    """Return the same config, seen with other values of some attributes.
+    """Return a view of a config in which some attributes have other values.
 
-    The config is shared by all layers and by whoever changes it later (an annealed loss
-    coefficient, padding in decoding): so not a copy, but an object with the same attributes.
+    All layers share the config, and its attributes may change later (an annealed loss coefficient,
+    padding in decoding). A copy would miss such changes. The view shares the config's attributes.
     """
 
     def seen(name: str) -> property:
@@ -83,7 +83,8 @@ def without_bad_scores(logits: Tensor, padding_T: Tensor | None) -> tuple[Tensor
         padding_T: (T,) bool, padding, which may hold anything.
 
     Returns:
-        The logits, and (T,) bool, which tokens had others; None if it is known that none had.
+        The logits, and (T,) bool, tokens of which a logit was replaced; None if it is known that
+        there are none.
     """
     # On a device the answer stays there: waiting for it would hold up every layer.
     if not is_device(logits) and bool(torch.isfinite(logits.detach()).all()):

@@ -6,10 +6,10 @@ of :class:`MaxScoreConfig`::
     MEGATRON_MAXSCORE='{"scope": "group"}' torchrun ... pretrain_gpt.py \
         --spec megatron_maxscore.moe.specs gpt_layer ...
 
-Importing this module makes every MoE layer that is built afterwards ours, also those of multi-token
-prediction, and where Megatron's arguments are parsed it installs the hooks of the training loop.
-``gpt_layer`` is the spec that the script would have made itself: from megatron-core 0.19 on a
-function that makes it, before that the spec.
+After this module is imported, every MoE layer that is built becomes ours, also those of multi-token
+prediction. If Megatron's arguments have been parsed, the import also installs the hooks of the
+training loop. ``gpt_layer`` is the spec that the script would have made itself. From megatron-core
+0.19 on it is a function that makes the spec, before that the spec.
 """
 
 from __future__ import annotations

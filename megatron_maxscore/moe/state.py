@@ -102,7 +102,7 @@ class PricedRouter(TopKRouter):
             self.expert_prices.copy_(prices_E)
         else:
             assert self.expert_bias is not None
-            # No bias below 0: converters mask the experts of groups that are left out by 0.
+            # No bias may be negative: converted models give experts of other groups a score of 0.
             self.expert_bias.copy_(prices_E.max() - prices_E)
 
     def _apply_expert_bias(self, *args: Any, **kwargs: Any) -> None:
@@ -170,7 +170,7 @@ class PricedRouter(TopKRouter):
         self._batches += 1
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """Move statistics with the module; they are no buffers, whose type would change."""
+        """Move statistics with the module; if they were buffers their type would change too."""
         was_on_meta = self.price_sum.is_meta
         result = super()._apply(*args, **kwargs)
         if was_on_meta and not self.price_sum.is_meta:
@@ -195,8 +195,8 @@ class PricedRouter(TopKRouter):
     def _step(self) -> float:
         """Return how many optimizer steps were taken before this one.
 
-        Without Megatron's training loop nobody keeps count but this router, since it was built; in
-        evaluation it then counts as trained to the end.
+        Without Megatron's training loop this router counts its own global batches, from when it was
+        built. In evaluation it then counts as trained to the end.
         """
         if RUN.iteration is not None:
             return RUN.iteration() - 1

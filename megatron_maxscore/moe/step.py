@@ -3,9 +3,9 @@
 Two all-reduces per global batch: two int64 over the world, and for every router E + 1 float32 over
 the ranks that hold replicas of the routers.
 
-In Megatron's training loop the end of the gradients may come several times, since a step can be run
-again; so :func:`end_attempt` may be called again too, and :func:`end_batch` comes once, after the
-optimizer step. An own loop calls :func:`average_prices`, which is both.
+Megatron's training loop can run a step's forward and backward passes several times. Each of these
+attempts ends with :func:`end_attempt`. :func:`end_batch` is called once, after the optimizer step.
+Your own training loop calls :func:`average_prices`, which does both.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def raise_on_bad_scores(
 ) -> None:
     """Raise one error on all ranks if any router met NaN or infinite scores since the last call.
 
-    Also if a microbatch had more tokens than the fixed shape that was declared. Passes count when
-    their backward pass has run. Every rank must call it, also one without routers. Communicates one
-    all-reduce of two int64 over the world, and an object all-gather when there is something to
-    report.
+    It also raises an error if a microbatch had more tokens than the declared fixed shape. Passes
+    count when their backward pass has run. Every rank must call this function, also a rank without
+    routers. It communicates one all-reduce of two int64 over the world, and an object all-gather
+    if there is something to report.
 
     Args:
         routers: this rank's routers.
@@ -60,7 +60,8 @@ def raise_on_bad_scores(
         has_ended: whether the attempt at the batch has ended already (:func:`end_attempt`).
 
     Raises:
-        BadScoresError: names iteration, layer, rank and count.
+        BadScoresError: scores were NaN or infinite; names iteration, layer, rank and count.
+        LengthError: a microbatch had more tokens than was declared; names the same.
     """
     device = device_of(routers)
     totals = torch.zeros(2, dtype=torch.int64, device=device)
@@ -120,7 +121,7 @@ def evaluated_bad_tokens(routers: Sequence[MaxScoreRouter]) -> int:
 
 
 def device_of(routers: Sequence[MaxScoreRouter]) -> torch.device:
-    """Return where routers count; without any, where collectives of this rank need tensors."""
+    """Return the device of the routers' counts; without routers, the one that collectives need."""
     if routers:
         return routers[0].prices.device
     if dist.is_initialized() and dist.get_backend() == "nccl":

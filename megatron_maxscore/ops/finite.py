@@ -1,4 +1,4 @@
-"""``finite``: entries that are not finite become 0, and rows that had such are named."""
+"""``finite``: replace entries that are not finite by 0, and report which rows had such entries."""
 
 from __future__ import annotations
 

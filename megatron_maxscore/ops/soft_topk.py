@@ -77,16 +77,16 @@ def soft_topk_at(
         tensor([[0.8176, 0.1824]])
 
     Args:
-        logits: (..., E), as there.
+        logits: (..., E), as for :func:`soft_topk`.
         experts: (..., K) int64, K distinct experts of every row; k is K.
-        temperature: as there.
-        variant: as there.
+        temperature: as for :func:`soft_topk`.
+        variant: as for :func:`soft_topk`.
 
     Returns:
         (..., K) tensor of the logits' dtype.
 
     Raises:
-        ValueError: as there.
+        ValueError: k, temperature or variant is out of range.
     """
     _check(logits, experts.shape[-1], temperature, variant)
     if variant == "softmax":
@@ -175,11 +175,11 @@ def _kernels(matrix_NE: Tensor) -> Any:
 def threshold(u_NE: Tensor, top_NK1: Tensor) -> Tensor:
     """Return the tau with ``sum(sigmoid(u - tau)) == k`` per row, for 1 <= k < E.
 
-    The sum is k exactly where what the k largest lack equals what the others have. The logarithms
-    of both sides are compared: nothing cancels, the slope in tau lies in (-2, 0), and where the
-    logits are far apart the function is linear and the start, midway between the k-th and the
-    next, already as good as the solution even when every sigmoid underflows. Newton's method with a
-    bracket does the rest.
+    The sum is k exactly if what the k largest entries lack of 1 adds up to what the others have.
+    The function to solve compares the logarithms of both sides: nothing cancels, and its slope in
+    tau lies in (-2, 0). If the logits are far apart, the function is linear. The start, midway
+    between the k-th and the next logit, is then as good as the solution, even if every sigmoid
+    underflows. Newton's method with a bracket does the rest.
 
     Args:
         u_NE: (..., E) float32 or float64.
@@ -212,7 +212,7 @@ def threshold(u_NE: Tensor, top_NK1: Tensor) -> Tensor:
         newton_N = tau_N - value_N / slope_N
         inside = (newton_N >= low_N) & (newton_N <= high_N)
         next_N = torch.where(inside, newton_N, (low_N + high_N) / 2)
-        # Where a side underflows, or the row has NaN, the start stands.
+        # If a side underflows, or the row has NaN, tau stays as it is.
         next_N = torch.where(value_N.isfinite(), next_N, tau_N)
         moved = (next_N - tau_N).abs() > tolerance * (1.0 + tau_N.abs())
         tau_N = next_N

@@ -12,8 +12,8 @@ from megatron_maxscore import cpu
 from megatron_maxscore._replacements import Replacements
 from megatron_maxscore._run import is_rank_zero
 from megatron_maxscore.export import choose
-from megatron_maxscore.flow.places import is_interpreted
-from megatron_maxscore.moe.checks import check_transformer_config
+from megatron_maxscore.flow import places
+from megatron_maxscore.moe.checks import check_transformer_config, why_on_host
 from megatron_maxscore.moe.config import MaxScoreConfig
 from megatron_maxscore.moe.fields import config_fields
 from megatron_maxscore.releases import names_bound_early
@@ -84,9 +84,11 @@ def _say(text: str) -> None:
 
 def say_once(args: Any) -> None:
     """Say on rank 0 what routes, which solver runs, and which flags do less than they say."""
-    where = "on the CPU"
-    if args.maxscore_mode != "exact" and not cpu.is_enabled():
-        where = "on the GPU"
+    where = "on the GPU"
+    if cpu.is_enabled() or not places.has_triton():
+        where = "on the CPU"
+    elif why := why_on_host(args, MaxScoreConfig.from_transformer_config(args)):
+        where = f"on the CPU ({why})"
     _say(
         f"MaxScore routing, scope {args.maxscore_scope}, mode {args.maxscore_mode}, solved {where}"
     )
@@ -128,7 +130,7 @@ def check_configuration(args: Any) -> None:
         check_transformer_config(args, options)
         if options.preset == "servable":
             _check_servable(args)
-        if options.mode == "bounded" and cpu.is_enabled() and not is_interpreted():
+        if options.mode == "bounded" and cpu.is_enabled() and not places.is_interpreted():
             raise ValueError(
                 "--maxscore-mode bounded runs on GPUs, and this is CPU mode; leave it out"
             )
@@ -151,7 +153,8 @@ def check_configuration(args: Any) -> None:
     if is_ours:
         check_rank_capacity(args, options)
         if options.resolved_for(args).gate == "soft_topk" and args.moe_router_topk == 1:
-            # Megatron asks for it with a softmax over one expert, which SoftTopk is not.
+            # With one expert per token Megatron refuses softmax without it. SoftTopk needs no such
+            # rule.
             args.moe_router_pre_softmax = True
 
 
@@ -203,7 +206,7 @@ def restore_options(args: Any, saved: Any) -> None:
             if getattr(args, name, field.default) == field.default:
                 setattr(args, name, getattr(saved, name))
     if args.moe_router_type == "maxscore" == getattr(saved, "moe_router_type", None):
-        # Megatron restores it only where the default is None, which it is not.
+        # Megatron restores only arguments whose default is None; this one has another.
         args.moe_token_dispatcher_type = saved.moe_token_dispatcher_type
 
 

@@ -91,7 +91,8 @@ def least_factor(args: Any, options: MaxScoreConfig) -> float | None:
     if not math.prod(shape):
         return None
     num_tokens = math.prod(shape)
-    # Its budget holds in evaluation by the flow too, where quotas follow from each rank's scores.
+    # NCCL EP's budget also applies in evaluation by the flow. There each rank's scores decide where
+    # its remainder starts, so remainders do not rotate over the ranks.
     evaluates_in_budget = args.moe_flex_dispatcher_backend == "ncclep"
     most = most_rows_of_an_expert(
         options,

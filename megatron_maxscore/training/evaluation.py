@@ -69,7 +69,7 @@ def _under_both_rules(original: Any) -> Any:
         consumed = arguments.consumed_valid_samples
         call["data_iterator"] = _replaying(recorders)
         call["prefix"] = f"{prefix} (flow routing)"
-        # The writers' curves have one name: they keep the causal rule's loss.
+        # TensorBoard and W&B have one curve of the validation loss: it is the loss by prices.
         call["write_to_tensorboard"] = False
         with evaluation_routing("flow"):
             original(**call)

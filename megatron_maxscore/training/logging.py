@@ -1,7 +1,7 @@
 """MaxScore's metrics in Megatron's log, TensorBoard and W&B, at every logging interval.
 
-They travel in Megatron's own tracker of MoE metrics, whose report they join; its collectives are
-those of any other metric, and there are none in the iterations between.
+Megatron's own tracker of MoE metrics carries them, so they are part of its report. They cost the
+same collectives there as any other metric, and none in the iterations between reports.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def hook(replacements: Replacements) -> None:
 
 
 def _is_due(steps_ahead: int = 0) -> bool:
-    """Return whether values of an iteration are logged: the current one, or so many later.
+    """Return whether values of the iteration ``curr_iteration`` + ``steps_ahead`` are logged.
 
-    The loop counts an iteration when its step is done, after the routers have run.
+    ``curr_iteration`` counts finished steps, so it does not include the step whose routers run.
     """
     from megatron.training import get_args
 

@@ -1,10 +1,10 @@
 """Per-iteration statistics of the MoE layers, counted from dispatched tokens.
 
-With ``--maxscore-stats-file`` every MoE layer, MaxScore's or stock, notes what its dispatcher hands
-to the experts, once the backward pass of these tokens runs: scoring passes do not count, and
-recomputed ones count once. A global batch that is run again counts once too. Once per iteration
-three small all-reduces over the world sum it up, and rank 0 appends a JSON line. Without the flag
-nothing is wrapped and nothing communicated.
+With ``--maxscore-stats-file`` every MoE layer, MaxScore's or stock, counts the tokens that its
+dispatcher hands to the experts. They count when their backward pass runs, so scoring passes do not
+count, and recomputed passes count once. A global batch that is run again counts once too. In each
+iteration three small all-reduces over the world add up the counts, and rank 0 appends a JSON line.
+Without the flag no layer is watched and nothing is communicated.
 
 Shape letters: see :mod:`megatron_maxscore`.
 """

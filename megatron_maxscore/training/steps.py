@@ -86,7 +86,7 @@ def _ending_attempt(original: Any) -> Any:
         if not uses_maxscore():
             return original(model, *args, **kwargs)
         routers = maxscore_routers(model)
-        # In a graph nothing can be asked; :func:`_graphed` asks when it has been replayed.
+        # During capture the host cannot read counts; :func:`_graphed` reads them after a replay.
         is_captured = is_capturing()
         # Before Megatron's own check of the gradients, which raises on single ranks.
         skip = not is_captured and _meets_bad_scores(routers)
@@ -126,7 +126,8 @@ def _meets_bad_scores(routers: list[MaxScoreRouter], has_ended: bool = False) ->
 def _graphed(original: Any) -> Any:
     """Ask for bad scores after a graph of the whole iteration; keep evaluation out of graphs.
 
-    Megatron has one graph of evaluation, which would replay the first rule's routing for another.
+    Megatron captures one graph for evaluation. It would repeat the routing rule that was in force
+    during capture, even if another rule is asked for.
     """
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -79,7 +79,7 @@ CASES = {
     "dense layers first": (f"{SERVABLE} --moe-layer-freq ([0]*2+[1]*2)", "ernie4_5_moe", ""),
     "dense layers between": (f"{SERVABLE} --moe-layer-freq ([0,1]*2)", "ernie4_5_moe", ""),
     "every second layer, from the first on": (
-        f"{SERVABLE} --moe-layer-freq 2", None, "if it is n, layer n must be the first",
+        f"{SERVABLE} --moe-layer-freq 2", None, "counted from 1, must be a multiple of n",
     ),
     "experts without a pattern": (
         f"{SERVABLE} --moe-layer-freq [1,1,0,1]", None, "one distance in --moe-layer-freq",

@@ -32,7 +32,7 @@ def test_undo_restores_own_and_inherited_attributes():
 
 
 def test_missing_symbol_is_named():
-    with pytest.raises(ImportError, match=r"test: json\.no_such does not exist.*0\.17 to 0\.19"):
+    with pytest.raises(ImportError, match=r"test: json\.no_such does not exist.*0\.17 to 0\.20"):
         import json
 
         Replacements("test").wrap(json, "no_such", lambda original: original)

@@ -1,15 +1,16 @@
-"""What solving over all ranks buys, and costs, on this machine's gloo ranks.
+"""Measure what solving over all ranks gains, and what it costs, on gloo ranks of this machine.
 
     python -m tools.benchmarks.distributed [--ranks 2 4 8] [--tokens 8192] [--output DIRECTORY]
 
-For each number of ranks torchrun starts that many on this machine. Every workload is solved alone
-on each rank (scope local) and together (scope group); reported are the score of the former over
-that of the latter, the latter over OR-tools' optimum, rounds and bytes sent per rank, and times
-beside two other ways: Megatron's quantile balancing, which gathers all logits, and solving on one
-rank. Then the whole MoE layer, forward and backward, beside stock dropless top-k. Writes
-distributed.csv, layer.csv and distributed.png.
+For each number of ranks, torchrun starts that many. Every workload is solved on each rank alone
+(scope local) and by all ranks together (scope group). The tables show the score of scope local over
+that of scope group, the score of scope group over OR-tools' optimum, and rounds and bytes sent per
+rank. They compare times with two other ways: Megatron's quantile balancing, which gathers all
+logits, and solving on one rank. Then the whole MoE layer is timed, forward and backward, beside
+stock dropless top-k. Writes distributed.csv, layer.csv and distributed.png.
 
-Workloads after those of Megatron-LM #7488, and ranks whose experts' offsets differ.
+The workloads follow those of Megatron-LM #7488. In three more (skew), the ranks prefer different
+experts.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ def workload_row(name: str, tokens: int, experts: int, topk: int, repeats: int) 
     whole = gathered(scores, counts)
     quantile_ms: float | None = None
     if sum(counts) * topk % experts == 0:
-        # As its users run it: bias of the step before, on all ranks' logits.
+        # As its users run it: on all ranks' logits, with the bias of the step before.
         beta = quantile_balancing(gathered(before, counts), topk, beta)[1]
         quantile_ms, _ = timed(
             lambda: quantile_balancing(gathered(scores, counts), topk, beta), repeats

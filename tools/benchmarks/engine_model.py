@@ -1,8 +1,9 @@
 """The engine with its row work in numba: all decisions are the kernel's own.
 
-A launch without tiles decides and touches no row; the row work between two launches is done here,
-on the kernel's buffers. ``test_engine.py`` shows that it leaves the kernel's bits there, so this
-form can stand for the kernel at sizes for which the interpreter is too slow.
+A launch that is given no tiles takes decisions but touches no row. Between two launches, this
+module does the row work on the kernel's buffers. ``test_engine.py`` shows that it leaves the same
+bits there as the kernel. It can therefore replace the kernel at sizes for which the interpreter is
+too slow.
 
 Shape letters: T rows, E experts, K experts per token, S slots.
 """

@@ -50,7 +50,7 @@ def train(name: str, router: str, until: int, arguments: argparse.Namespace) -> 
     Returns:
         The loss of each iteration that was run.
     """
-    # The schedules are those of the whole training, or Megatron refuses the next phase.
+    # Schedules span the whole training in every phase; otherwise Megatron refuses the next one.
     run = demo.Run(name, name, demo.TENSOR_EXPERT, router, LAST)
     saved = str(arguments.output / f"{name}-checkpoint")
     command = demo.command(run, arguments.data, arguments.output)

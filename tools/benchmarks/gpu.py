@@ -2,13 +2,14 @@
 
     python -m tools.benchmarks.gpu [--output runs/gpu] [--sizes 8192x64x8] [--seconds 240]
 
-Medians of CUDA-event times, in microseconds, with warm prices from another batch: our solve as a
-CUDA graph, launch by launch, and from cold prices; torch.topk, Megatron's fused top-k (with
-Transformer Engine), its sinkhorn and its quantile balancing. Sweeps and rounds are counted, and for
-iid scores each phase is timed. A Megatron MoE layer of one rank, bfloat16, forward and backward,
-comes after the first sizes: with forced balance, with top-k and with MaxScore, in turn. Most
-telling first; gpu.json is written as results come, and nothing new is begun after ``--seconds``.
-Scores recorded by tools/benchmarks/record_scores.py are timed with ``--recorded DIRECTORY``.
+Prints medians of CUDA-event times in microseconds. Our solve starts from prices of another batch
+and runs as a CUDA graph and launch by launch; it also runs from cold prices. It is compared with
+torch.topk and with Megatron's fused top-k (with Transformer Engine), sinkhorn and quantile
+balancing. Sweeps and rounds are counted, and each kind of phase is timed. After the first four
+problems, a Megatron MoE layer of one rank is timed in bfloat16, forward and backward: with forced
+balance, with top-k and with MaxScore, in turn. The most telling cases come first. gpu.json is
+written as results come, and no new case begins after ``--seconds``. ``--recorded DIRECTORY`` also
+times scores that tools/benchmarks/record_scores.py has recorded.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ _LAYER_SIZE = (8192, 2048, 1024)
 def microseconds(run: Callable[[], Any], repeats: int) -> float:
     """Return the median time of a call on the device, after a few to warm up.
 
-    Of slow calls there are fewer, but three.
+    Slow calls are repeated less often, but at least three times.
     """
     for _ in range(3):
         run()
@@ -204,7 +205,7 @@ def main() -> int:
     )
     parser.add_argument("--families", nargs="+", default=FAMILIES)
     parser.add_argument("--recorded", type=Path, help="directory of recorded scores")
-    parser.add_argument("--seconds", type=float, default=240.0, help="after which to stop")
+    parser.add_argument("--seconds", type=float, default=240.0, help="start nothing new after this")
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "gpu")
     arguments = parser.parse_args()

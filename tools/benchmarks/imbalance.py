@@ -15,9 +15,10 @@ makes of them is the imbalance that the workload is named for.
 - W7 burst: balanced, but for strong preferences in every fourth step.
 
 Routers: Megatron's top-k, its quantile balancing and its expert bias (sigmoid), each with its own
-update rule, and MaxScore in scope local. A capacity of 1.0 drops what is more than an expert's
-share of each rank's tokens, as ``--moe-expert-capacity-factor 1`` does. Each cell is the dropped
-share, and the load of the hottest expert and of the hottest rank over the mean, after dropping.
+update rule, and MaxScore in scope local. With a capacity of 1.0, an expert drops the tokens of a
+rank that exceed its share of them, as with ``--moe-expert-capacity-factor 1``. Each cell shows the
+dropped share, then the load of the hottest expert and of the hottest rank, each divided by the mean
+load, after dropping.
 """
 
 from __future__ import annotations
@@ -201,7 +202,7 @@ class Outcome:
         dropped: share of all assignments.
         expert: load of the hottest expert over the mean of all assignments.
         rank: the same of ranks.
-        over_quota: assignments beyond the quotas of the hottest expert, rounded up.
+        over_quota: most assignments of a rank to one expert beyond its share, before dropping.
     """
 
     dropped: float

@@ -1,4 +1,4 @@
-"""The MoE layer with stock and our routers, timed beside each other: part of benchmark_distributed.
+"""Time the MoE layer with stock and our routers in turn, for :mod:`tools.benchmarks.distributed`.
 
 Every rank of the process group calls :func:`layer_rows`.
 """
@@ -75,7 +75,7 @@ def layer_rows(lifts: list[float], tokens: int, hidden: int, repeats: int) -> li
     layers = {
         name: make_layer(*router, size, hidden, experts, tokens) for name, router in routers.items()
     }
-    # One set of weights, so that where it lies in memory makes no difference between them.
+    # All layers share one set of weights, so that its place in memory cannot favour one of them.
     for layer in layers.values():
         layer.experts = layers["top-k"].experts
     generator = torch.Generator().manual_seed(rank)
@@ -87,7 +87,7 @@ def layer_rows(lifts: list[float], tokens: int, hidden: int, repeats: int) -> li
         for layer in layers.values():
             layer.router.gating = lifted(layer.router, lift)
         order = list(layers.items())
-        # Where nothing is to be gained the difference is small beside the noise.
+        # Without preferred experts the difference is small beside the noise: take more steps.
         steps = repeats if lift_of_first or repeats == 1 else 3 * repeats
         for step in range(_FIRST_STEPS + steps):
             x = torch.randn(tokens, 1, hidden, generator=generator)
@@ -114,7 +114,7 @@ def layer_rows(lifts: list[float], tokens: int, hidden: int, repeats: int) -> li
                 "top-k: hottest rank's share": share,
                 "MaxScore: hottest rank's share": 1 / size,
                 **{f"{name} ms": value for name, value in middle.items()},
-                # Of runs beside each other: the machine's speed changes.
+                # Ratios within one step, because the machine's speed changes between steps.
                 **{
                     f"{name} / top-k": statistics.median(
                         own / stock for own, stock in zip(times[name], times["top-k"], strict=True)

@@ -35,9 +35,10 @@ def make_layer(
 ) -> Any:
     """Build the layer, bfloat16 on the CPU; with Megatron's top-k router if it is not ours.
 
-    ``tokens`` is how many every microbatch is said to have; 0: that is not said. ``is_forced``:
-    Megatron's router replaces its logits by random ones, which balances loads and learns nothing.
-    ``options`` are more of MaxScore's, ``settings`` of the TransformerConfig.
+    ``tokens`` is the number of tokens that the layer is told to expect in every microbatch; with 0
+    it is told none. With ``is_forced``, Megatron's router replaces its logits by random ones, which
+    balances loads and learns nothing. ``options`` are further options of MaxScore, ``settings``
+    those of the TransformerConfig.
     """
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.process_groups_config import ProcessGroupCollection

@@ -2,11 +2,11 @@
 
     python -m tools.benchmarks.scale [--ranks 8 32 128 512] [--experts 64 256] [--output DIRECTORY]
 
-Every rank is a thread that runs ``flow.solve`` itself on scores of its own; only the collectives
-are replaced. So rounds, bytes and assignment are those of real ranks. What all ranks compute alike
-is computed once. Times are estimated: for each round the slowest rank's own computing on one core
-of this machine, and the collective by an alpha-beta model. Larger clusters are many independent
-groups (expert-parallel groups do not talk to each other): their slowest one counts.
+Every rank is a thread that runs ``flow.solve`` on scores of its own; only the collectives are
+replaced. Rounds, bytes and assignment are therefore those of real ranks. What is the same on all
+ranks is computed once. Times are estimates: for each round, the time that the slowest rank computes
+on one core of this machine, plus the time of the collective in an alpha-beta model. A larger
+cluster consists of independent expert-parallel groups; the slowest group counts.
 
 Writes scale.csv and scale.png.
 """
@@ -281,7 +281,7 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 32, 128, 512])
     parser.add_argument("--experts", nargs="+", type=int, default=[64, 128, 256])
     parser.add_argument(
-        "--groups", nargs="+", type=int, default=[16], help="of 64 ranks, for larger clusters"
+        "--groups", nargs="+", type=int, default=[16], help="larger clusters, in groups of 64 ranks"
     )
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "scale")
     arguments = parser.parse_args()

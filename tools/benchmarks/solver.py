@@ -3,11 +3,12 @@
     python -m tools.benchmarks.solver            # all families and sizes, about nine minutes
     python -m tools.benchmarks.solver --sizes 8192x64x8 --families iid "all equal"
 
-For every case it prints median time (20th to 80th percentile), the speed-up over OR-tools' solve()
-if and only if the answer is feasible, score over optimum and maxvio; it checks that objectives on
-integer scores equal OR-tools' exactly, and closes with the bars, PASS or MISSED. Warm starts come
-from the solution of another batch of the family. Writes solver.csv and solver.png. Scores recorded
-from training (tools/benchmarks/record_scores.py) are timed too if they are there.
+For every case it prints the median time (20th to 80th percentile), score over optimum, maxvio and,
+if the answer is feasible, the speed-up over OR-tools' solve(). It checks that objectives on integer
+scores equal OR-tools' exactly. At the end it says for each bar (a promised figure) whether the
+measurement meets it: PASS or MISSED. Warm starts use the prices of another batch of the family.
+Writes solver.csv and solver.png. Scores recorded from training
+(tools/benchmarks/record_scores.py) are timed too if they are there.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ def workload(family: str, tokens: int, experts: int, topk: int, batch: int = 0) 
 
 
 def _unequal(tokens: int, experts: int, topk: int, generator: torch.Generator) -> Tensor:
-    """Capacities between about half and twice the mean that sum to exactly the demand."""
+    """Capacities between 0.44 and 1.56 times the mean that sum to exactly the demand."""
     weight = torch.rand(experts, generator=generator, dtype=torch.float64) + 0.4
     capacity = (weight / weight.sum() * tokens * topk).long().clamp(max=tokens)
     expert = 0

@@ -35,7 +35,7 @@ def same(test: str) -> tuple[str, str]:
 
 
 def layer(test: str) -> tuple[str, str]:
-    """Return a test of layers or routers, which a run of the same files covers on older ones."""
+    """Return a test of layers or routers; for older releases, the test that runs the same files."""
     return test, _OLDER
 
 
@@ -301,7 +301,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
     parser.add_argument("--record", nargs="+", type=Path, metavar="JUNIT_XML")
-    parser.add_argument("--commit", help="what the run was of (default: this checkout's commit)")
+    parser.add_argument("--commit", help="commit that was tested (default: this checkout's)")
     arguments = parser.parse_args()
     if arguments.record:
         record = json.dumps(recorded(arguments.record, arguments.commit), indent=1)

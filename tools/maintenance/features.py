@@ -25,7 +25,7 @@ class Item:
         name: as in the table.
         flags: Megatron's and ours, besides those of every test run.
         ranks: processes.
-        moe_layers: numbers from 0 of the layers that route, of all.
+        moe_layers: indices of the layers that have a router, from 0, among all layers.
         quick: whether it is in the quick suite, on the newest release.
         scopes: scopes to train in.
         since: first release that has it.

@@ -2,12 +2,13 @@
 
     python -m tools.maintenance.upstream_tests TREE [--router maxscore topk] [--ranks 8]
 
-``TREE`` is a Megatron-LM checkout at the tag of the installed megatron-core. Its tests run as they
-are, on gloo ranks in CPU mode, with every MoE layer's router and dispatcher MaxScore's, and for
-comparison with stock's. Prints and writes which of those that pass with stock pass with ours.
+``TREE`` is a Megatron-LM checkout at the tag of the installed megatron-core. Its tests run
+unchanged, on gloo ranks in CPU mode: once with MaxScore's router and dispatcher in every MoE layer,
+and once with stock's. Prints and writes which of the tests that pass with stock also pass with
+MaxScore.
 
-Configurations that MaxScore refuses to users are not refused here: tests of dispatchers drop
-tokens on purpose, and what they check of the dispatcher holds whoever has routed.
+Configurations that MaxScore refuses to users are not refused here. Some tests of dispatchers drop
+tokens on purpose, and what they check does not depend on the router.
 """
 
 from __future__ import annotations

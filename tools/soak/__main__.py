@@ -109,8 +109,8 @@ def main(command: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=float, default=1.0, help="of each part (default: 1)")
-    length.add_argument("--full", action="store_true", help="all of it: hours, resumable")
+    length.add_argument("--minutes", type=float, default=1.0, help="for each part (default: 1)")
+    length.add_argument("--full", action="store_true", help="run all; takes hours, can be resumed")
     parser.add_argument("--results", type=Path, default=Path("runs/soak/soak.jsonl"))
     parser.add_argument("--report", type=Path, help="Markdown file to write")
     parser.add_argument("--jobs", type=int, default=2, help="processes of part solves (default: 2)")

@@ -129,7 +129,7 @@ def trial(number: int, references: dict[str, dict[int, set[str]]]) -> dict[str, 
             failures.append(f"the resumed run ended with {status}")
             log = (directory / "log").read_text(encoding="utf-8")
             failures.append(log[-1500:])
-        # A killed run's last line may be missing, not other than that of the one left alone.
+        # The last loss of a killed run may be missing, but no loss may differ from the reference.
         missing = [i for i in wanted if i not in found and i > 0]
         other = [i for i in found if not found[i] <= wanted.get(i, set())]
         if other:

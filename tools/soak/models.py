@@ -52,7 +52,7 @@ def _layers(is_ours: bool = True) -> list[Any]:
 
 def _copy(layer: Any) -> Any:
     """Copy a layer; it shares its process groups, which nothing can copy."""
-    # Megatron's dispatcher keeps the last pass's, with their graph; a layer of stock's, too.
+    # Megatron's dispatcher keeps the probs of the last pass, with their graph, in stock layers too.
     layer.token_dispatcher.probs = None
     groups: list[Any] = []
     for part in (*layer.modules(), layer.token_dispatcher):

@@ -186,7 +186,7 @@ def check(problem: Problem) -> dict[str, Any]:
         solution = None
     pairs = list(zip(parts, masks, strict=True))
     if solution is None:
-        # What it cannot solve, OR-tools cannot; integers are not needed to see that.
+        # OR-tools must find no assignment either. That does not depend on scores, so they become 0.
         whole = [torch.nan_to_num(part * 0, nan=-torch.inf) for part, _ in pairs]
         found = [optimum(problem, z, m) for z, (_, m) in zip(whole, pairs, strict=True)]
         assert None in found, f"{problem.kind}: refused, and there is an assignment"

@@ -65,7 +65,7 @@ def solve_kernel(
         words: of a problem in ``work_ptr``.
         seed: of the perturbation; ranks that solve one problem have different ones.
         first: number of the first phase, 0 for the scan.
-        last: number of the one after the last; a solve ends of itself.
+        last: number of the phase after the last; a solve that is complete stops by itself.
         members: programs of a problem.
         end: GO_ON, HOLD or END of :mod:`sweeps`: what follows a sweep.
         mark: an integer that is written into the header, for ranks to compare.
@@ -73,7 +73,7 @@ def solve_kernel(
         capacity_stride: the same of capacities and quotas.
         E: experts.
         K: experts per token.
-        BLOCK_E: E rounded up to a power of two, at least 32.
+        BLOCK_E: E rounded up to a power of two, at least 16.
         ROWS: rows of a tile.
         S: slots of an expert.
         RESULTS: words of a problem's results.
@@ -109,7 +109,7 @@ def solve_kernel(
         while going:
             counts, before = counters + (n % 3) * COUNTS, counters + ((n + 2) % 3) * COUNTS
             keys, keys_before = keys_3 + (n % 3) * KEYS, keys_3 + ((n + 2) % 3) * KEYS
-            # What this phase is to do, worked out by every program from what the last one has left.
+            # Every program works out what to do from what the phase before has left.
             kind = tl.full((), at.SCAN, tl.int32)
             if n > 0:
                 kind = get(state + at.KIND)

@@ -1,9 +1,10 @@
-"""Where the phases of a solve keep what they tell each other; all of it stays on the device.
+"""The memory through which the phases of a solve communicate; all of it stays on the device.
 
-A problem's int32 words: a header, which begins as zero; three sets of counts in turn (a phase fills
-one, reads the last one's and clears the next one's); and a state for each program. Programs derive
-their states from the same integers, so they are alike but for OWN. The keys of offers, int64, have
-three sets as well. float32 are kept by their bits.
+The int32 words of a problem are a header, which begins as zero, three sets of counts, and a state
+for each program. Phases use the three sets in turn: each phase fills one set, reads the set of the
+phase before and clears the set of the next one. The int64 keys of offers have three sets as well.
+Programs derive their states from the same integers, so states differ only in OWN. float32 numbers
+are stored as their bits.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from triton.language import constexpr
 # Kinds of phases, in the order in which they come.
 SCAN, SWEEP, ROUND, CONCLUDE, ORDER = (constexpr(kind) for kind in range(5))
 
-# The header: a barrier's count, about the largest row range (float32, a power of two), the range
-# to which larger ones are scaled down and about the largest grain of a row (float32, powers of
-# two); rows with scores that are not finite, rows, rows with forbidden arcs, rows scaled down, what
-# ranks compare; then how many rows have a range, and how many have a grain, of each exponent.
+# The header. BARRIER: a barrier's count. SCALE: about the largest row range; LIMIT: the range to
+# which larger ones are scaled down; GRAIN: about the largest grain of a row (all three float32
+# powers of two). Numbers of rows: BAD, with NaN or +inf; ROWS_IN, all; FORBIDDEN, with forbidden
+# arcs; SCALED, scaled down. MARK: what ranks compare. RANGES and GRAINS: how many rows have a
+# range, and how many have a grain, of each exponent.
 BARRIER, SCALE, LIMIT, GRAIN, BAD, ROWS_IN, FORBIDDEN, SCALED, MARK = map(constexpr, range(9))
 RANGES, GRAINS, HEADER = constexpr(16), constexpr(16 + 256), constexpr(16 + 2 * 256)
 
@@ -32,16 +34,17 @@ RANGES, GRAINS, HEADER = constexpr(16), constexpr(16 + 256), constexpr(16 + 2 * 
     MOVED, MEASURES, EPS, BEST_EPS,
 ) = map(constexpr, range(17))  # fmt: skip
 SCALARS = constexpr(32)
-# Vectors of BLOCK_E after them: prices, windows, the best prices, prices and steps of one and two
-# sweeps ago, the excess then, by how much prices went, loads less capacities, what it costs to
-# bring a unit to an expert with room, units to give and to take in the round and what taking
-# costs, loads of the program's own rows.
+# Vectors of BLOCK_E after the numbers. PRICE_1, PRICE_2, STEP_1, STEP_2: prices and steps of one
+# and two sweeps ago; EXCESS_1: the excess one sweep ago; WENT: by how much prices moved; EXCESS:
+# loads minus capacities; DISTANCE: what it costs to bring a unit to an expert with room; GIVE,
+# TAKE: units to give and to take in this round; COST: what taking costs; OWN: loads of the
+# program's own rows.
 (
     PRICE, WINDOW, BEST_PRICE, PRICE_1, PRICE_2, STEP_1, STEP_2, EXCESS_1, WENT, EXCESS, DISTANCE,
     GIVE, TAKE, COST, OWN,
 ) = map(constexpr, range(15))  # fmt: skip
 VECTORS = constexpr(15)
 
-# Counts: loads, bids within the window and its parts above 0, the same below 0, cheapest swaps,
-# loads again, of this rank alone.
+# Vectors of a set of counts. First the loads; from UP on, bids above 0 within the window and its
+# parts; from DOWN on, the same below 0; LEAST: cheapest swaps; OWN_LOAD: loads on this rank alone.
 UP, DOWN, LEAST, OWN_LOAD, COUNTS = map(constexpr, (1, 5, 9, 10, 11))

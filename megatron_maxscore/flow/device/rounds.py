@@ -1,6 +1,6 @@
-"""What a round does and leads to, and what a solve ends with.
+"""Decisions before and after a round, and the end of a solve.
 
-It follows from integers alone, so every program works it out alike, and changes its own state.
+They follow from integers alone, so every program takes the same ones and changes its own state.
 
 Shape letters: see :mod:`megatron_maxscore`.
 """
@@ -15,8 +15,8 @@ from megatron_maxscore.flow.device.rows import INF_BITS, ROW_MASK, get, getf, pu
 from megatron_maxscore.flow.solution import ROUNDING
 
 _INF = tl.constexpr(float("inf"))
-# With so few units each of them counts: rounds that only measure distances and rounds that move
-# units by them alternate, so many cycles at most.
+# Problems of at most _FEW units alternate between _RELAX rounds that only measure how far experts
+# are from one with room and _MOVE rounds that move units, for _CYCLES cycles at most.
 _FEW, _RELAX, _MOVE, _CYCLES = (tl.constexpr(n) for n in (8192, 3, 3, 10))
 # Rounds of filling idle experts at most.
 _FILLS = tl.constexpr(512)
@@ -30,9 +30,9 @@ def plan(
 ):  # fmt: skip
     """Set what a round does; return the kind of the phase, a round or the conclusion.
 
-    Overfull experts give. Experts with room take; so do full ones whose distance is known, one
-    unit, which they will pass on. Where nothing is overfull, experts at price 0 give to experts
-    that are idle at a positive price.
+    Overfull experts give units, and experts with room take them. A full expert whose distance from
+    room is known takes one unit, too, which it will pass on. If no expert is overfull, experts of
+    price 0 give units to experts that have a positive price and room.
     """
     e = tl.arange(0, BLOCK_E)
     quota = tl.minimum(tl.load(quota_ptr + e, mask=e < E, other=0), T).to(tl.int32)
@@ -61,7 +61,7 @@ def plan(
 
 @triton.jit
 def _at_other_end(keys, units_ptr, key, ROLE: tl.constexpr, BLOCK_E: tl.constexpr, S: tl.constexpr):
-    """Return which offers have won at their other end, too: the taker's (ROLE 1) or giver's (0)."""
+    """Return which winners at one expert also won at the other: the taker (ROLE 1), giver (0)."""
     won = key > 0
     row = (((key >> 20) & ROW_MASK) ^ ROW_MASK).to(tl.int32)
     other = ((key >> (10 - 10 * ROLE)) & 1023).to(tl.int32)
@@ -79,7 +79,7 @@ def after_round(
 ):  # fmt: skip
     """Make the swaps that have won their slots at both ends; set excess and distances.
 
-    A program makes those of its own rows, of which each has ``of_member``.
+    Each program makes the swaps of its own rows; ``of_member`` is how many rows a program has.
     """
     WORDS: tl.constexpr = (BLOCK_E + 31) // 32
     e, slot = tl.arange(0, BLOCK_E), tl.arange(0, S)
@@ -122,11 +122,11 @@ def final_prices(
     """Bring prices to the level at which they are returned."""
     e = tl.arange(0, BLOCK_E)
     b, rows = getf(vec(state, at.PRICE, BLOCK_E)), get(header + at.ROWS_IN)
-    # All rows level: any choice is as good, at any price.
+    # If every row has equal scores, any choice is optimal, and prices can be 0.
     ranges = tl.sum(get(header + at.RANGES + tl.arange(0, 256)), 0)
     b = tl.where(ranges + get(header + at.FORBIDDEN) == 0, 0.0, b)
-    # Without slack a price common to all experts changes nothing: their mean is 0. The lowest price
-    # is taken off first, since the mean of large ones that are close together is not exact.
+    # Without slack, adding the same amount to all prices changes nothing, so the mean is set to 0.
+    # The lowest price is subtracted first: the mean of large, similar prices would be inexact.
     room = tl.minimum(tl.load(capacity_ptr + e, mask=e < E, other=0), rows)
     tight = tl.sum(room.to(tl.int64), 0) == rows * K
     level = tl.where(e < E, b - tl.min(tl.where(e < E, b, _INF), 0), 0.0)

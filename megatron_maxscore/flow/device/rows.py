@@ -1,11 +1,12 @@
-"""Row work of the phases: every row for itself; between rows there are only integers.
+"""Row work of the phases. Each row is processed alone; rows influence others only by integers.
 
 A program works on the tiles from ``first`` to before ``last``. ``rows_ptr`` holds each row's base
-(T), range (T) and grain (T). The grain is what most scores of a row differ by: three times their
-mean distance from the lowest one, at most the range. Rows are perturbed in proportion to it. The
-base is the lowest score plus the grain, in most rows the largest score. What is compared are
-differences from the base, since float32 are finest near 0: in a row that softmax has peaked, all
-scores but one would be alike in their difference from the largest.
+(T), range (T) and grain (T). The grain is the size of typical differences between a row's scores:
+three times their mean distance from the lowest one, at most the range. The perturbation of a row is
+proportional to it. The base is the lowest score plus the grain, which in most rows is the largest
+score. Scores are compared by their differences from the base, because float32 numbers are most
+precise near 0. In a row with one dominant softmax score, the differences of all other scores from
+the largest one would round to the same number.
 
 Shape letters: see :mod:`megatron_maxscore`.
 """
@@ -19,8 +20,8 @@ from megatron_maxscore.flow.device import layout as at
 
 _INF, INF_BITS = tl.constexpr(float("inf")), tl.constexpr(0x7F800000)
 _LOWEST = tl.constexpr(-0x80000000)
-# Penalties and perturbations of narrow rows are those of a row with this share of a typical range
-# and grain.
+# A row whose range or grain is below this share of a typical one is penalised and perturbed as if
+# it had this share.
 _LEAST = tl.constexpr(0.375)
 _PARTS = tl.constexpr(65536.0)
 # Rounds after which targets are chosen with ever more noise.
@@ -73,7 +74,7 @@ def _noise(row_Q, expert_E):
 
 @triton.jit
 def _load(ptr, row_Q, T, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Return (Q, E) float32 scores, 0 for those that are not finite, and which rows had such."""
+    """Return (Q, E) float32 scores with 0 for NaN and +inf, and which rows had such scores."""
     e = tl.arange(0, BLOCK_E)
     mask = (row_Q < T)[:, None] & (e < E)[None, :]
     s = tl.load(ptr + row_Q.to(tl.int64)[:, None] * E + e[None, :], mask=mask, other=0.0)
@@ -163,7 +164,7 @@ def _reduced(
 
 @triton.jit
 def _best(r, E: tl.constexpr, K: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Return which K are each row's best, and the K-th and next value, cut to distinct keys."""
+    """Return each row's K best experts, and its K-th and next value without their lowest bits."""
     e = tl.arange(0, BLOCK_E)[None, :]
     i = r.to(tl.int32, bitcast=True)
     i = i ^ ((i >> 31) & 0x7FFFFFFF)
@@ -240,9 +241,10 @@ def offer(
     scores_ptr, rows_ptr, bits_ptr, header, state, counts, keys, T, seed, first, last,
     E: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """Let every row offer its cheapest swap, and learn what passing a unit on costs.
+    """Let every row offer its cheapest swap, and find out what passing a unit on costs.
 
-    The cheapest swap of any row that has an expert is kept by its inverted bits, 0 for none.
+    For each expert, the cost of the cheapest swap of any row that has it is stored as inverted
+    bits, so that the largest number wins. 0 means that there is none.
     """
     e = tl.arange(0, BLOCK_E)
     give_E, take_E = get(vec(state, at.GIVE, BLOCK_E)), get(vec(state, at.TAKE, BLOCK_E))
@@ -286,7 +288,7 @@ def conclude(
 ):  # fmt: skip
     """Write each row's experts, best first, sums of score, slack and range, and own loads.
 
-    By FINE parts of a tile each, of ROWS rows, since float64 takes more room.
+    A tile is processed in FINE parts of ROWS rows each, since float64 takes more room.
     """
     e = tl.arange(0, BLOCK_E)[None, :]
     none = float("-inf")
@@ -299,7 +301,7 @@ def conclude(
         v, _, span_Q, factor_Q = _relative(scores_ptr, rows_ptr, header, row_Q, T, E, BLOCK_E)
         s, _ = _load(scores_ptr, row_Q, T, E, BLOCK_E)
         has = _held(bits_ptr, row_Q, T, BLOCK_E)
-        # In float64, and of the scores as they are: what was taken off them is not.
+        # In float64, from the scores themselves: float32 differences from the base are rounded.
         wide_Q = factor_Q.to(tl.float64)
         base_Q = tl.load(rows_ptr + row_Q, mask=inside_Q, other=0.0, cache_modifier=".cg")
         exact = s.to(tl.float64) * wide_Q[:, None]

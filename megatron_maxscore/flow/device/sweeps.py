@@ -1,6 +1,6 @@
-"""What scan and sweeps lead to: prices, windows, perturbation, and the kind of the next phase.
+"""Decisions after the scan and after sweeps: prices, windows, perturbation, kind of the next phase.
 
-It follows from integers alone, so every program works it out alike, and changes its own state.
+They follow from integers alone, so every program takes the same ones and changes its own state.
 
 Shape letters: see :mod:`megatron_maxscore`.
 """
@@ -14,21 +14,22 @@ from megatron_maxscore.flow.device import layout as at
 from megatron_maxscore.flow.device.rows import get, getf, put, vec
 
 _INF, _MANY = tl.constexpr(float("inf")), tl.constexpr(0x7FFFFFFF)
-# Perturbations: at first, on plateaus at most; while annealing at first and at last.
+# Perturbations in grains: at first; at most, on plateaus; at the start and at the end of annealing.
 _EPS, _EPS_MOST, _HEAT, _COLD = (tl.constexpr(2.0**p) for p in (-12, -8, 0, -8))
-# Sweeps at most; after annealing, or as long as an expert is far from its capacity.
+# The most sweeps: in general; after annealing, or as long as an expert is far from its capacity.
 _SWEEPS, _LONG = tl.constexpr(20), tl.constexpr(40)
-# By how much steps are longer than plain ones.
+# How many times longer steps are than plain ones.
 _OMEGA = tl.constexpr(1.5)
-# What a launch does when sweeps are over: go on to rounds, repeat the last sweep, or end them.
+# What a launch does after a sweep: go on to rounds when sweeps are over (GO_ON), repeat the last
+# sweep instead (HOLD), or end sweeps now (END).
 GO_ON, HOLD, END = (tl.constexpr(n) for n in range(3))
 
 
 @triton.jit
 def _typical(count):
-    """Return the exponent above that of all but a few rows; there are so many of each exponent.
+    """Return the exponent next above that of all but a few rows, from the counts of each exponent.
 
-    One row in 16 may be an outlier, or one if there are fewer.
+    At most one row in 16, or one row if there are fewer, is left out as an outlier.
     """
     bins = tl.arange(0, 256)
     total = tl.sum(count, 0)
@@ -76,9 +77,10 @@ def _bids(counts, FIRST: tl.constexpr, BLOCK_E: tl.constexpr):
 
 @triton.jit
 def _distance_of(n, c0, c1, c2, c3):
-    """Return at which distance so many bids lie, in windows, at most 1.
+    """Return the distance within which ``n`` bids lie, in windows, at most 1.
 
-    Between two edges, of counts within the window's parts, they are spread evenly.
+    ``c0`` to ``c3`` bids lie within the window's parts; between two edges they are taken as evenly
+    spread.
     """
     d = 1.0 / 8 + (n - c1) / tl.maximum(c0 - c1, 1.0) * (7.0 / 8)
     d = tl.where(n <= c1, 1.0 / 64 + (n - c2) / tl.maximum(c1 - c2, 1.0) * (7.0 / 64), d)
@@ -152,8 +154,8 @@ def after_sweep(
     hot, depth, last = get(state + at.HOT), get(state + at.DEPTH), get(state + at.LAST)
     n, went_back = get(state + at.SWEEPS) + 1, get(state + at.GOES_BACK) != 0
     falls_little = now.to(tl.float32) > 0.9 * last.to(tl.float32)
-    # Rows that rank the experts alike: load only passes from neighbour to neighbour. Prices start
-    # again from 0 with a perturbation as large as the rows, which then cools.
+    # Annealing: if all rows rank the experts alike, load only passes from one expert to the next.
+    # Prices start again from 0 with a perturbation as large as the grain, which is then lowered.
     anneals = (hot == 0) & (n >= 4) & (share * n > 1.6) & (went_back == 0) & (end != HOLD)
     is_hot = hot == 1
     at_level = get(state + at.AT_LEVEL) + 1
@@ -164,8 +166,8 @@ def after_sweep(
     best, since = tl.where(is_best, now, best), tl.where(is_best, 0, since)
     best_b = tl.where(is_best, b, getf(vec(state, at.BEST_PRICE, BLOCK_E)))
     best_eps = tl.where(is_best, eps, getf(state + at.BEST_EPS))
-    # Ends: few enough are left, or sweeps help no more. With slack a sweep that helps little may be
-    # followed by better ones, and rounds cannot undo a wrong level of prices.
+    # Sweeps end when few enough units are left, or when they help no more. With slack, better
+    # sweeps may follow one that helps little, and rounds cannot correct a wrong level of prices.
     enough = plain & (now <= tl.minimum(E // 2, units // 1024))
     patient = (since >= 2) | tight
     few = tl.where(tight, units // 256, units // 1024)
@@ -175,7 +177,7 @@ def after_sweep(
     ends = plain & ((helps_no_more & (far == 0)) | (n >= most))
     goes_back = ends & (enough == 0) & (since > 0) & (went_back == 0)
     finished = went_back | enough | (ends & (since == 0)) | (is_hot & (n >= _LONG)) | (end == END)
-    # A plateau: rows that are alike change sides together; part them by more.
+    # A plateau: rows that are alike change sides together. A larger perturbation tells them apart.
     missed = (far > 0) & (far <= tl.maximum(1, E // 16)) & (n <= 8)
     is_flat = (n > 4) & (share > 0.02) & (share <= 0.3)
     is_flat = is_flat & (now.to(tl.float32) > 0.8 * last.to(tl.float32))

@@ -7,10 +7,11 @@ Shape letters: see :mod:`megatron_maxscore`. Arguments that functions share, bes
 
 ``excess_J`` (J,) int64 units above capacity, the sink last; ``slack_E`` (E,) int64 unused units
 that the sink has placed; ``prices_E`` (E,) int64; ``potential_P`` (P,) int64 by how much prices
-have risen, 0 where padded; ``cost_JP`` (J, P) int64 cost of moving a unit from one node to another,
-that is of the cheapest swap, or the bound below which there is none, FAR where there is no arc;
-``is_swap_JW`` (J, W) int64, as bits, whether it is a swap's; ``distance_J``, ``level_J`` (J,)
-int64; ``open_J`` (J,) bool, nodes that a path may lead to; ``path_J`` (J + 1,) int64.
+have risen, 0 where padded; ``cost_JP`` (J, P) int64 cost of moving a unit from one node to another:
+the cost of the cheapest swap, or the bound if no known swap costs less, or FAR if there is no arc;
+``is_swap_JW`` (J, W) int64, bits that say whether the cost is that of a swap; ``distance_J``,
+``level_J`` (J,) int64; ``open_J`` (J,) bool, nodes that a path may lead to; ``path_J`` (J + 1,)
+int64.
 """
 
 from __future__ import annotations
@@ -124,9 +125,10 @@ def _refresh(
 
 @jit
 def _find_levels(cost_JP, potential_P, excess_J, is_swap_JW, within_J, tight_JW, level_J, queue_J):
-    """Write which arcs are tight, as bits, and how many of them lead to a node from the sources.
+    """Write which arcs are tight, as bits, and the level of each node.
 
-    Tight is an arc of reduced cost 0 that is a swap, not a limit. -1 where none leads.
+    An arc is tight if its reduced cost is 0 and it is a swap, not a limit. A node's level is the
+    number of tight arcs that lead to it from an overfull node, -1 if none do.
     """
     first, last = 0, 0
     for node in range(excess_J.shape[0]):
@@ -160,10 +162,10 @@ def _find_path(
     source, excess_J, slack_E, cost_JP, tight_JW, level_J, held_A, root_EE, cost_M, node_M5,
     taken_M, open_J, next_J, path_J,
 ):  # fmt: skip
-    """Look for a path over tight arcs to a node that misses units, each arc a level farther.
+    """Look for a path to a node that lacks units; each arc is tight and leads one level farther.
 
     Depth first; a node that leads nowhere is closed. Returns the number of arcs, -1 if there is no
-    path. ``next_J`` (J,) int64 is where to look on from a node.
+    path. ``next_J`` (J,) int64 is the next node to try from each node.
     """
     num_experts = root_EE.shape[0]
     length = 0
@@ -297,7 +299,7 @@ def augment(
                 for place in range(length + 1):
                     open_J[path_J[place]] = True
         if not has_sent:
-            # Only bounds lead on from here.
+            # From here on, only arcs that stand for bounds lead farther.
             for a in range(num_experts):
                 for b in range(num_experts):
                     is_tight = cost_JP[a, b] + potential_P[b] == potential_P[a]

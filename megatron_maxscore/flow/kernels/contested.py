@@ -6,7 +6,7 @@ A swap lets a row give one expert and take another; it costs the difference of t
 Arguments that kernels share, besides those of :mod:`rows`: ``slot_B`` (B,) int64 place of each
 problem in the arrays of a stage, -1 for those to leave out; ``limit_FEP`` (F, E, P) int64;
 ``widest_FE`` (F, E) int64 largest limit of each expert; ``gap_limit_B`` and ``stride_B`` (B,)
-int64, only rows with a smaller gap and an index that divides by the stride take part; ``count_N``
+int64, only rows with no larger gap and an index divisible by the stride take part; ``count_N``
 (N,) int64 and ``arcs_NW`` (N, W) int64, how many experts of a row take part and which.
 
 Example: a row has experts 0 and 1 at reduced scores 9 and 7, and lacks expert 2 at 6. With a limit

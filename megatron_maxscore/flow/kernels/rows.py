@@ -12,8 +12,9 @@ index in the whole problem. Written are ``threshold_N`` and ``gap_N`` (N,) int64
 bool, ``load_BE`` (B, E) int64, ``gaps_BD`` (B, D + 1) int64 and ``bids_BEU`` (B, E, U) int32.
 
 Example: a row has the reduced scores 9, 7, 4 and 1, and k = 2. It takes experts 0 and 1; its gap is
-7 - 4 = 3 and its threshold 5, between the two. Its bids are 4, 2, -1 and -4: it gives expert 1 up
-once that price has risen by 2, and takes expert 2 once that price has fallen by 1 or more.
+7 - 4 = 3 and its threshold 5, between the two. Its bids are 4, 2, -1 and -4. At this threshold the
+row gives expert 1 up once the price of expert 1 has risen by 2, and takes expert 2 once the price
+of expert 2 has fallen by more than 1.
 
 Shape letters: see :mod:`megatron_maxscore`.
 """

@@ -51,9 +51,9 @@ def level_out(first_C, expert_A, value_A, held_A, excess_J):
 def fill(first_C, expert_A, value_A, held_A, wanted_EE, bound_EP, root_EE):
     """Put swaps that cost less than their bound into the heaps of their two experts.
 
-    Each time a pair of experts has got as many swaps as wanted, (E, E) int32, its bound is lowered
-    to the dearest of these. Swaps that are left out cost no less than the bound. Returns the heaps'
-    arrays.
+    ``wanted_EE`` (E, E) int32 is how many swaps each pair should have. Each time a pair has got so
+    many more, its bound is lowered to the dearest of them. Swaps that are left out cost no less
+    than the bound. Returns the heaps' arrays.
     """
     cost_M, node_M5, used_1 = heaps.empty(4 * expert_A.shape[0] + 1024)
     room_EE, most_EE = wanted_EE.copy(), np.zeros(wanted_EE.shape, np.int64)
@@ -85,8 +85,8 @@ def move(
 ):  # fmt: skip
     """Let a row give the expert of one arc and take that of another; add its new swaps.
 
-    Pairs of one of the two experts, which have moved, and another of the row, which is near, lose
-    or gain swaps; both (E,) bool are written.
+    The two experts have moved, and all experts of the row's arcs are near. A pair of an expert that
+    has moved and one that is near may lose or gain swaps. Both (E,) bool are written.
     """
     a, b = expert_A[gives], expert_A[takes]
     held_A[gives], held_A[takes] = False, True

@@ -1,6 +1,6 @@
-"""What compilers do not find by themselves: comparisons as bits, and loops over these.
+"""Vector code that compilers do not find by themselves: comparisons as bits, and loops over them.
 
-Written in LLVM's own terms for vectors of any machine, not in those of one processor.
+It is written in LLVM's own vector instructions, which compile for any processor.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ _WARPS = 4
 @triton.jit
 def _select(z, inside, k, ROWS: tl.constexpr):
     """Return the k-th and the next largest of each row, and how many are above, and equal to it."""
-    # Integers in the order of the floats, found bit by bit from the sign on.
+    # Integers that sort like the floats. The k-th largest is found bit by bit, the sign first.
     bits = z.to(tl.int32, bitcast=True)
     key = tl.where(inside, bits ^ ((bits >> 31) & 0x7FFFFFFF), -0x80000000)
     at_least_Q = tl.sum((key >= 0).to(tl.int32), 1)
@@ -102,7 +102,7 @@ def _forward(
         tau_Q = further_Q
     is_bad_Q = tl.max((z != z).to(tl.int32), 1) > 0
     tau_Q = tl.where(is_bad_Q, float("nan"), tau_Q)
-    # The backward pass makes p of the logits again.
+    # From these two numbers and the logits, the backward pass computes p again.
     tl.store(tau_ptr + row_Q, base_Q, mask=row_Q < num_rows)
     tl.store(tau_ptr + num_rows + row_Q, tau_Q, mask=row_Q < num_rows)
     if BLOCK_K > 0:
