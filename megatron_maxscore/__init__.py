@@ -11,6 +11,7 @@ same in the whole package:
 - F: problems that a stage of the finish looks at
 - G: groups of rows
 - H: hidden size
+- I: metrics
 - J: nodes of the graph of experts: the experts, and a sink where capacities leave slack
 - K: experts per token
 - L: layers

@@ -160,7 +160,7 @@ class _Steps:
         )
         for router in self.routers:
             own = router.last_statistics
-            sums[:-1] += own.values_M / own.solves.clamp(min=1)
+            sums[:-1] += own.values_I / own.solves.clamp(min=1)
             sums[-1] += 1
         if dist.is_initialized():
             dist.all_reduce(sums)

@@ -35,7 +35,7 @@ def work(layer, hidden):
 def state(layer):
     """Return prices, statistics and metrics after a batch."""
     router = layer.router
-    values = router.last_statistics.values_M.clone()
+    values = router.last_statistics.values_I.clone()
     values[metrics.NAMES.index(metrics.PREFIX + "solve_ms")] = 0.0
     return [
         router.prices.clone(), router.last_statistics.solves.clone(),

@@ -11,7 +11,7 @@ replaces what an earlier attempt at the same batch left.
 All counts are tensors whose memory stays where it is. So a CUDA graph that holds a pass adds to
 them whenever it is replayed.
 
-Shape letters: see :mod:`megatron_maxscore`; M values that metrics measure.
+Shape letters: see :mod:`megatron_maxscore`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from megatron_maxscore.flow import FlowSolution
 from megatron_maxscore.moe.plan import RoutingPlan
 
-_COUNTS = ("solves", "bad_tokens", "lost_tokens", "largest_gap", "values_M")
+_COUNTS = ("solves", "bad_tokens", "lost_tokens", "largest_gap", "values_I")
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Pass:
         bad_T: (T,) bool, tokens whose logits were not finite; None if it is known that there are
             none.
         lost_tokens: tokens that were not sent, since this rank had more than the others expect.
-        values_M: (M,) float64 what metrics measured; None if nothing is logged in this iteration.
+        values_I: (I,) float64 what metrics measured; None if nothing is logged in this iteration.
         has_counted: whether a backward pass has run.
     """
 
@@ -48,7 +48,7 @@ class Pass:
     seconds: float
     bad_T: Tensor | None = None
     lost_tokens: int = 0
-    values_M: Tensor | None = None
+    values_I: Tensor | None = None
     has_counted: bool = False
 
     @classmethod
@@ -58,7 +58,7 @@ class Pass:
         seconds: float,
         bad_T: Tensor | None,
         plan: RoutingPlan,
-        values_M: Tensor | None,
+        values_I: Tensor | None,
     ) -> Pass:
         """Return the pass of a solve; arguments are the attributes, and what it gave."""
         assert plan.experts_TK is not None
@@ -68,7 +68,7 @@ class Pass:
             seconds=seconds,
             bad_T=bad_T,
             lost_tokens=0 if plan.fits else plan.experts_TK.shape[0],
-            values_M=values_M,
+            values_I=values_I,
         )
 
 
@@ -81,7 +81,7 @@ class SolveStatistics:
         bad_tokens: 0-dim int64, tokens whose logits were not finite.
         lost_tokens: 0-dim int64, tokens that did not fit into what other ranks expect of this one.
         largest_gap: 0-dim float64.
-        values_M: (M,) float64 sums of what metrics measured; 0 where that was not due.
+        values_I: (I,) float64 sums of what metrics measured; 0 where that was not due.
         seconds: of the host in solves; those of a CUDA graph take none.
     """
 
@@ -89,7 +89,7 @@ class SolveStatistics:
     bad_tokens: Tensor
     lost_tokens: Tensor
     largest_gap: Tensor
-    values_M: Tensor
+    values_I: Tensor
     seconds: float = 0.0
 
     @classmethod
@@ -98,7 +98,7 @@ class SolveStatistics:
 
         Args:
             device: of the scores.
-            num_values: M.
+            num_values: I.
         """
         solves, bad, lost = torch.zeros(3, dtype=torch.int64, device=device).unbind()
         values = torch.zeros(1 + num_values, dtype=torch.float64, device=device)
@@ -115,8 +115,8 @@ class SolveStatistics:
         torch.maximum(self.largest_gap, gap, out=self.largest_gap)
         if pass_.bad_T is not None:
             self.bad_tokens += pass_.bad_T.sum()
-        if pass_.values_M is not None:
-            self.values_M += pass_.values_M
+        if pass_.values_I is not None:
+            self.values_I += pass_.values_I
 
     def take(self) -> SolveStatistics:
         """Return a copy and begin anew, in place."""
@@ -137,7 +137,7 @@ class SolveStatistics:
         if self.solves.device == device:
             return self
         if self.solves.is_meta:
-            return SolveStatistics.zeros(device, self.values_M.numel())
+            return SolveStatistics.zeros(device, self.values_I.numel())
         moved = {name: getattr(self, name).to(device) for name in _COUNTS}
         return SolveStatistics(**moved, seconds=self.seconds)
 

@@ -53,13 +53,13 @@ class Groups:
         return grouped.topk(self.topk // self.chosen, dim=-1).values.sum(-1)
 
     def best(self, scores_TG: Tensor) -> Tensor:
-        """Return (T, C) int64, the groups that each token chooses on its own."""
+        """Return (T, chosen groups) int64, the groups that each token chooses on its own."""
         return scores_TG.topk(self.chosen, dim=-1, sorted=False).indices
 
-    def inside(self, groups_TC: Tensor, num_experts: int) -> Tensor:
-        """Return (T, E) bool, which experts are in each token's (T, C) int64 groups."""
-        shape = (groups_TC.shape[0], self.number)
-        is_chosen_TG = groups_TC.new_zeros(shape).scatter_(1, groups_TC, 1).bool()
+    def inside(self, chosen: Tensor, num_experts: int) -> Tensor:
+        """Return (T, E) bool, which experts are in the (T, chosen groups) groups of each token."""
+        shape = (chosen.shape[0], self.number)
+        is_chosen_TG = chosen.new_zeros(shape).scatter_(1, chosen, 1).bool()
         return is_chosen_TG.repeat_interleave(num_experts // self.number, dim=1)
 
     @staticmethod

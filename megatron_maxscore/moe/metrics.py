@@ -82,9 +82,9 @@ def give_to_tracker(loss_scale: float) -> None:
             It is divided out here.
     """
     for place, statistics in list(_waiting.values()):
-        means_M = statistics.values_M / (statistics.solves.clamp(min=1) * loss_scale)
-        means_M = means_M.to(device=place.device, dtype=torch.float32)
-        for name, mean in zip(NAMES, means_M.unbind(), strict=True):
+        means_I = statistics.values_I / (statistics.solves.clamp(min=1) * loss_scale)
+        means_I = means_I.to(device=place.device, dtype=torch.float32)
+        for name, mean in zip(NAMES, means_I.unbind(), strict=True):
             _store(name, mean, place)
     _waiting.clear()
 
@@ -97,7 +97,7 @@ def values_of(
     seconds: float,
     inside_TE: Tensor | None = None,
 ) -> Tensor | None:
-    """Return the :func:`measured` values of a call with this plan, (M,) float64 by :data:`NAMES`.
+    """Return the :func:`measured` values of a call with this plan, (I,) float64 by :data:`NAMES`.
 
     None if the current iteration is not logged. While a CUDA graph is captured they are always
     measured, since it is also replayed in iterations that are logged.

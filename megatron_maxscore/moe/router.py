@@ -326,8 +326,8 @@ class MaxScoreRouter(PricedRouter):
         routed = dataclasses.replace(routed, is_reported=call.is_reported)
         if not self.training:
             return Decision(routed)
-        values_M = metrics.values_of(scores_TE, routed, call.valid_T, solution, seconds, inside_TE)
-        return Decision(routed, Pass.of(solution, seconds, call.bad_T, routed, values_M))
+        values_I = metrics.values_of(scores_TE, routed, call.valid_T, solution, seconds, inside_TE)
+        return Decision(routed, Pass.of(solution, seconds, call.bad_T, routed, values_I))
 
     def _solve(
         self, scores_TE: Tensor, call: RoutingCall, turn: int | None
@@ -353,15 +353,15 @@ class MaxScoreRouter(PricedRouter):
         """Return (T, E) bool, the experts of the groups that each token chooses or gets."""
         scores_TG = groups.scores(biased_TE)
         if is_by_price or groups.chosen == groups.number:
-            groups_TC = groups.best(scores_TG)
+            chosen = groups.best(scores_TG)
         else:
             no_prices = self.price_sum.new_zeros(groups.number)
             plan, _ = self.scope.solve(
                 scores_TG, call.batch_size, groups.chosen, no_prices, call.valid_T, None
             )
             assert plan.experts_TK is not None
-            groups_TC = plan.experts_TK
-        return groups.inside(groups_TC, biased_TE.shape[1])
+            chosen = plan.experts_TK
+        return groups.inside(chosen, biased_TE.shape[1])
 
     def _own_part(self, padding_mask: Tensor, num_tokens: int) -> Tensor:
         """Return the mask of this rank's tokens.
