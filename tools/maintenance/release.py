@@ -51,10 +51,12 @@ def build(output: Path) -> list[Path]:
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, tree / name)
     dist = output / "dist"
-    subprocess.run(
-        [sys.executable, "-m", "build", "--outdir", str(dist), str(tree)], check=True,
-        stdout=subprocess.DEVNULL,
+    built = subprocess.run(
+        [sys.executable, "-m", "build", "--outdir", str(dist), str(tree)], check=False,
+        capture_output=True, text=True,
     )  # fmt: skip
+    if built.returncode:
+        raise RuntimeError(f"the build failed:\n{built.stdout[-2000:]}{built.stderr[-2000:]}")
     files = sorted(dist.iterdir())
     subprocess.run(
         [sys.executable, "-m", "twine", "check", "--strict", *map(str, files)], check=True
