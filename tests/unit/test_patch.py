@@ -6,12 +6,12 @@ import ast
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from megatron_maxscore import patch
 from megatron_maxscore.moe.fields import config_fields
+from tools.maintenance import patches
 from tools.maintenance.releases import RELEASES, copy_of_wheel
 
 CONFIG = "megatron/core/transformer/transformer_config.py"
@@ -203,9 +203,6 @@ def test_patches_hold_no_line_of_megatrons():
 
 
 def test_patches_are_those_of_the_current_options():
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-    import make_patches
-
-    blocks = [[line + "\n" for line in make_patches.block_lines(p)] for p in make_patches.places()]
+    blocks = [[line + "\n" for line in patches.block_lines(p)] for p in patches.places()]
     for path in patch.patch_files().values():
         assert [hunk.lines for hunk in patch.read_hunks(path)] == blocks

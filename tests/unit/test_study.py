@@ -447,9 +447,13 @@ def test_summary_keeps_the_last_of_steps_that_a_resumed_run_repeats(tmp_path):
             f"per iteration (ms): 10.0 | lm loss: {loss:.6E} | grad norm: 1.0"
         )
         if iteration % 10 == 0:
+            # With two rules that by prices is kept.
+            rule = " (price routing)" if iteration == 10 else ""
             log.append(
-                f" validation loss at iteration {iteration} | lm loss value: 6.5E+00 | lm PPL"
+                f" validation loss at iteration {iteration}{rule} | lm loss value: 6.5E+00 | lm PPL"
             )
+            if rule:
+                log.append(" validation loss at iteration 10 (flow routing) | lm loss value: 7.5 |")
         lines.append(
             {"iteration": iteration, "loads": [[4] * 16] * 4, "dropped": [0] * 4,
              "maxvio": [0.5] * 4, "largest_gap": 0.0, "solves": 0, "solve_seconds": 0.0,

@@ -45,7 +45,10 @@ DECODED = 4
 # Segments of the load maps over training, which one seed keeps.
 SEGMENTS, LOAD_MAP_SEED = 30, 21
 # On the way, that is; the one at the end is of other samples.
-_VALID = re.compile(r"validation loss at iteration (\d+) \| lm loss value: (\S+)")
+# Of MaxScore's two rules that by prices.
+_VALID = re.compile(
+    r"validation loss at iteration (\d+)(?: \(price routing\))? \| lm loss value: (\S+)"
+)
 # What Megatron and our router say when they give up on a run; "nan" alone is in every step's line.
 _DIVERGED = re.compile(
     r".*(?:found (?:NaN|Inf)|[Uu]nexpected result (?:nan|inf)|were NaN or infinite).*"
