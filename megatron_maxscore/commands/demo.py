@@ -226,9 +226,7 @@ def picture(runs: list[Run], path: Path) -> None:
         axis.plot(steps, relative, linewidth=0.6, alpha=0.6)
         axis.plot(steps, relative.max(1), color="black", linewidth=1.0, label="busiest expert")
         axis.axhline(1.0, color="black", linestyle=":", linewidth=1.2, label="equal share")
-        axis.set(
-            xlabel="iteration", title=f"{run.title}: loads of layer {layer + 1}, an expert a line"
-        )
+        axis.set(xlabel="iteration", title=f"{run.title}: loads in layer {layer + 1}")
         axis.legend(fontsize=8, loc="upper right")
         if (loads == loads[0, 0]).all():
             count, tokens = loads.shape[1], int(loads[0, 0])
