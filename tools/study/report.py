@@ -13,6 +13,7 @@ import numpy as np
 from .arms import ARMS, BOUNDED, DROPLESS, FAMILIES
 from .pictures import curves, load_maps, price_curve
 from .results import (
+    Comparison,
     Lines,
     by_arm,
     compare,
@@ -44,6 +45,13 @@ def _markdown(headings: list[str], rows: list[list[str]]) -> str:
 
 def _number(value: float | None, form: str = ".4f") -> str:
     return "-" if value is None or math.isnan(value) else format(value, form)
+
+
+def _interval(result: Comparison) -> str:
+    """Return mean and 95 % interval."""
+    if math.isnan(result.low):
+        return f"{result.mean:+.4f} (one seed)"
+    return f"{result.mean:+.4f} [{result.low:+.4f}, {result.high:+.4f}]"
 
 
 def main_table(arms: dict[str, Lines]) -> str:
@@ -124,8 +132,8 @@ def primary(core: dict[str, Lines]) -> list[str]:
             what = "better than" if of_bounded else f"not worse, by {MARGIN} nats, than"
             found.append(
                 f"- {'shown' if passed[-1] else 'NOT SHOWN'}: {what} {ARMS[name].title}: "
-                f"{result.mean:+.4f} [{result.low:+.4f}, {result.high:+.4f}], {result.seeds} "
-                f"seeds; equivalent: {'yes' if result.is_equivalent else 'not shown'}"
+                f"{_interval(result)}, {result.seeds} seeds; "
+                f"equivalent: {'yes' if result.is_equivalent else 'not shown'}"
             )
         which = "every router that bounds the load" if of_bounded else "the best dropless router"
         found.append(
@@ -167,7 +175,7 @@ def against_table(arms: dict[str, Lines], reference: str, lines: Lines) -> str:
                 [
                     ARMS[name].title,
                     str(result.seeds),
-                    f"{result.mean:+.4f} [{result.low:+.4f}, {result.high:+.4f}]",
+                    _interval(result),
                     "shown" if result.is_not_worse else "not shown",
                 ]
             )
