@@ -122,13 +122,31 @@ class Study:
         return runs, best
 
     def setting(self, arm: Arm) -> Setting | None:
-        """Return what an arm is compared at, None if it is not known yet."""
+        """Return what an arm is compared at, None if it is not known yet.
+
+        Other sizes and texts than those that were tuned on take the best setting on record.
+        """
+        arm = ARMS[arm.follows] if arm.follows else arm
         if arm.setting is not None:
             return arm.setting
         if self.size.name == "quick":
             return arm.start
-        chosen = self.tuning_of(arm)[1]
-        return None if chosen is None else chosen.setting
+        if chosen := self.tuning_of(arm)[1]:
+            return chosen.setting
+        recorded = [
+            line
+            for line in self.results.lines
+            if line["arm"] == arm.name and line["purpose"] == "tuning"
+        ]
+        if self.has_tuning or not recorded:
+            return None
+        best = min(recorded, key=compared_loss)
+        return Setting(best["learning_rate"], best["factor"])
+
+    @property
+    def has_tuning(self) -> bool:
+        """Return whether this text and size are what arms are tuned on."""
+        return self.size.name == "small" and self.family != "prose_large"
 
     def comparison(self, arms: Sequence[Arm], seeds: Iterable[int], purpose: str) -> list[Run]:
         """Return the runs of all arms, seed by seed.
@@ -137,7 +155,7 @@ class Study:
             ValueError: an arm is not tuned.
         """
         settings = {arm.name: self.setting(arm) for arm in arms}
-        missing = {arm.name for arm in arms if settings[arm.name] is None}
+        missing = {arm.follows or arm.name for arm in arms if settings[arm.name] is None}
         if missing:
             raise ValueError(
                 f"{self.family}: {', '.join(sorted(missing))} not tuned yet; add tuning to "
@@ -174,7 +192,7 @@ def carry_out(arguments: argparse.Namespace, results: Results) -> None:
 
     compared = {name: wanted(COMPARED[name]) for name in COMPARED if name in arguments.purposes}
     arms = [arm for each in compared.values() for arm in each] or wanted(ARMS.values())
-    tuned = [arm for arm in arms if arm.setting is None]
+    tuned = [arm for arm in arms if arm.setting is None and not arm.follows]
     if not (any(compared.values()) or (tuned and "tuning" in arguments.purposes)):
         raise ValueError(
             f"--arms {' '.join(arguments.arms)} has no runs for --purposes "
@@ -244,7 +262,7 @@ def main() -> int:
         arguments.size = "quick"
     arguments.families = arguments.families or ["code" if arguments.quick else "prose"]
     arguments.seeds = arguments.seeds or (2 if arguments.quick else SEEDS)
-    if arguments.size != "small":
+    if arguments.size != "small" or arguments.families == ["prose_large"]:
         # What the small runs are tuned to is taken.
         arguments.purposes = [each for each in arguments.purposes if each != "tuning"]
     if arguments.device == "cpu":

@@ -40,8 +40,8 @@ class Arm:
         name: in files and results.
         title: in tables.
         flags: of the router.
-        setting: learning rate and factor that tuning has found, in the first study or in this one;
-            None if they are still to be tuned.
+        setting: learning rate and factor that the first study has found; None if they are tuned.
+        follows: arm whose tuned setting is taken, for an arm that has none of its own.
         factors: what tuning may multiply the gates by.
     """
 
@@ -49,6 +49,7 @@ class Arm:
     title: str
     flags: str
     setting: Setting | None = None
+    follows: str = ""
     factors: tuple[str, ...] = FACTORS
 
     @property
@@ -67,7 +68,7 @@ _BIAS = (
 )
 CORE = (
     # One flag, and what the product makes of it.
-    Arm("maxscore", "MaxScore", MAXSCORE, Setting("4e-3", "4")),
+    Arm("maxscore", "MaxScore", MAXSCORE),
     Arm("dropless", "dropless top-k, aux loss", _aux("1e-1"), Setting("2e-3", "4")),
     Arm("bias", "top-k, expert bias", _BIAS, Setting("2e-3", "4")),
     Arm(
@@ -102,12 +103,11 @@ SERVABLE = (
     Arm(
         "servable_sigmoid", "MaxScore, servable, sigmoid gates",
         f"{MAXSCORE} --maxscore-preset servable --moe-router-score-function sigmoid",
-        Setting("2e-3", "4"),
     ),
     Arm(
         "servable_softmax", "MaxScore, servable, softmax gates",
         # ERNIE 4.5 has no place for a factor.
-        f"{MAXSCORE} --maxscore-preset servable", Setting("2e-3", "1"), factors=("1",),
+        f"{MAXSCORE} --maxscore-preset servable", factors=("1",),
     ),
     # The recipe of the dropless arm, and one flag more: nothing is tuned for MaxScore.
     Arm(
@@ -119,7 +119,7 @@ SERVABLE = (
 DEFAULTS = (
     CORE[0],
     *SERVABLE[:2],
-    Arm("aux", "MaxScore, aux loss 1e-1", f"{MAXSCORE} {_aux('1e-1')}", Setting("4e-3", "4")),
+    Arm("aux", "MaxScore, aux loss 1e-1", f"{MAXSCORE} {_aux('1e-1')}", follows="maxscore"),
 )
 ARMS = {arm.name: arm for arm in (*CORE, *FACTORIAL, *SERVABLE, *DEFAULTS)}
 
@@ -147,7 +147,7 @@ class Size:
 
 _EXPERTS = "--num-experts 16 --moe-router-topk 2 --moe-ffn-hidden-size 128"
 _FINE_EXPERTS = "--num-experts 64 --moe-router-topk 6 --moe-ffn-hidden-size 40"
-# Also the demo's.
+# MODEL is the demo's model.
 _TRAINED = (
     MODEL
     + """
