@@ -14,18 +14,14 @@ from pathlib import Path
 
 import psutil
 
+from megatron_maxscore.cpu.arguments import WITHOUT_TRANSFORMER_ENGINE
+from tools.soak.runs import TINY
+
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = """
-    --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 64
-    --max-position-embeddings 64 --position-embedding-type rope --normalization RMSNorm --swiglu
-    --disable-bias-linear --num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 32
-    --moe-token-dispatcher-type alltoall --transformer-impl local --no-persist-layer-norm
-    --no-bias-swiglu-fusion --no-rope-fusion --no-masked-softmax-fusion
-    --no-gradient-accumulation-fusion --num-workers 0 --micro-batch-size 2 --global-batch-size 8
-    --lr 1e-2 --lr-decay-style constant --weight-decay 0.1 --seed 7 --log-interval 1
-    --eval-interval 1000 --eval-iters 2 --split 80,10,10
-    --mock-data --tokenizer-type NullTokenizer --vocab-size 127 --distributed-timeout-minutes 2
-"""
+MODEL = (
+    f"{TINY} {' '.join(WITHOUT_TRANSFORMER_ENGINE)} --global-batch-size 8 --eval-interval 1000 "
+    "--eval-iters 2 --distributed-timeout-minutes 2"
+)
 MAXSCORE = (
     "--moe-router-type maxscore --maxscore-scope local --maxscore-mode exact "
     "--moe-router-load-balancing-type none"

@@ -109,7 +109,7 @@ def run_case(scope: str, how: str, faulty_round: int) -> dict[str, Any]:
     phases: list[str] = answers[0][2] if answers[0] else []
     for rank in others if how != "nothing" else ():
         if answers[rank] is None:
-            failures.append(f"rank {rank} gave no answer in 120 s")
+            failures.append(f"rank {rank} ended without an answer, or gave none in 120 s")
             continue
         error, seconds, _ = answers[rank]
         wanted = "topk differs between the ranks" if how == HOW[2] else "lost contact"

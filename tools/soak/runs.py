@@ -8,16 +8,19 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = """
+# A model that trains in a second; tests/dist trains it too.
+TINY = """
     --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 64
     --max-position-embeddings 64 --position-embedding-type rope --normalization RMSNorm --swiglu
     --disable-bias-linear --num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 32
     --moe-token-dispatcher-type alltoall --num-workers 0 --micro-batch-size 2
     --lr 1e-2 --lr-decay-style constant --weight-decay 0.1 --seed 7 --log-interval 1
-    --eval-interval 1000000 --eval-iters 1 --split 80,10,10
-    --mock-data --tokenizer-type NullTokenizer --vocab-size 127 --distributed-timeout-minutes 1
-    --moe-router-type maxscore --moe-router-load-balancing-type none
+    --split 80,10,10 --mock-data --tokenizer-type NullTokenizer --vocab-size 127
 """
+MODEL = (
+    f"{TINY} --moe-router-type maxscore --moe-router-load-balancing-type none "
+    "--eval-interval 1000000 --eval-iters 1 --distributed-timeout-minutes 1"
+)
 RANKS = 2
 
 
