@@ -155,11 +155,13 @@ def _splits(args: Any, options: Any, share: int, rest: int) -> str:
 
 
 def _needs_no_padding(args: Any, options: Any) -> bool:
+    """Return whether all quotas are multiples of what Megatron pads experts' rows to."""
     from types import SimpleNamespace
 
     from megatron_maxscore.moe.dispatcher import knows_splits
 
-    return knows_splits(SimpleNamespace(**vars(args), num_moe_experts=args.num_experts), options)
+    config = SimpleNamespace(**{**vars(args), "num_moe_experts": args.num_experts})
+    return knows_splits(config, options)
 
 
 def _describe_solver(report: Report, args: Any, options: Any, is_cpu: bool) -> None:

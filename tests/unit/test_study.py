@@ -1,54 +1,21 @@
-"""The study's statistics, bookkeeping and report, on made-up results."""
+"""The study's settings, statistics and report, on made-up results."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
 import json
-import sys
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from tests.unit.study_lines import SIZE, result
 from tools.study import report as study_report
 from tools.study import results as study_results
 from tools.study import runs as study_runs
-from tools.study.__main__ import Study, minutes, tuning_left
+from tools.study.__main__ import Study, tuning_left
 from tools.study.arms import ARMS, CORE, FACTORIAL, SERVABLE, SIZES, START, Run, Setting
-
-SIZE = dataclasses.replace(SIZES["quick"], iterations=20)
-
-
-def result(run: Run, loss: float, **changes) -> dict:
-    """Return a line of results as a run would leave it."""
-    rules = {"price": loss, "flow": loss * 1.001} if "maxscore" in run.flags else {"own": loss}
-    two = len(rules) == 2
-    line = {
-        "key": run.key, "purpose": run.purpose, "family": run.family, "size": run.size.name,
-        "arm": run.arm.name, "learning_rate": run.setting.learning_rate,
-        "factor": run.setting.factor, "code": "c0de", "revision": "1a2b",
-        "seed": run.seed, "iterations": 20, "tokens": 20 * 4096, "flags": run.flags,
-        "train_loss": list(np.linspace(9, loss, 20)), "curve": {5: 8.0, 10: 7.0, 20: loss},
-        "maxvio_mean": 0.5, "maxvio_mean_late": 0.4, "maxvio_max": 2.0, "dropped": 0.25,
-        "solve_share": 0.03 if two else None, "ms_per_step": 1000.0, "seconds": 60.0,
-        "evaluation": {
-            "rules": {
-                rule: {"loss": value, "tokens": 1000, "loads": [[10] * 16] * 4,
-                       "maxvio": [0.1, 0.2, 0.05, 0.1], "dropped": 0.0, "gate_sum": [1.0] * 4}
-                for rule, value in rules.items()
-            },
-            "comparison": {"rules": list(rules), "kl": 0.01, "top1_agreement": 0.9} if two else {},
-            "decoding": {
-                "sequences": 4, "loss_one_pass": loss, "loss_token_by_token": loss + 1e-7,
-                "loss_one_pass_float64": loss, "loss_token_by_token_float64": loss,
-                "largest_difference": 1e-6, "largest_difference_float64": 1e-15,
-            },
-        },
-    }  # fmt: skip
-    if run.seed == study_runs.LOAD_MAP_SEED:
-        line["load_map"] = np.ones((30, 4, 16)).tolist()
-    return line | changes
 
 
 def test_paired_interval_is_students():
@@ -86,6 +53,24 @@ def tuned(study: Study, arm, losses: dict) -> list[Setting]:
             study.results.add(result(run, loss))
             tried.append(run.setting)
     return tried
+
+
+def test_the_powers_on_the_page():
+    """Of one test of non-inferiority, at the spread of the first study."""
+
+    def power(difference: float, seeds: int) -> float:
+        least = stats.t.ppf(0.025, seeds - 1)
+        shift = (difference - 0.019) / (0.035 / np.sqrt(seeds))
+        return float(stats.nct.cdf(least, seeds - 1, shift))
+
+    needed = next(seeds for seeds in range(2, 99) if power(0.0, seeds) >= 0.9)
+    page = " ".join((study_runs.ROOT / "docs/evidence/study.md").read_text().split())
+    for text in (
+        f"a power of {power(-0.02, 10):.0%}".replace("%", " %"),
+        f"of {power(0.0, 10):.0%} if it is exactly equal".replace("%", " %"),
+        f"{needed} seeds (`tests/unit/test_study.py`",
+    ):
+        assert text in page, text
 
 
 def test_tuning_climbs_until_the_neighbours_are_worse(tmp_path):
@@ -197,37 +182,6 @@ def test_main_effects_and_interaction_are_least_squares():
         interval = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
         np.testing.assert_allclose([mean - half, mean + half], [interval.low, interval.high])
         assert count == 8
-
-
-def test_a_run_is_known_by_what_decides_its_result(tmp_path):
-    run = Run("prose", SIZE, ARMS["maxscore"], START, 1, "core")
-    path = tmp_path / "results.jsonl"
-    study_runs.Results(path).add(result(run, 4.0))
-    results = study_runs.Results(path)
-    assert results.of(run) is not None
-    slower = dataclasses.replace(SIZE, seconds_per_step=9.0)
-    assert results.of(dataclasses.replace(run, size=slower)) is not None
-    for change in (
-        dict(seed=2), dict(family="code"), dict(setting=Setting("1e-3", "4")),
-        dict(arm=ARMS["gshard"]), dict(arm=ARMS["one_flag"]), dict(data="other"),
-        dict(setting=Setting("2e-3", "2")), dict(device="cuda"),
-        dict(size=dataclasses.replace(SIZE, iterations=21)),
-    ):  # fmt: skip
-        assert results.of(dataclasses.replace(run, **change)) is None, change
-    assert minutes([run], results, jobs=2) == 0
-    assert minutes([dataclasses.replace(run, seed=2)], results, jobs=2) > 0
-
-
-def test_results_of_several_processes_and_of_others(tmp_path):
-    run = Run("prose", SIZE, ARMS["maxscore"], START, 1, "core")
-    path = tmp_path / "made" / "results.jsonl"
-    one, other = study_runs.Results(path), study_runs.Results(path)
-    one.add(result(run, 4.0))
-    other.add(result(dataclasses.replace(run, seed=2), 4.1))
-    assert len(study_runs.Results(path).lines) == 2 == len(other.lines)
-    path.write_text(path.read_text() + '{"key": "abc"}\n')
-    with pytest.raises(ValueError, match="line 3, is no result of this study"):
-        study_runs.Results(path)
 
 
 def test_every_arm_has_its_own_flags():
@@ -356,132 +310,3 @@ def test_results_at_another_setting_and_diverged_runs_do_not_count(tmp_path):
     study_report.write(lines, tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert "Diverged, and not in the tables: maxscore lr 8e-3" in text
-
-
-@pytest.mark.parametrize(
-    ("words", "diverged"),
-    [
-        ("ValueError: Unexpected result nan (message='found NaN in local forward loss')", True),
-        ("error: router scores were NaN or infinite in iteration 7", True),
-        ("RuntimeError: out of memory", False),
-    ],
-)
-def test_only_a_run_that_diverged_counts_as_such(tmp_path, monkeypatch, words, diverged):
-    run = Run("code", SIZE, ARMS["gshard"], START, 1, "core")
-    # Every step's line has a nan in it.
-    text = f"iteration 6/ 20 | lm loss: 5.0 | number of nan iterations: 0 |\n{words}"
-
-    # Torchrun says a lot more, after a rank has failed.
-    said = tmp_path / "said"
-    said.write_text(text + 40 * "\nerror: a rank has failed" + "\n")
-    command = [sys.executable, "-c", f"print(open({str(said)!r}).read()); raise SystemExit(1)"]
-    monkeypatch.setattr(study_runs, "training_command", lambda *_: command)
-    arguments = (run, tmp_path, tmp_path, study_runs.Processes(), lambda *step: None)
-    if diverged:
-        assert words in study_runs.carry_out(*arguments)["diverged"]
-    else:
-        with pytest.raises(study_runs.RunError, match="a rank has failed"):
-            study_runs.carry_out(*arguments)
-
-
-def test_what_other_sources_began_is_begun_anew(tmp_path, monkeypatch):
-    run = Run("code", SIZE, ARMS["gshard"], START, 1, "core")
-    command = [sys.executable, "-c", "raise SystemExit(1)"]
-    monkeypatch.setattr(study_runs, "training_command", lambda *_: command)
-    left = tmp_path / run.key / "checkpoint"
-    left.parent.mkdir()
-    for code, kept in (
-        (None, False),
-        ("of others", False),
-        (study_runs.code_digest(), True),
-    ):
-        left.write_text("a model")
-        if code is not None:
-            (left.parent / "code").write_text(code)
-        with pytest.raises(study_runs.RunError, match="exit status 1"):
-            study_runs.carry_out(run, tmp_path, tmp_path, study_runs.Processes(), print)
-        assert left.exists() == kept
-
-
-def test_milestones_are_evaluated_at_their_step(tmp_path, monkeypatch):
-    run = Run("code", SIZE, ARMS["maxscore"], START, 31, "prices", milestones=(4, 10))
-    directory = tmp_path / run.key
-    tracker = directory / "checkpoint" / "latest_checkpointed_iteration.txt"
-    tracker.parent.mkdir(parents=True)
-    (directory / "code").write_text(study_runs.code_digest())
-    done = []
-
-    def execute(command, log, processes, follow=None):
-        step = int(command[-1]) if "--exit-interval" in command else SIZE.iterations
-        if "evaluate" in command:
-            done.append(f"evaluate {tracker.read_text()}")
-            (directory / "evaluation.json").write_text(json.dumps({"rules": tracker.read_text()}))
-        else:
-            done.append(f"train to {step}")
-            tracker.write_text(str(step))
-
-    monkeypatch.setattr(study_runs, "execute", execute)
-    monkeypatch.setattr(study_runs, "summary", lambda *_: {})
-    arguments = (run, tmp_path, tmp_path, study_runs.Processes(), print)
-    study_runs.carry_out(*arguments)
-    assert done == [
-        "train to 4", "evaluate 4", "train to 10", "evaluate 10", "train to 20", "evaluate 20",
-    ]  # fmt: skip
-    assert json.loads((directory / "evaluation-4.json").read_text())["rules"] == "4"
-    # A run that was killed between training and evaluation is not trained on.
-    (directory / "evaluation-10.json").unlink()
-    tracker.write_text("10")
-    done.clear()
-    study_runs.carry_out(*arguments)
-    assert done[0] == "evaluate 10"
-    (directory / "evaluation-10.json").unlink()
-    tracker.write_text("20")
-    with pytest.raises(study_runs.RunError, match="checkpoint of step 20, not 10"):
-        study_runs.carry_out(*arguments)
-
-
-def test_of_drops_the_lower_loss_is_compared():
-    run = Run("prose", SIZE, ARMS["gshard"], START, 1, "core")
-    line = result(run, 4.0)
-    line["evaluation"]["rules"]["no drops"] = {"loss": 3.9}
-    assert study_results.compared_loss(line) == 3.9 and study_results.own_loss(line) == 4.0
-    line = result(Run("prose", SIZE, ARMS["maxscore"], START, 1, "core"), 4.0)
-    line["evaluation"]["rules"]["flow"]["loss"] = 3.0
-    assert study_results.compared_loss(line) == 4.0, "MaxScore by prices"
-
-
-def test_summary_keeps_the_last_of_steps_that_a_resumed_run_repeats(tmp_path):
-    run = Run("code", SIZE, ARMS["gshard"], START, 1, "core")
-    log, lines = [], []
-    for iteration in [*range(1, 13), *range(9, 21)]:
-        loss = 5.0 + iteration + (100 if iteration < 13 and len(lines) < 12 else 0)
-        log.append(
-            f" [2026-01-01] iteration {iteration:8}/      20 | consumed samples: 1 | elapsed time "
-            f"per iteration (ms): 10.0 | lm loss: {loss:.6E} | grad norm: 1.0"
-        )
-        if iteration % 10 == 0:
-            # With two rules that by prices is kept.
-            rule = " (price routing)" if iteration == 10 else ""
-            log.append(
-                f" validation loss at iteration {iteration}{rule} | lm loss value: 6.5E+00 | lm PPL"
-            )
-            if rule:
-                log.append(" validation loss at iteration 10 (flow routing) | lm loss value: 7.5 |")
-        lines.append(
-            {"iteration": iteration, "loads": [[4] * 16] * 4, "dropped": [0] * 4,
-             "maxvio": [0.5] * 4, "largest_gap": 0.0, "solves": 0, "solve_seconds": 0.0,
-             "step_seconds": 1.0}
-        )  # fmt: skip
-    log.append(
-        " validation loss at iteration 20 on validation set | lm loss value: 9.9E+00 | lm PPL"
-    )
-    (tmp_path / "log").write_text("\n".join(log))
-    (tmp_path / "stats.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    (tmp_path / "evaluation.json").write_text("{}")
-    line = study_runs.summary(run, tmp_path, 5.0)
-    expected = [105.0 + i if i < 9 else 5.0 + i for i in range(1, 21)]
-    assert line["train_loss"] == expected and line["solve_share"] is None
-    assert line["curve"] == {10: 6.5, 20: 6.5}
-    (tmp_path / "log").write_text("\n".join(log[:-3]))
-    with pytest.raises(study_runs.RunError, match="lacks steps"):
-        study_runs.summary(run, tmp_path, 5.0)
