@@ -201,7 +201,7 @@ def test_a_killed_run_of_the_study_goes_on_and_ends_alike(trained, tmp_path, mon
     monkeypatch.setattr(study_runs, "CURVE_POINTS", 3)
     _, data, _ = trained
     flags = re.sub(r"--mock-data.*--vocab-size 127|--split \S+|--(seed|lr) \S+", "", MODEL)
-    flags = re.sub(r"--eval-\S+ \S+", "", flags) + "--min-lr 1e-4"
+    flags = re.sub(r"--eval-\S+ \S+", "", flags) + " --min-lr 1e-4"
     size = Size("tiny", " ".join(flags.split()), 6, 512, 0.1, valid_sequences=8)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "custom").symlink_to(data)
