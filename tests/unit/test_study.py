@@ -15,7 +15,7 @@ from tools.study import report as study_report
 from tools.study import results as study_results
 from tools.study import runs as study_runs
 from tools.study.__main__ import Study, tuning_left
-from tools.study.arms import ARMS, CORE, FACTORIAL, SERVABLE, SIZES, START, Run, Setting
+from tools.study.arms import ARMS, CORE, FACTORIAL, ONE_FLAG, SERVABLE, SIZES, START, Run, Setting
 
 
 def test_paired_interval_is_students():
@@ -201,7 +201,7 @@ def made_up(tmp_path):
     generator = np.random.default_rng(1)
     lines = []
     arms = [(arm, "core") for arm in CORE] + [(arm, "factorial") for arm in FACTORIAL]
-    arms += [(arm, "servable") for arm in SERVABLE]
+    arms += [(arm, "servable") for arm in SERVABLE] + [(arm, "one_flag") for arm in ONE_FLAG]
     for place, (arm, purpose) in enumerate(arms):
         for seed in range(21, 26):
             run = Run("prose", SIZE, arm, START, seed, purpose)
@@ -248,6 +248,9 @@ def test_report_says_what_the_results_say(tmp_path):
         [of("aux", "defaults")[s] - of("maxscore", "defaults")[s] for s in range(100, 103)]
     )
     assert f"| MaxScore, aux loss 1e-1 | 3 | {aux:+.4f} [" in defaults
+    one_flag = text[text.index("### One flag") : text.index("### From when on")]
+    difference = np.mean([of("one_flag", "one_flag")[s] - of("dropless")[s] for s in range(21, 26)])
+    assert f"| dropless top-k's recipe and one flag | 5 | {difference:+.4f} [" in one_flag
     with (tmp_path / "runs.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(lines) and float(rows[0]["loss_own_rule"]) == pytest.approx(

@@ -5,6 +5,7 @@
     python -m tools.study --purposes tuning defaults    # what MaxScore's default should be
     python -m tools.study --purposes factorial  # is it the flow or the gates
     python -m tools.study --purposes servable   # what serving anywhere costs
+    python -m tools.study --purposes one_flag   # MaxScore in a recipe that was tuned for top-k
     python -m tools.study --purposes prices     # from when on prices serve
     python -m tools.study --size long --families prose_large --purposes core --seeds 5
     python -m tools.study --families custom --input my/texts --purposes tuning core
@@ -35,6 +36,7 @@ from .arms import (
     FACTORIAL,
     FAMILIES,
     LEARNING_RATES,
+    ONE_FLAG,
     SERVABLE,
     SIZES,
     Arm,
@@ -50,7 +52,7 @@ TUNING_SEED, FIRST_SEED = 100, 21
 SEEDS, DEFAULTS_SEEDS = 10, 5
 COMPARED = {
     "defaults": DEFAULTS, "core": CORE, "factorial": FACTORIAL, "servable": SERVABLE,
-    "prices": CORE[:1],
+    "one_flag": ONE_FLAG, "prices": CORE[:1],
 }  # fmt: skip
 PURPOSES = ("tuning", *COMPARED)
 # From when on prices serve: seeds of their own, evaluated on the way too.

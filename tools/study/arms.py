@@ -109,7 +109,9 @@ SERVABLE = (
         # ERNIE 4.5 has no place for a factor.
         f"{MAXSCORE} --maxscore-preset servable", factors=("1",),
     ),
-    # The recipe of the dropless arm, and one flag more: nothing is tuned for MaxScore.
+)  # fmt: skip
+# The recipe of the dropless arm, and one flag more: nothing is tuned for MaxScore.
+ONE_FLAG = (
     Arm(
         "one_flag", "dropless top-k's recipe and one flag", f"{_aux('1e-1')} {MAXSCORE}",
         Setting("2e-3", "4"),
@@ -118,10 +120,10 @@ SERVABLE = (
 # What may become MaxScore's default, and whether an aux loss belongs to its best use.
 DEFAULTS = (
     CORE[0],
-    *SERVABLE[:2],
+    *SERVABLE,
     Arm("aux", "MaxScore, aux loss 1e-1", f"{MAXSCORE} {_aux('1e-1')}", follows="maxscore"),
 )
-ARMS = {arm.name: arm for arm in (*CORE, *FACTORIAL, *SERVABLE, *DEFAULTS)}
+ARMS = {arm.name: arm for arm in (*CORE, *FACTORIAL, *SERVABLE, *ONE_FLAG, *DEFAULTS)}
 
 
 @dataclass(frozen=True)

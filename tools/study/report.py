@@ -385,11 +385,14 @@ def _section(family: str, size: str, lines: Lines, directory: Path) -> list[str]
     if found := by_arm(lines, "factorial"):
         parts += ["### The flow or the gates\n", main_table(found), factorial_table(core | found)]
     if found := by_arm(lines, "servable"):
-        parts += ["### What serving anywhere costs, and one flag alone\n", main_table(found)]
-        for reference in (OURS, "dropless"):
-            if reference in core:
-                parts.append(against_table(found, reference, core[reference]))
+        parts += ["### What serving anywhere costs\n", main_table(found)]
+        if OURS in core:
+            parts.append(against_table(found, OURS, core[OURS]))
         parts.append(inference_table(found))
+    if found := by_arm(lines, "one_flag"):
+        parts += ["### One flag in a recipe that was tuned for top-k\n", main_table(found)]
+        if "dropless" in core:
+            parts.append(against_table(found, "dropless", core["dropless"]))
     if found := by_arm(lines, "prices"):
         (own,) = found.values()
         price_curve(own, directory / f"{family}_{size}_prices.png")
