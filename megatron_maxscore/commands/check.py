@@ -212,8 +212,9 @@ def _validate(args: Any) -> None:
     from megatron.training import arguments
     from megatron.training.arguments import core_transformer_config_from_args
 
-    from megatron_maxscore.training.arguments import check_configuration
+    from megatron_maxscore.training.arguments import check_configuration, set_defaults
 
+    set_defaults(args)
     check_configuration(args)
     # Megatron's own function: our wrapper around it would also check files.
     arguments.validate_args.__wrapped__(args, {"tokenizer_type": "NullTokenizer"})

@@ -49,6 +49,8 @@ def describe(report: Report, given: set[str], is_cpu: bool) -> None:
 
 
 def _describe_flags(report: Report, given: set[str], args: Any, options: Any) -> None:
+    from megatron_maxscore.training.arguments import shown_aux_loss
+
     notes = {
         "moe_router_fusion": "MaxScore's own kernels take its place",
         "moe_router_force_load_balancing": (
@@ -57,14 +59,17 @@ def _describe_flags(report: Report, given: set[str], args: Any, options: Any) ->
         "moe_router_enable_expert_bias": "the bias holds MaxScore's prices",
         "moe_router_bias_update_rate": "ignored: prices set the bias",
         "moe_router_num_groups": "each token's groups are chosen by a flow, so that they balance",
-        "moe_router_load_balancing_type": (
-            "kept, and not needed for balance; it shapes what the router prefers"
-        ),
     }
     for name, text in notes.items():
         value = getattr(args, name, None)
         if name in given and value not in (None, False, "none", ["none"]):
             report.say("--" + name.replace("_", "-"), text)
+    is_default = "moe_aux_loss_coeff" not in given and args.moe_aux_loss_coeff != 0
+    report.say(
+        "auxiliary loss",
+        shown_aux_loss(args)
+        + (", MaxScore's default; --moe-aux-loss-coeff changes it" if is_default else ""),
+    )
     function = getattr(args, "moe_router_score_function", "softmax")
     gate = "SoftTopk of the logits" if options.gate == "soft_topk" else f"those of {function}"
     report.say("gates", f"{gate} (--maxscore-gate {options.gate})")

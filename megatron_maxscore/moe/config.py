@@ -89,7 +89,7 @@ class MaxScoreConfig:
         "auto",
         "What the flow maximises. scores: SoftTopk values, or with --maxscore-gate score the "
         "values of the score function. auto: scores with --moe-router-enable-expert-bias, which is "
-        "added to them, and logits otherwise.",
+        "added to them, and with --maxscore-preset servable; logits otherwise.",
     )
     eval_routing: Literal["both", "price", "flow"] = option(
         "both",
@@ -104,7 +104,7 @@ class MaxScoreConfig:
         "Positions of each sequence, and number of sequences, that every rank routes in every "
         "microbatch; 0 0 if they may differ. Where loads then follow from the shape, ranks need "
         "not tell each other how many tokens they send. Default: what --seq-length, "
-        "--micro-batch-size and the parallel sizes say; in an own training loop 0 0.",
+        "--micro-batch-size and the parallel sizes say; in a training loop of your own 0 0.",
         nargs=2,
         metavar=("LENGTH", "BATCH"),
     )

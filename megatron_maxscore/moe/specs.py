@@ -74,7 +74,7 @@ def _begin() -> Any:
         options = options_from_environment(MaxScoreConfig.from_transformer_config(args))
         # So the rest of the plugin, and checkpoints, see what they see with the launcher.
         options.write_to(args)
-        begin(args)
+        begin(args, is_validated=True)
         # With what follows from the arguments.
         install_layer_hook(MaxScoreConfig.from_transformer_config(args))
         if has_callable_specs():

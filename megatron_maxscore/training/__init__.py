@@ -40,21 +40,24 @@ def install() -> None:
         part.hook(_replacements)
 
 
-def begin(args: Any) -> None:
-    """Install every hook, if that is still to do, and check arguments.
+def begin(args: Any, *, is_validated: bool = False) -> None:
+    """Install every hook, if that is still to do, set our defaults and check arguments.
 
     Called by a patched fork's ``validate_args``, and by the specs for stock scripts.
 
     Args:
         args: Megatron's parsed arguments.
+        is_validated: whether Megatron has validated them. Then the auxiliary loss stays as it is.
 
     Raises:
         SystemExit: on every rank, after one line on rank 0, if the arguments cannot work.
     """
     install()
-    from megatron_maxscore.training.arguments import check_arguments, say_once
+    from megatron_maxscore.training.arguments import check_arguments, say_once, set_defaults
 
     try:
+        if not is_validated:
+            set_defaults(args)
         check_arguments(args)
         if args.moe_router_type == "maxscore":
             say_once(args)

@@ -20,6 +20,10 @@ from megatron_maxscore.releases import names_bound_early
 from megatron_maxscore.training.capacity import check_rank_capacity, fixed_shape
 from megatron_maxscore.training.machine import check_machine
 
+# Coefficient of Megatron's auxiliary loss where a command with MaxScore gives none. Loads are even
+# without it. It keeps the scores near balance too, so that the flow moves fewer tokens away from
+# the experts that they prefer; the study (docs/evidence/study.md) says what that is worth.
+AUX_LOSS_COEFFICIENT = 0.1
 # What a run writes, and how it evaluates, is not restored from the checkpoint of another.
 OF_THIS_RUN = (
     "maxscore_stats_", "maxscore_record_", "maxscore_eval_", "maxscore_fixed_",
@@ -67,6 +71,7 @@ def _type_of_formatter(base: Any) -> Any:
 
 def _with_our_checks(original: Any) -> Any:
     def validate_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
+        set_defaults(args)
         _check_environment(args)
         check_arguments(args)
         if args.moe_router_type == "maxscore":
@@ -99,11 +104,43 @@ def say_once(args: Any) -> None:
             "--moe-router-enable-expert-bias: the bias holds MaxScore's prices; "
             "--moe-router-bias-update-rate is ignored"
         )
+    _say(f"auxiliary loss: {shown_aux_loss(args)}")
     if getattr(args, "moe_router_force_load_balancing", False):
         _say(
             "warning: --moe-router-force-load-balancing replaces the router's logits by random "
             "ones, so the router learns nothing; it is for benchmarks, leave it out to train"
         )
+
+
+def set_defaults(args: Any) -> None:
+    """Set the auxiliary loss where a command with MaxScore does not.
+
+    Args:
+        args: parsed and not yet validated by Megatron, whose validation makes a coefficient of 0
+            that was given look like one that was not.
+    """
+    if args.moe_router_type != "maxscore":
+        return
+    is_aux_loss = args.moe_router_load_balancing_type in ("aux_loss", ["aux_loss"])
+    # Megatron's default is the number 0.0; its parser makes a list of what the command gives.
+    if is_aux_loss and args.moe_aux_loss_coeff == 0.0:
+        args.moe_aux_loss_coeff = AUX_LOSS_COEFFICIENT
+
+
+def shown_aux_loss(args: Any) -> str:
+    """Return the auxiliary losses in force and their coefficients, as text."""
+
+    def listed(value: Any) -> list[Any]:
+        return value if isinstance(value, list) else [value]
+
+    kinds = listed(args.moe_router_load_balancing_type)
+    coefficients = listed(args.moe_aux_loss_coeff)
+    used = [
+        f"{kind} times {coefficient:g}"
+        for kind, coefficient in zip(kinds, coefficients, strict=False)
+        if kind != "none" and coefficient
+    ]
+    return " and ".join(used) or "none"
 
 
 def check_arguments(args: Any) -> None:

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from megatron_maxscore import patch
-from tests.dist.training_runs import MAXSCORE, ROOT, TOPK, run, succeed
+from tests.dist.training_runs import ROOT, TOPK, run, succeed
 from tools.maintenance.releases import (
     NEWEST,
     RELEASES,
@@ -44,7 +44,7 @@ def fork(release, tmp_path_factory):
 
 def test_all_ways_in_train_alike(tmp_path, release, fork):
     stock = in_front(wheel(release))
-    flags = f"{MAXSCORE.replace('local', 'group')} {EP2}"
+    flags = f"--moe-router-type maxscore --maxscore-scope group {EP2}"
     statistics = tmp_path / "fork.jsonl"
     results = [
         succeed(
@@ -54,8 +54,8 @@ def test_all_ways_in_train_alike(tmp_path, release, fork):
         succeed(
             tmp_path / "spec",
             2,
-            "--moe-router-load-balancing-type none --spec megatron_maxscore.moe.specs gpt_layer "
-            f"{EP2}",
+            # A spec comes too late to set our default.
+            f"--moe-aux-loss-coeff 0.1 --spec megatron_maxscore.moe.specs gpt_layer {EP2}",
             module=CPU,
             environment={**stock, **OPTIONS},
         ),
@@ -64,6 +64,8 @@ def test_all_ways_in_train_alike(tmp_path, release, fork):
     launched = results[-1]
     assert len(launched.losses) == 4
     assert all(result.losses == launched.losses for result in results)
+    for result in results:
+        assert "auxiliary loss: aux_loss times 0.1" in result.output
     assert set(launched.validation) == {"(price routing)", "(flow routing)"}
     assert all(result.validation == launched.validation for result in results)
     for line in [*launched.statistics, *map(json.loads, statistics.read_text().splitlines())]:

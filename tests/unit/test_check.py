@@ -128,6 +128,42 @@ def test_a_launch_that_works():
         assert text in said, (text, done.stdout)
 
 
+# Flags of the auxiliary loss, and what is in force with MaxScore.
+AUX = {
+    "": "aux_loss times 0.1, MaxScore's default; --moe-aux-loss-coeff changes it",
+    "--moe-router-load-balancing-type aux_loss": (
+        "aux_loss times 0.1, MaxScore's default; --moe-aux-loss-coeff changes it"
+    ),
+    "--moe-aux-loss-coeff 0": "none",
+    "--moe-aux-loss-coeff 0.0 --moe-router-load-balancing-type aux_loss": "none",
+    "--moe-aux-loss-coeff 1e-3": "aux_loss times 0.001",
+    "--moe-router-load-balancing-type none": "none",
+    "--moe-router-load-balancing-type seq_aux_loss": "none",
+    "--moe-router-load-balancing-type aux_loss seq_aux_loss --moe-aux-loss-coeff 1e-2 1e-4": (
+        "aux_loss times 0.01 and seq_aux_loss times 0.0001"
+    ),
+}
+AUX_SCRIPT = """
+import json, sys
+from megatron_maxscore.commands.check import Launch, examine
+model, flags = sys.argv[1].split(), sys.argv[2:]
+found = {}
+for each in flags:
+    report = examine(Launch([*model, "--moe-router-type", "maxscore", *each.split()], 16))
+    found[each] = report.refusal or dict(report.notes)["auxiliary loss"]
+print("FOUND " + json.dumps(found))
+"""
+
+
+def test_auxiliary_loss_in_force():
+    done = subprocess.run(
+        [sys.executable, "-c", AUX_SCRIPT, " ".join(MODEL), *AUX],
+        capture_output=True, text=True, timeout=120, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.split("FOUND ")[1]) == AUX
+
+
 @pytest.mark.parametrize(
     ("flags", "where"),
     [

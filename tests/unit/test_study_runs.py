@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from tests.unit.study_lines import SIZE, result
+from tools.study import __main__ as study_main
 from tools.study import results as study_results
 from tools.study import runs as study_runs
-from tools.study.__main__ import minutes
 from tools.study.arms import ARMS, START, Run, Setting
 
 
@@ -30,8 +30,8 @@ def test_a_run_is_known_by_what_decides_its_result(tmp_path):
         dict(size=dataclasses.replace(SIZE, iterations=21)),
     ):  # fmt: skip
         assert results.of(dataclasses.replace(run, **change)) is None, change
-    assert minutes([run], results, jobs=2) == 0
-    assert minutes([dataclasses.replace(run, seed=2)], results, jobs=2) > 0
+    assert study_main.minutes([run], results, jobs=2) == 0
+    assert study_main.minutes([dataclasses.replace(run, seed=2)], results, jobs=2) > 0
 
 
 def test_results_of_several_processes_and_of_others(tmp_path):
@@ -44,6 +44,15 @@ def test_results_of_several_processes_and_of_others(tmp_path):
     path.write_text(path.read_text() + '{"key": "abc"}\n')
     with pytest.raises(ValueError, match="line 3, is no result of this study"):
         study_runs.Results(path)
+
+
+def test_a_second_study_in_the_same_place_is_refused(tmp_path, monkeypatch, capsys):
+    command = ["study", "--quick", "--output", str(tmp_path / "here"), "--data", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    (tmp_path / "here").mkdir()
+    with study_main.alone_in(tmp_path / "here"):
+        assert study_main.main() == 2
+    assert "another study is running in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

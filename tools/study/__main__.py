@@ -19,10 +19,12 @@ killed run goes on from its last checkpoint. At the end the report is written.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import os
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -223,6 +225,23 @@ def carry_out(arguments: argparse.Namespace, results: Results) -> None:
             carry_out_all(runs, *options)
 
 
+@contextlib.contextmanager
+def alone_in(directory: Path) -> Iterator[None]:
+    """Keep other studies out of the directory, whose runs they would mix with ours.
+
+    Raises:
+        ValueError: another study is there.
+    """
+    with (directory / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(
+                f"another study is running in {directory}; wait for it, or give another --output"
+            ) from None
+        yield
+
+
 def tuning_left(study: Study, arms: Sequence[Arm]) -> list[Run]:
     """Return the tuning runs that can be done now."""
     runs = [run for arm in arms for run in study.tuning_of(arm)[0]]
@@ -279,7 +298,8 @@ def main() -> int:
     try:
         results = Results(arguments.results or arguments.output / default)
         if not arguments.report_only:
-            carry_out(arguments, results)
+            with alone_in(arguments.output):
+                carry_out(arguments, results)
         if not results.lines:
             raise ValueError(f"{results.path} has no results to report")
         report.write(results.lines, arguments.report or arguments.output)

@@ -122,6 +122,19 @@ DEFAULTS = (
     CORE[0],
     *SERVABLE,
     Arm("aux", "MaxScore, aux loss 1e-1", f"{MAXSCORE} {_aux('1e-1')}", follows="maxscore"),
+    Arm("aux_weak", "MaxScore, aux loss 1e-2", f"{MAXSCORE} {_aux('1e-2')}", follows="maxscore"),
+    Arm(
+        "servable_aux",
+        "MaxScore, servable, sigmoid gates, aux loss 1e-1",
+        f"{SERVABLE[0].flags} {_aux('1e-1')}",
+        follows="servable_sigmoid",
+    ),
+    Arm(
+        "servable_aux_weak",
+        "MaxScore, servable, sigmoid gates, aux loss 1e-2",
+        f"{SERVABLE[0].flags} {_aux('1e-2')}",
+        follows="servable_sigmoid",
+    ),
 )
 ARMS = {arm.name: arm for arm in (*CORE, *FACTORIAL, *SERVABLE, *ONE_FLAG, *DEFAULTS)}
 
