@@ -12,7 +12,6 @@ export CUDA_DEVICE_MAX_CONNECTIONS=1
 torchrun --nproc-per-node "${GPUS:-8}" -m megatron_maxscore.launch examples/pretrain_gpt.py \
   --moe-router-type maxscore \
   --maxscore-scope local \
-  --moe-router-load-balancing-type none \
   --moe-token-dispatcher-type alltoall \
   --tensor-model-parallel-size 2 --sequence-parallel \
   --expert-model-parallel-size 8 --expert-tensor-parallel-size 1 \

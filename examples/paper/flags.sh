@@ -28,7 +28,7 @@ paper_router() {
   local maxscore="--moe-router-type maxscore"
   case "$1" in
     # Our defaults.
-    maxscore) echo "$maxscore --maxscore-scope local --moe-router-load-balancing-type none" ;;
+    maxscore) echo "$maxscore --maxscore-scope local" ;;
     # Near the released code: a problem for each sequence, softmax (k softmax times 1/2), the smaller
     # gate annealed over 30,000 steps, an aux loss; but with the optimal assignment instead of
     # greedy, then Hungarian, and with the loss over both choices instead of the first.

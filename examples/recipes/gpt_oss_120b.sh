@@ -10,6 +10,5 @@ start \
   --group-query-attention --num-query-groups 8 --kv-channels 64 --rotary-base 150000 \
   --seq-length 4096 --max-position-embeddings 4096 --vocab-size 201088 \
   --num-experts 128 --moe-ffn-hidden-size 2880 --moe-router-topk 4 \
-  --moe-router-load-balancing-type none \
   --expert-model-parallel-size 32 \
   --micro-batch-size 1 --global-batch-size 1024 "$@"

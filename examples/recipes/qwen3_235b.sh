@@ -11,7 +11,7 @@ start \
   --rotary-base 1000000 \
   --seq-length 4096 --max-position-embeddings 4096 --vocab-size 151936 \
   --num-experts 128 --moe-ffn-hidden-size 1536 --moe-router-topk 8 \
-  --moe-router-load-balancing-type none \
+  --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-3 \
   --expert-model-parallel-size 64 \
   --micro-batch-size 1 --global-batch-size 2048 \
   --cuda-graph-impl transformer_engine --cuda-graph-modules attn moe_router moe_preprocess "$@"

@@ -11,6 +11,6 @@ start \
   --rotary-base 1000000 \
   --seq-length 4096 --max-position-embeddings 4096 --vocab-size 151936 \
   --num-experts 128 --moe-ffn-hidden-size 768 --moe-router-topk 8 \
-  --moe-router-load-balancing-type none \
+  --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-3 \
   --expert-model-parallel-size 16 \
   --micro-batch-size 4 --global-batch-size 1024 "$@"

@@ -27,7 +27,6 @@ srun --kill-on-bad-exit=1 python -m torch.distributed.run \
   -m megatron_maxscore.launch "${SCRIPT:-examples/pretrain_gpt.py}" \
   --moe-router-type maxscore \
   --maxscore-scope local \
-  --moe-router-load-balancing-type none \
   --moe-token-dispatcher-type alltoall \
   --tensor-model-parallel-size 2 --sequence-parallel \
   --expert-model-parallel-size 8 --expert-tensor-parallel-size 1 \

@@ -53,10 +53,7 @@ TRAINING = """
 """
 # Top-k needs an auxiliary loss to balance; this is its usual coefficient.
 STOCK_ROUTER = "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2"
-MAXSCORE_ROUTER = (
-    "--moe-router-type maxscore --maxscore-scope local --moe-router-load-balancing-type none"
-)
-
+MAXSCORE_ROUTER = "--moe-router-type maxscore"
 
 # Of the first run, in the output directory: for the commands that use a trained model.
 CHECKPOINT = "checkpoint"

@@ -28,11 +28,13 @@ from megatron_maxscore.export.verify import bias_of, gates_of, load_served
 ROOT = Path(__file__).resolve().parents[2]
 BIAS = "--moe-router-score-function sigmoid --moe-router-enable-expert-bias"
 STOCK_BIAS = f"{BIAS} --moe-router-load-balancing-type none"
-OUR_BIAS = f"{demo.MAXSCORE_ROUTER} {BIAS}"
+# The figures in the documents were made without an auxiliary loss.
+OURS = f"{demo.MAXSCORE_ROUTER} --moe-router-load-balancing-type none"
+OUR_BIAS = f"{OURS} {BIAS}"
 # Each training as (router, last iteration) of its phases. One phase starts from the checkpoint of
 # the one before it.
 SWITCHES = {
-    "softmax: top-k, then MaxScore": [(demo.STOCK_ROUTER, 100), (demo.MAXSCORE_ROUTER, 150)],
+    "softmax: top-k, then MaxScore": [(demo.STOCK_ROUTER, 100), (OURS, 150)],
     "softmax: top-k all the time": [(demo.STOCK_ROUTER, 160)],
     "sigmoid with expert bias: stock, MaxScore, stock": [
         (STOCK_BIAS, 100), (OUR_BIAS, 150), (STOCK_BIAS, 160),
@@ -82,7 +84,7 @@ def groups(arguments: argparse.Namespace) -> Table:
     """Return the largest share of assignments outside a token's groups, over steps."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train("groups", f"{demo.MAXSCORE_ROUTER} {GROUPS}", GROUP_STEPS, arguments)
+    train("groups", f"{OURS} {GROUPS}", GROUP_STEPS, arguments)
     events = EventAccumulator(str(arguments.output / "groups"))
     events.Reload()
     shares = [event.value for event in events.Scalars("maxscore/outside_groups")]
@@ -96,7 +98,7 @@ def serving(arguments: argparse.Namespace) -> Table:
     table = Table("model", "precision", "tokens with other experts", "loss")
     bfloat16 = torch.bfloat16
     for title, function in (("ERNIE 4.5", "softmax"), ("GLM-4", "sigmoid")):
-        router = f"{demo.MAXSCORE_ROUTER} --maxscore-preset servable"
+        router = f"{OURS} --maxscore-preset servable"
         router += f" --moe-router-score-function {function}"
         train(function, router, LAST, arguments)
         served = arguments.output / f"{function}-served"
