@@ -212,7 +212,7 @@ def refused(record: dict[str, Any]) -> dict[str, list[str]]:
     rows = {}
     for item in features.REFUSALS:
         words = ", ".join(f"`{word}`" for word in item.words)
-        rows[f"{item.name}<br>names {words}"] = [
+        rows[f"{item.name}<br>the message has {words}"] = [
             cell(item, release) for release in record["releases"]
         ]
     return rows
@@ -282,7 +282,8 @@ def document() -> str:
         "bias, and equality of a prefix under padding); ours has the flow's properties tested "
         "instead. Refusals are off there: tests of dispatchers drop tokens on purpose.",
         "",
-        "| file | stock passes | of these ours | assume per-token top-k |",
+        "| file | tests that pass with the stock router | of these, pass with MaxScore | of these, "
+        "assume per-token top-k and do not apply |",
         "|---|---|---|---|",
         *(f"| {name} | {stock} | {ours} | {other} |" for name, stock, ours, other in UPSTREAM),
         "",
