@@ -75,7 +75,7 @@ def test_the_powers_on_the_page():
 
 def test_tuning_climbs_until_the_neighbours_are_worse(tmp_path):
     size = dataclasses.replace(SIZES["small"], iterations=20)
-    arm = ARMS["maxscore"]
+    arm = ARMS["servable_sigmoid"]
     study = Study("prose", size, "d", study_runs.Results(tmp_path / "results.jsonl"))
     assert [run.setting for run in study.tuning_of(arm)[0]] == [START] == [("2e-3", "4")]
     assert study.setting(arm) is None
@@ -96,17 +96,16 @@ def test_tuning_climbs_until_the_neighbours_are_worse(tmp_path):
     ]  # fmt: skip
 
 
-def test_settings_are_tuned_given_or_of_another_arm(tmp_path):
+def test_settings_are_tuned_or_given(tmp_path):
     size = dataclasses.replace(SIZES["small"], iterations=20)
     study = Study("prose", size, "d", study_runs.Results(tmp_path / "results.jsonl"))
-    arms = [ARMS["aux"], ARMS["servable_sigmoid"], ARMS["gshard"]]
+    arms = [ARMS["maxscore"], ARMS["servable_sigmoid"], ARMS["gshard"]]
     with pytest.raises(ValueError, match="maxscore, servable_sigmoid not tuned yet"):
         study.comparison(arms, [21], "core")
     tuned(study, ARMS["maxscore"], {"4e-3": -0.1, "x1": -0.2, "x2": -0.1})
     tuned(study, ARMS["servable_sigmoid"], {"2e-3": -0.1, "x4": -0.1})
-    aux, sigmoid, gshard = study.comparison(arms, [21], "core")
-    assert "--lr 4e-3" in aux.flags and "--moe-router-topk-scaling-factor" not in aux.flags
-    assert "--moe-aux-loss-coeff 1e-1" in aux.flags
+    ours, sigmoid, gshard = study.comparison(arms, [21], "core")
+    assert "--lr 4e-3" in ours.flags and "--moe-router-topk-scaling-factor" not in ours.flags
     assert sigmoid.flags.endswith("--moe-router-topk-scaling-factor 4")
     assert "--lr 2e-3" in gshard.flags and gshard.flags.endswith("-factor 2")
     on_device = dataclasses.replace(study, device="cuda")
@@ -197,7 +196,7 @@ def test_every_arm_has_its_own_flags():
 
 
 def made_up(tmp_path):
-    """Return results of all arms at seeds 21 to 25, and of tuning and the choice of defaults."""
+    """Return results of all arms at seeds 21 to 25, and of tuning."""
     generator = np.random.default_rng(1)
     lines = []
     arms = [(arm, "core") for arm in CORE] + [(arm, "factorial") for arm in FACTORIAL]
@@ -207,11 +206,9 @@ def made_up(tmp_path):
             run = Run("prose", SIZE, arm, START, seed, purpose)
             base = 4.0 + 0.03 * place + 0.1 * (seed - 20)
             lines.append(result(run, base + generator.normal(0, 0.005)))
-    for name in ("maxscore", "servable_softmax", "aux"):
-        for seed in (100, 101, 102):
-            purpose = "tuning" if seed == 100 and name != "aux" else "defaults"
-            run = Run("prose", SIZE, ARMS[name], START, seed, purpose)
-            lines.append(result(run, 4.0 + 0.1 * generator.normal() + (name == "aux")))
+    for name in ("maxscore", "servable_softmax"):
+        run = Run("prose", SIZE, ARMS[name], START, 100, "tuning")
+        lines.append(result(run, 4.0 + 0.1 * generator.normal()))
     for seed in (31, 32):
         run = Run("prose", SIZE, ARMS["maxscore"], START, seed, "prices", milestones=(5, 10))
         line = result(run, 4.0)
@@ -242,12 +239,6 @@ def test_report_says_what_the_results_say(tmp_path):
         for s in range(21, 26)
     ]  # fmt: skip
     assert f"| SoftTopk gates in place of softmax gates | 5 | {np.mean(gates):+.4f} ±" in text
-    defaults = text[text.index("What the default") : text.index("### Tuning")]
-    assert "| MaxScore, servable, softmax gates | 3 |" in defaults, "tuning's seed counts"
-    aux = np.mean(
-        [of("aux", "defaults")[s] - of("maxscore", "defaults")[s] for s in range(100, 103)]
-    )
-    assert f"| MaxScore, aux loss 1e-1 | 3 | {aux:+.4f} [" in defaults
     one_flag = text[text.index("### One flag") : text.index("### From when on")]
     difference = np.mean([of("one_flag", "one_flag")[s] - of("dropless")[s] for s in range(21, 26)])
     assert f"| dropless top-k's recipe and one flag | 5 | {difference:+.4f} [" in one_flag

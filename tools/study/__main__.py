@@ -2,7 +2,6 @@
 
     python -m tools.study --quick               # ten minutes, to see it work
     python -m tools.study                       # tuning, then ten seeds of the core arms
-    python -m tools.study --purposes tuning defaults    # what MaxScore's default should be
     python -m tools.study --purposes factorial  # is it the flow or the gates
     python -m tools.study --purposes servable   # what serving anywhere costs
     python -m tools.study --purposes one_flag   # MaxScore in a recipe that was tuned for top-k
@@ -34,7 +33,6 @@ from . import data, report
 from .arms import (
     ARMS,
     CORE,
-    DEFAULTS,
     FACTORIAL,
     FAMILIES,
     LEARNING_RATES,
@@ -49,12 +47,12 @@ from .arms import (
 from .results import compared_loss
 from .runs import ROOT, Results, carry_out_all
 
-# No seed is used for two purposes, and none by the first study (1 to 5, 11, 100).
-TUNING_SEED, FIRST_SEED = 100, 21
-SEEDS, DEFAULTS_SEEDS = 10, 5
+# No seed is used for two purposes. The seeds 101 to 104 decided MaxScore's defaults, and the first
+# study used 1 to 5 and 11; both tuned on 100.
+TUNING_SEED, FIRST_SEED, SEEDS = 100, 21, 10
 COMPARED = {
-    "defaults": DEFAULTS, "core": CORE, "factorial": FACTORIAL, "servable": SERVABLE,
-    "one_flag": ONE_FLAG, "prices": CORE[:1],
+    "core": CORE, "factorial": FACTORIAL, "servable": SERVABLE, "one_flag": ONE_FLAG,
+    "prices": CORE[:1],
 }  # fmt: skip
 PURPOSES = ("tuning", *COMPARED)
 # From when on prices serve: seeds of their own, evaluated on the way too.
@@ -130,7 +128,6 @@ class Study:
 
         Other sizes and texts than those that were tuned on take the best setting on record.
         """
-        arm = ARMS[arm.follows] if arm.follows else arm
         if arm.setting is not None:
             return arm.setting
         if self.size.name == "quick":
@@ -159,7 +156,7 @@ class Study:
             ValueError: an arm is not tuned.
         """
         settings = {arm.name: self.setting(arm) for arm in arms}
-        missing = {arm.follows or arm.name for arm in arms if settings[arm.name] is None}
+        missing = {arm.name for arm in arms if settings[arm.name] is None}
         if missing:
             raise ValueError(
                 f"{self.family}: {', '.join(sorted(missing))} not tuned yet; add tuning to "
@@ -196,7 +193,7 @@ def carry_out(arguments: argparse.Namespace, results: Results) -> None:
 
     compared = {name: wanted(COMPARED[name]) for name in COMPARED if name in arguments.purposes}
     arms = [arm for each in compared.values() for arm in each] or wanted(ARMS.values())
-    tuned = [arm for arm in arms if arm.setting is None and not arm.follows]
+    tuned = [arm for arm in arms if arm.setting is None]
     if not (any(compared.values()) or (tuned and "tuning" in arguments.purposes)):
         raise ValueError(
             f"--arms {' '.join(arguments.arms)} has no runs for --purposes "
@@ -214,9 +211,6 @@ def carry_out(arguments: argparse.Namespace, results: Results) -> None:
                 carry_out_all(left, *options)
         for purpose, own in compared.items():
             first, count = FIRST_SEED, arguments.seeds
-            if purpose == "defaults":
-                # Decided where the tuning was, before the seeds that count are touched.
-                first, count = TUNING_SEED, DEFAULTS_SEEDS
             if purpose == "prices":
                 first, count = PRICES_SEED, min(arguments.seeds, PRICES_SEEDS)
             seeds = range(first, first + count)

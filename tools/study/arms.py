@@ -14,7 +14,7 @@ from megatron_maxscore.commands.demo import MODEL
 NO_AUX = "--moe-router-load-balancing-type none"
 MAXSCORE = "--moe-router-type maxscore"
 # Part of every run's key: results of another revision of the study do not count.
-REVISION = 2
+REVISION = 3
 # What tuning climbs on: peak learning rates, and factors on the gates of the chosen experts
 # (--moe-router-topk-scaling-factor).
 LEARNING_RATES = ("1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2")
@@ -28,7 +28,7 @@ class Setting(NamedTuple):
     factor: str
 
 
-# Where tuning begins: at the setting that most arms of the first study ended with.
+# Where tuning begins: at the setting that most arms ended with before.
 START = Setting("2e-3", "4")
 
 
@@ -41,7 +41,7 @@ class Arm:
         title: in tables.
         flags: of the router.
         setting: learning rate and factor that the first study has found; None if they are tuned.
-        follows: arm whose tuned setting is taken, for an arm that has none of its own.
+        start: where tuning begins.
         factors: what tuning may multiply the gates by.
     """
 
@@ -49,13 +49,8 @@ class Arm:
     title: str
     flags: str
     setting: Setting | None = None
-    follows: str = ""
+    start: Setting = START
     factors: tuple[str, ...] = FACTORS
-
-    @property
-    def start(self) -> Setting:
-        """Return where tuning begins."""
-        return START if START.factor in self.factors else Setting(START.learning_rate, "1")
 
 
 def _aux(coefficient: str) -> str:
@@ -68,7 +63,7 @@ _BIAS = (
 )
 CORE = (
     # One flag, and what the product makes of it.
-    Arm("maxscore", "MaxScore", MAXSCORE),
+    Arm("maxscore", "MaxScore", MAXSCORE, start=Setting("4e-3", "4")),
     Arm("dropless", "dropless top-k, aux loss", _aux("1e-1"), Setting("2e-3", "4")),
     Arm("bias", "top-k, expert bias", _BIAS, Setting("2e-3", "4")),
     Arm(
@@ -107,7 +102,7 @@ SERVABLE = (
     Arm(
         "servable_softmax", "MaxScore, servable, softmax gates",
         # ERNIE 4.5 has no place for a factor.
-        f"{MAXSCORE} --maxscore-preset servable", factors=("1",),
+        f"{MAXSCORE} --maxscore-preset servable", start=Setting("2e-3", "1"), factors=("1",),
     ),
 )  # fmt: skip
 # The recipe of the dropless arm, and one flag more: nothing is tuned for MaxScore.
@@ -117,26 +112,7 @@ ONE_FLAG = (
         Setting("2e-3", "4"),
     ),
 )  # fmt: skip
-# What may become MaxScore's default, and whether an aux loss belongs to its best use.
-DEFAULTS = (
-    CORE[0],
-    *SERVABLE,
-    Arm("aux", "MaxScore, aux loss 1e-1", f"{MAXSCORE} {_aux('1e-1')}", follows="maxscore"),
-    Arm("aux_weak", "MaxScore, aux loss 1e-2", f"{MAXSCORE} {_aux('1e-2')}", follows="maxscore"),
-    Arm(
-        "servable_aux",
-        "MaxScore, servable, sigmoid gates, aux loss 1e-1",
-        f"{SERVABLE[0].flags} {_aux('1e-1')}",
-        follows="servable_sigmoid",
-    ),
-    Arm(
-        "servable_aux_weak",
-        "MaxScore, servable, sigmoid gates, aux loss 1e-2",
-        f"{SERVABLE[0].flags} {_aux('1e-2')}",
-        follows="servable_sigmoid",
-    ),
-)
-ARMS = {arm.name: arm for arm in (*CORE, *FACTORIAL, *SERVABLE, *ONE_FLAG, *DEFAULTS)}
+ARMS = {arm.name: arm for arm in (*CORE, *FACTORIAL, *SERVABLE, *ONE_FLAG)}
 
 
 @dataclass(frozen=True)

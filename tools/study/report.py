@@ -401,10 +401,6 @@ def _section(family: str, size: str, lines: Lines, directory: Path) -> list[str]
             milestones_table(own),
             f"![Loss and maxvio by prices over training]({family}_{size}_prices.png)\n",
         ]
-    if found := by_arm(lines, "defaults"):
-        parts += ["### What the default should be\n", main_table(found)]
-        if OURS in found:
-            parts.append(against_table(found, OURS, found[OURS]))
     if found := by_arm(lines, "tuning"):
         parts += ["### Tuning\n", tuning_table(lines)]
     revisions = sorted({f"{li['revision']} (sources {li['code']})" for li in lines})

@@ -153,9 +153,7 @@ def by_arm(lines: Lines, purpose: str) -> dict[str, Lines]:
         own = [line for line in of_arm if line["purpose"] == purpose]
         if own and purpose != "tuning":
             last = _setting(own[-1])
-            # A run that was made in tuning is not made again where defaults are compared.
-            purposes = (purpose, "tuning") if purpose == "defaults" else (purpose,)
-            own = [li for li in of_arm if li["purpose"] in purposes and _setting(li) == last]
+            own = [line for line in own if _setting(line) == last]
         if own:
             found[name] = sorted(own, key=lambda line: line["seed"])
     return found
