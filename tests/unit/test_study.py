@@ -206,6 +206,9 @@ def made_up(tmp_path):
             run = Run("prose", SIZE, arm, START, seed, purpose)
             base = 4.0 + 0.03 * place + 0.1 * (seed - 20)
             lines.append(result(run, base + generator.normal(0, 0.005)))
+    for seed in (21, 22):
+        run = Run("prose", SIZE, ARMS["quantile_capacity"], START, seed, "quantile")
+        lines.append(result(run, 4.0, dropped_by_step=[0.8] * 5 + [0.1 * (seed - 20)] * 15))
     for name in ("maxscore", "servable_softmax"):
         run = Run("prose", SIZE, ARMS[name], START, 100, "tuning")
         lines.append(result(run, 4.0 + 0.1 * generator.normal()))
@@ -242,6 +245,8 @@ def test_report_says_what_the_results_say(tmp_path):
     one_flag = text[text.index("### One flag") : text.index("### From when on")]
     difference = np.mean([of("one_flag", "one_flag")[s] - of("dropless")[s] for s in range(21, 26)])
     assert f"| dropless top-k's recipe and one flag | 5 | {difference:+.4f} [" in one_flag
+    assert "| router that drops | seeds | steps 1 to 5 | steps 6 to 20 |" in text
+    assert "| quantile balancing, capacity 1, drops | 2 | 80.0% | 15.0% |" in text
     with (tmp_path / "runs.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(lines) and float(rows[0]["loss_own_rule"]) == pytest.approx(

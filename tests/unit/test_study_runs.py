@@ -165,7 +165,8 @@ def test_summary_keeps_the_last_of_steps_that_a_resumed_run_repeats(tmp_path):
             if rule:
                 log.append(" validation loss at iteration 10 (flow routing) | lm loss value: 7.5 |")
         lines.append(
-            {"iteration": iteration, "loads": [[4] * 16] * 4, "dropped": [0] * 4,
+            {"iteration": iteration, "loads": [[4] * 16] * 4,
+             "dropped": [0, 64, 0, 0] if iteration == 20 else [0] * 4,
              "maxvio": [0.5] * 4, "largest_gap": 0.0, "solves": 0, "solve_seconds": 0.0,
              "step_seconds": 1.0}
         )  # fmt: skip
@@ -179,6 +180,8 @@ def test_summary_keeps_the_last_of_steps_that_a_resumed_run_repeats(tmp_path):
     expected = [105.0 + i if i < 9 else 5.0 + i for i in range(1, 21)]
     assert line["train_loss"] == expected and line["solve_share"] is None
     assert line["curve"] == {10: 6.5, 20: 6.5}
+    # 4 layers with 64 assignments each have arrived.
+    assert line["dropped_by_step"] == [0.0] * 19 + [0.2]
     (tmp_path / "log").write_text("\n".join(log[:-3]))
     with pytest.raises(study_runs.RunError, match="lacks steps"):
         study_runs.summary(run, tmp_path, 5.0)

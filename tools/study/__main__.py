@@ -5,6 +5,7 @@
     python -m tools.study --purposes factorial  # is it the flow or the gates
     python -m tools.study --purposes servable   # what serving anywhere costs
     python -m tools.study --purposes one_flag   # MaxScore in a recipe that was tuned for top-k
+    python -m tools.study --purposes quantile   # what quantile balancing drops at capacity 1
     python -m tools.study --purposes prices     # from when on prices serve
     python -m tools.study --size long --families prose_large --purposes core --seeds 5
     python -m tools.study --families custom --input my/texts --purposes tuning core
@@ -37,6 +38,7 @@ from .arms import (
     FAMILIES,
     LEARNING_RATES,
     ONE_FLAG,
+    QUANTILE,
     SERVABLE,
     SIZES,
     Arm,
@@ -52,7 +54,7 @@ from .runs import ROOT, Results, carry_out_all
 TUNING_SEED, FIRST_SEED, SEEDS = 100, 21, 10
 COMPARED = {
     "core": CORE, "factorial": FACTORIAL, "servable": SERVABLE, "one_flag": ONE_FLAG,
-    "prices": CORE[:1],
+    "quantile": QUANTILE, "prices": CORE[:1],
 }  # fmt: skip
 PURPOSES = ("tuning", *COMPARED)
 # From when on prices serve: seeds of their own, evaluated on the way too.

@@ -33,6 +33,8 @@ OURS = "maxscore"
 # when it decodes.
 MOST_LOSS, MOST_MAXVIO, MOST_DECODING = 0.01, 0.25, 1e-5
 LEAST_SEEDS = 5
+# Ends of the spans of training steps for which the dropped share is given.
+DROP_STEPS = (5, 20, 50, 100, 200)
 # What a router's loss may be higher by and still count as not worse, nats per token: half a percent
 # of the first study's mean loss of dropless top-k, 3.864.
 MARGIN = 0.019
@@ -214,6 +216,21 @@ def milestones_table(lines: Lines) -> str:
     return _markdown(headings, rows)
 
 
+def drops_table(arms: dict[str, Lines]) -> str:
+    """Return the table of the share of assignments that are dropped, over training."""
+    steps = next(iter(arms.values()))[0]["iterations"]
+    ends = [*(end for end in DROP_STEPS if end < steps), steps]
+    spans = list(zip([0, *ends[:-1]], ends, strict=True))
+    rows = []
+    for name, lines in arms.items():
+        if all("dropped_by_step" in line for line in lines):
+            shares_SI = np.array([line["dropped_by_step"] for line in lines])
+            found = [f"{shares_SI[:, first:end].mean():.1%}" for first, end in spans]
+            rows.append([ARMS[name].title, str(len(lines)), *found])
+    headings = [f"steps {first + 1} to {end}" for first, end in spans]
+    return _markdown(["router that drops", "seeds", *headings], rows)
+
+
 def tuning_table(lines: Lines) -> str:
     """Return the table of tuning runs, the lowest loss of each arm marked."""
     rows = []
@@ -393,6 +410,12 @@ def _section(family: str, size: str, lines: Lines, directory: Path) -> list[str]
         parts += ["### One flag in a recipe that was tuned for top-k\n", main_table(found)]
         if "dropless" in core:
             parts.append(against_table(found, "dropless", core["dropless"]))
+    if found := by_arm(lines, "quantile"):
+        parts += [
+            "### Quantile balancing with capacity 1\n",
+            main_table(found),
+            drops_table(core | found),
+        ]
     if found := by_arm(lines, "prices"):
         (own,) = found.values()
         price_curve(own, directory / f"{family}_{size}_prices.png")

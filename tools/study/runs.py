@@ -241,6 +241,9 @@ def summary(run: Run, directory: Path, seconds: float) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "evaluation": evaluation,
     }
+    if dropped.any():
+        share_I = dropped.sum(1) / (dropped.sum(1) + loads_ILE.sum((1, 2)))
+        line["dropped_by_step"] = [round(float(share), 4) for share in share_I]
     if run.milestones:
         line["milestones"] = {
             step: json.loads((directory / f"evaluation-{step}.json").read_text())["rules"]
