@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 
-from tests.dist.training_runs import MODEL, ROOT, succeed
+from tests import forked
+from tests.dist.training_runs import MODEL, succeed
 
 WORDS = "token expert capacity price residual flow score gap sweep dual bound load".split()
 # The model without its made-up data, which real text takes the place of.
@@ -20,10 +19,7 @@ assert "mock" not in MODEL_ON_TEXT
 
 def tool(name, *arguments, **kwargs):
     """Run a command of the package and return its result."""
-    return subprocess.run(
-        [sys.executable, "-m", "megatron_maxscore", name, *map(str, arguments)],
-        capture_output=True, text=True, timeout=900, cwd=ROOT, **kwargs,
-    )  # fmt: skip
+    return forked.python("-m", "megatron_maxscore", name, *arguments, timeout=900, **kwargs)
 
 
 def prepare_words(directory):

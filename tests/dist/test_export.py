@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import torch
 
 from megatron_maxscore.commands import demo
 from megatron_maxscore.export.directory import read_weights as weights_of
+from tests import forked
 from tests.dist import checkpoint_runs
 from tests.dist.checkpoint_runs import local_task, of_data, prepare_words, tool
 from tests.dist.training_runs import ROOT, succeed
@@ -59,13 +59,9 @@ def exported(request, data, tmp_path_factory):
 
 def agreement(checkpoint, served, data):
     """Return what the probe finds of a checkpoint and its exported model."""
-    done = subprocess.run(
-        [
-            sys.executable, "tests/dist/agreement_probe.py", str(checkpoint), str(served),
-            f"{data}/valid_text_document",
-        ],
-        capture_output=True, text=True, timeout=600, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    done = forked.python(
+        "tests/dist/agreement_probe.py", checkpoint, served, f"{data}/valid_text_document",
+        timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.split("AGREEMENT ")[1])
@@ -102,7 +98,9 @@ def test_evaluation_and_harness_give_the_same_numbers(exported, data, tmp_path):
         price = json.loads(output.read_text())["rules"]["price"]
         losses.append(price["loss"])
         loads.append(torch.tensor(price["loads"]))
-        done = tool("harness", "--checkpoint", model, "--output", output, *task, env=environment)
+        done = tool(
+            "harness", "--checkpoint", model, "--output", output, *task, environment=environment
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         scores.append(json.loads(output.read_text()))
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+from tests import forked
 from tests.dist.checkpoint_runs import MODEL_ON_TEXT, local_task, prepare_words, tool, train
-from tests.dist.training_runs import MAXSCORE, MODEL, ROOT, succeed
+from tests.dist.training_runs import MAXSCORE, MODEL, succeed
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_the_study_evaluates_by_its_own_flags(trained, tmp_path):
     (tmp_path / "checkpoint").symlink_to(checkpoint)
     run = Run("custom", size, ARMS["gshard"], START, 1, "core")
     command = study_runs.evaluation_command(run, tmp_path, tmp_path)
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
+    done = forked.python(*command[1:])
     assert done.returncode == 0, done.stderr[-3000:]
     rules = json.loads((tmp_path / "evaluation.json").read_text())["rules"]
     assert list(rules) == ["own", "no drops"]
@@ -95,10 +95,7 @@ def test_generation(trained):
 
 def in_process(script, *arguments):
     """Run a script that restores a checkpoint, which a process can do once."""
-    return subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        capture_output=True, text=True, timeout=300, cwd=ROOT,
-    )  # fmt: skip
+    return forked.python("-c", script, *arguments, timeout=300)
 
 
 NULL_TOKENIZER = """
@@ -290,10 +287,7 @@ print("OK")
 
 def test_restored_arguments_and_scores(trained):
     checkpoint, _, _ = trained
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE, str(checkpoint)],
-        capture_output=True, text=True, cwd=ROOT, timeout=300,
-    )  # fmt: skip
+    done = in_process(PROBE, checkpoint)
     assert done.returncode == 0 and "OK" in done.stdout, done.stderr[-3000:]
 
 
@@ -301,7 +295,9 @@ def test_harness_on_a_local_task(trained, tmp_path):
     checkpoint, _, _ = trained
     task, environment = local_task(tmp_path)
     output = tmp_path / "found.json"
-    done = tool("harness", "--checkpoint", checkpoint, "--output", output, *task, env=environment)
+    done = tool(
+        "harness", "--checkpoint", checkpoint, "--output", output, *task, environment=environment
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     # Words of the text are likelier than letters that it does not have.
     assert json.loads(output.read_text())["local_items"]["acc,none"] == 1.0

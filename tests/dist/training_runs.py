@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from megatron_maxscore.cpu.arguments import WITHOUT_TRANSFORMER_ENGINE
+from tests import forked
 from tools.soak.runs import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,7 +61,7 @@ def run(
     timeout: float = 240.0,
     model: str = MODEL,
 ) -> Result:
-    """Run a training script under torchrun.
+    """Run a training script as torchrun would, or under torchrun if another Megatron is in front.
 
     Args:
         directory: for the losses, statistics and data cache of this run.
@@ -76,27 +77,34 @@ def run(
     losses, stats = directory / "losses", directory / "stats.jsonl"
     for path in (losses, stats):
         path.unlink(missing_ok=True)
-    command = (
-        f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node {ranks} "
-        f"-m {module} {script} {model} --data-cache-path {directory}/cache {flags}"
-    )
+    flags = f"{script} {model} --data-cache-path {directory}/cache {flags}"
     if "launch" in module:
-        command += f" --maxscore-stats-file {stats}"
-    process = subprocess.Popen(
-        shlex.split(command),
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "EXACT_LOSSES": str(losses),
-            # Aborted, a rank shows where its threads are.
-            "PYTHONFAULTHANDLER": "1",
-            **(environment or {}),
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+        flags += f" --maxscore-stats-file {stats}"
+    command = shlex.split(f"-m {module} {flags}")
+    environment = {"OMP_NUM_THREADS": "1", "EXACT_LOSSES": str(losses), **(environment or {})}
+    if "PYTHONPATH" in environment:
+        done = _torchrun(command, ranks, environment, timeout)
+    else:
+        done = forked.python(*command, ranks=ranks, environment=environment, timeout=timeout)
+    return Result(
+        done.returncode,
+        done.stdout,
+        losses.read_text().split() if losses.exists() else [],
+        [json.loads(line) for line in stats.read_text().splitlines()] if stats.exists() else [],
     )
+
+
+def _torchrun(
+    command: list[str], ranks: int, environment: dict[str, str], timeout: float
+) -> forked.Done:
+    """Start real processes, with another Megatron in front on the path."""
+    # Aborted, a rank shows where its threads are.
+    environment = {**os.environ, "PYTHONFAULTHANDLER": "1", **environment}
+    launcher = f"-m torch.distributed.run --standalone --nproc-per-node {ranks}".split()
+    process = subprocess.Popen(
+        [sys.executable, *launcher, *command], cwd=ROOT, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -107,13 +115,8 @@ def run(
         except subprocess.TimeoutExpired:
             process.kill()
             output, _ = process.communicate()
-        raise AssertionError(f"the run hung; its output:\n{output[-12000:]}") from None
-    return Result(
-        process.returncode,
-        output,
-        losses.read_text().split() if losses.exists() else [],
-        [json.loads(line) for line in stats.read_text().splitlines()] if stats.exists() else [],
-    )
+        raise forked.HungError(f"the run hung; its output:\n{output[-12000:]}") from None
+    return forked.Done(process.returncode, output, "")
 
 
 def succeed(*args, **kwargs) -> Result:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests import example_recipes
+from tests import example_recipes, forked
 from tests.recipes import BENCHMARK, RECIPES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,9 +28,7 @@ print("FOUND " + json.dumps(found))
 
 @pytest.fixture(scope="module")
 def recipes():
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=240, cwd=ROOT
-    )
+    done = forked.python("-c", SCRIPT)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.split("FOUND ")[1])
 
@@ -76,10 +72,7 @@ def test_what_is_said_of_a_recipe(recipes, name):
 
 
 def test_layers_of_every_recipe():
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.recipe_layers"],
-        capture_output=True, text=True, timeout=240, cwd=ROOT,
-    )  # fmt: skip
+    done = forked.python("-m", "tests.recipe_layers")
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.split("FOUND ")[1])
     assert found.keys() == RECIPES.keys()
@@ -101,10 +94,7 @@ def test_layers_of_every_recipe():
 
 
 def check(*command):
-    return subprocess.run(
-        [sys.executable, "-m", "megatron_maxscore", "check", *command],
-        capture_output=True, text=True, timeout=120, cwd=ROOT,
-    )  # fmt: skip
+    return forked.python("-m", "megatron_maxscore", "check", *command)
 
 
 MODEL = (
@@ -156,10 +146,7 @@ print("FOUND " + json.dumps(found))
 
 
 def test_auxiliary_loss_in_force():
-    done = subprocess.run(
-        [sys.executable, "-c", AUX_SCRIPT, " ".join(MODEL), *AUX],
-        capture_output=True, text=True, timeout=120, cwd=ROOT,
-    )  # fmt: skip
+    done = forked.python("-c", AUX_SCRIPT, " ".join(MODEL), *AUX)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.split("FOUND ")[1]) == AUX
 

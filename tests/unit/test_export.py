@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +11,7 @@ import torch
 
 from megatron_maxscore.export import FORMATS, choose, weights
 from megatron_maxscore.export.directory import appearing, check_free, read_config, read_weights
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = (
@@ -103,10 +102,7 @@ CASES = {
 def found():
     """Return the reasons of all cases, from one process, since Megatron is changed by it."""
     flags = {name: case[0] for name, case in CASES.items()}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.export_probe", json.dumps(flags)],
-        capture_output=True, text=True, timeout=240, cwd=ROOT,
-    )  # fmt: skip
+    done = forked.python("-m", "tests.export_probe", json.dumps(flags))
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.split("FOUND ")[1])
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import forked
 from tools.benchmarks import paper_models
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "examples" / "paper"
@@ -59,14 +60,9 @@ def test_scripts_parse(script):
 )
 def test_megatron_builds_them_on_the_meta_device(size, router):
     import json
-    import os
-    import sys
 
-    done = subprocess.run(
-        [sys.executable, paper_models.__file__, size, router],
-        capture_output=True, text=True, cwd=paper_models.ROOT, timeout=240,
-        env={**os.environ, "PYTHONPATH": str(paper_models.ROOT), "MASTER_PORT": "29581"},
-    )  # fmt: skip
+    environment = {"MASTER_PORT": "29581"}
+    done = forked.python(paper_models.__file__, size, router, environment=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     counts = json.loads(done.stdout.splitlines()[-1])
     by_hand = used_parameters(paper_models.flags_of(size, router))
