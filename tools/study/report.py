@@ -87,7 +87,7 @@ def main_table(arms: dict[str, Lines]) -> str:
     headings = [
         "router", "seeds", "validation loss, own rule ± standard error", "other rule",
         "maxvio over the validation text, worst layer", "sum of a token's gates",
-        "training loss, last tenth *", "maxvio of a micro-batch in training, mean", "and max",
+        "training loss, last tenth *", "maxvio of a microbatch in training, mean", "and max",
         "dropped in training",
         "solver's share of the step", "ms per step",
     ]  # fmt: skip
