@@ -9,6 +9,7 @@
     python -m tools.study --purposes prices     # from when on prices serve
     python -m tools.study --size long --families prose_large --purposes core --seeds 5
     python -m tools.study --families custom --input my/texts --purposes tuning core
+    python -m tools.study --results docs/evidence/study/results.jsonl --repeat KEY  # one run again
 
 Every arm starts from the same weights and sees the same data in the same order; what differs are
 the router's flags, the learning rate and a factor on the gates. Runs go through the launcher and
@@ -47,7 +48,7 @@ from .arms import (
     Size,
 )
 from .results import compared_loss
-from .runs import ROOT, Results, carry_out_all
+from .runs import ROOT, Results, carry_out_all, code_digest
 
 # No seed is used for two purposes. The seeds 101 to 104 decided MaxScore's defaults, and the first
 # study used 1 to 5 and 11; both tuned on 100.
@@ -59,6 +60,8 @@ COMPARED = {
 PURPOSES = ("tuning", *COMPARED)
 # From when on prices serve: seeds of their own, evaluated on the way too.
 PRICES_SEED, PRICES_SEEDS, MILESTONES = 31, 3, (20, 50, 100, 300)
+# A run that is made again on the same kind of machine has the same loss, to this many nats.
+SAME_LOSS = 1e-6
 # An arm's tuning runs, if its best is not far.
 TUNING_RUNS = 7
 # What a run takes besides its steps: two starts, validation on the way, evaluation at the end.
@@ -238,6 +241,43 @@ def alone_in(directory: Path) -> Iterator[None]:
         yield
 
 
+def repeat(key: str, arguments: argparse.Namespace, results: Results) -> bool:
+    """Make a recorded run again, say what came of it, and return whether it is the same.
+
+    Args:
+        key: of the recorded run.
+        arguments: of the command; what follows from the record is taken from there.
+        results: with the record; they stay as they are.
+
+    Raises:
+        ValueError: there is no such record, or this checkout or text would make another run of it.
+    """
+    record = next((line for line in results.lines if line["key"] == key), None)
+    if record is None:
+        raise ValueError(
+            f"{results.path} has no run with the key {key!r}; each line begins with one"
+        )
+    directory = data.prepare(record["family"], arguments.data, arguments.input)
+    again = Results(arguments.output / f"repeat-{key}.jsonl")
+    again.lines = []
+    study = Study(
+        record["family"], SIZES[record["size"]], data.digest(directory), again, record["device"]
+    )
+    setting = Setting(record["learning_rate"], record["factor"])
+    run = study.run(ARMS[record["arm"]], setting, record["seed"], record["purpose"])
+    if run.key != key:
+        raise ValueError(
+            f"here the run {run.title} has the key {run.key}, not {key}: the text or the flags are "
+            f"others (text {study.data}, recorded {record['data']}); check out {record['revision']}"
+        )
+    if record["code"] != code_digest():
+        print(f"recorded with other sources, those of {record['revision']}", flush=True)
+    carry_out_all([run], arguments.data, arguments.output / "runs", again, 1, arguments.keep)
+    before, now = compared_loss(record), compared_loss(again.lines[-1])
+    print(f"validation loss: recorded {before:.9f}, now {now:.9f}, difference {now - before:.1e}")
+    return abs(now - before) <= SAME_LOSS
+
+
 def tuning_left(study: Study, arms: Sequence[Arm]) -> list[Run]:
     """Return the tuning runs that can be done now."""
     runs = [run for arm in arms for run in study.tuning_of(arm)[0]]
@@ -273,6 +313,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, help="default: results.jsonl in --output")
     parser.add_argument("--report", type=Path, help="directory; default: --output")
     parser.add_argument("--keep", action="store_true", help="keep checkpoints and logs")
+    parser.add_argument("--repeat", metavar="KEY", help="make one recorded run again, and compare")
     parser.add_argument("--report-only", action="store_true", help="train nothing")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -293,6 +334,9 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         results = Results(arguments.results or arguments.output / default)
+        if arguments.repeat:
+            with alone_in(arguments.output):
+                return 0 if repeat(arguments.repeat, arguments, results) else 1
         if not arguments.report_only:
             with alone_in(arguments.output):
                 carry_out(arguments, results)
