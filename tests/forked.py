@@ -72,7 +72,8 @@ def python(
     """
     with tempfile.TemporaryDirectory() as folder:
         request = {
-            "command": [str(part) for part in command], "ranks": ranks, "timeout": timeout,
+            "folder": folder, "command": [str(part) for part in command],
+            "ranks": ranks, "timeout": timeout,
             "environment": {**os.environ, **(environment or {})},
             "stdout": f"{folder}/stdout", "stderr": f"{folder}/stderr",
         }  # fmt: skip
@@ -80,7 +81,12 @@ def python(
         assert server.stdin is not None and server.stdout is not None
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
-        answer = json.loads(server.stdout.readline())
+        answer: dict[str, Any] = {}
+        # A test that ended before its run did has left an answer.
+        while answer.get("folder") != folder:
+            line = server.stdout.readline()
+            assert line, "the process that forks has ended; its errors are above"
+            answer = json.loads(line)
         printed = [Path(request[name]).read_text(errors="replace") for name in ("stdout", "stderr")]
     if answer["hung"]:
         raise HungError(f"{command} hung; it printed:\n{''.join(printed)[-12000:]}")
@@ -121,7 +127,8 @@ def serve() -> dict[str, Any] | None:
         status, hung = _wait(children, time.monotonic() + request["timeout"])
         if request["ranks"]:
             status = min(abs(status), 1)
-        answers.write(json.dumps({"status": status, "hung": hung}) + "\n")
+        answer = {"folder": request["folder"], "status": status, "hung": hung}
+        answers.write(json.dumps(answer) + "\n")
         answers.flush()
     return None
 
