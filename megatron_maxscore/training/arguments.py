@@ -245,6 +245,12 @@ def restore_options(args: Any, saved: Any) -> None:
     if args.moe_router_type == "maxscore" == getattr(saved, "moe_router_type", None):
         # Megatron restores only arguments whose default is None; this one has another.
         args.moe_token_dispatcher_type = saved.moe_token_dispatcher_type
+        # Nor these, of which the parser makes lists where a command gives them. Otherwise our
+        # default would switch on a loss that the run had switched off.
+        for name in ("moe_router_load_balancing_type", "moe_aux_loss_coeff"):
+            if not isinstance(getattr(args, name), list):
+                value = getattr(saved, name)
+                setattr(args, name, value if isinstance(value, list) else [value])
 
 
 def _with_router_type(original: Any) -> Any:

@@ -5,6 +5,7 @@ A release that changes one of them fails here by name, before anything fails in 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib
 import inspect
@@ -185,6 +186,17 @@ def test_config_fields_are_not_upstreams():
 
     config = resolve("megatron.core.transformer:TransformerConfig")
     assert not {f.name for f in dataclasses.fields(config)} & config_fields().keys()
+
+
+def test_parser_tells_an_auxiliary_loss_that_is_given_from_the_default():
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    resolve("megatron.training.arguments:add_megatron_arguments")(parser)
+    for flag, default in (
+        ("moe-aux-loss-coeff", 0.0),
+        ("moe-router-load-balancing-type", "aux_loss"),
+    ):
+        (action,) = (each for each in parser._actions if f"--{flag}" in each.option_strings)
+        assert (action.nargs, action.default) == ("+", default)
 
 
 def test_make_is_not_run_for_what_the_wheel_has(monkeypatch):

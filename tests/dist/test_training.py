@@ -123,6 +123,20 @@ def test_recomputation_changes_no_loss_under_any_schedule(tmp_path, pipeline, sc
         assert [s["solves"] for s in result.statistics] == [s["solves"] for s in plain.statistics]
 
 
+def test_options_come_from_the_checkpoint(tmp_path):
+    """With ``--use-checkpoint-args``: also an auxiliary loss that was switched off."""
+    ours = "--moe-router-type maxscore --maxscore-scope group --moe-aux-loss-coeff 0"
+    ep2, saved = "--expert-model-parallel-size 2", f"--save {tmp_path}/checkpoint --save-interval 2"
+    whole = succeed(tmp_path / "whole", 2, f"{ours} {ep2} --train-iters 4 {saved}")
+    (tmp_path / "checkpoint/latest_checkpointed_iteration.txt").write_text("2")
+    again = f"{ep2} --train-iters 4 --use-checkpoint-args --load {tmp_path}/checkpoint"
+    resumed = succeed(tmp_path / "resumed", 2, again)
+    for result in (whole, resumed):
+        assert "MaxScore routing, scope group" in result.output
+        assert "auxiliary loss: none" in result.output
+    assert resumed.losses == whole.losses[2:]
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("layout", ["TP2xEP2", "EP4"])
 def test_two_hundred_iterations_in_scope_group(tmp_path, layout):
