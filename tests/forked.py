@@ -2,8 +2,9 @@
 
 Importing torch and Megatron takes several seconds of a core, and the suite starts hundreds of
 processes. Here one server for each test process imports them once; each run is a fork of it.
-Ranks get the environment that torchrun would give them. Tests of the start itself, of signals and
-of other releases start real processes.
+Ranks get the environment that torchrun would give them, but share the seed of string hashes; those
+of tests/dist/pool.py do not. Tests of the start itself, of signals, of other releases and of what
+must come before Megatron is imported start real processes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import gc
 import importlib
 import json
 import os
+import random
 import runpy
 import signal
 import socket
@@ -72,21 +74,24 @@ def python(
     """
     with tempfile.TemporaryDirectory() as folder:
         request = {
-            "folder": folder, "command": [str(part) for part in command],
+            "command": [str(part) for part in command],
             "ranks": ranks, "timeout": timeout,
             "environment": {**os.environ, **(environment or {})},
             "stdout": f"{folder}/stdout", "stderr": f"{folder}/stderr",
         }  # fmt: skip
         server = _server()
         assert server.stdin is not None and server.stdout is not None
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        answer: dict[str, Any] = {}
-        # A test that ended before its run did has left an answer.
-        while answer.get("folder") != folder:
+        try:
+            server.stdin.write(json.dumps(request) + "\n")
+            server.stdin.flush()
             line = server.stdout.readline()
             assert line, "the process that forks has ended; its errors are above"
-            answer = json.loads(line)
+        except BaseException:
+            # Such as pytest's time limit: nothing of this run may go on, or be taken for the next.
+            _end(server)
+            _server.cache_clear()
+            raise
+        answer = json.loads(line)
         printed = [Path(request[name]).read_text(errors="replace") for name in ("stdout", "stderr")]
     if answer["hung"]:
         raise HungError(f"{command} hung; it printed:\n{''.join(printed)[-12000:]}")
@@ -100,9 +105,17 @@ def _server() -> subprocess.Popen:
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
         # Read when transformers is imported.
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        # A group of processes of its own, which the forks belong to.
+        start_new_session=True,
     )  # fmt: skip
-    atexit.register(process.kill)
+    atexit.register(_end, process)
     return process
+
+
+def _end(server: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
 
 
 def serve() -> dict[str, Any] | None:
@@ -127,16 +140,18 @@ def serve() -> dict[str, Any] | None:
         status, hung = _wait(children, time.monotonic() + request["timeout"])
         if request["ranks"]:
             status = min(abs(status), 1)
-        answer = {"folder": request["folder"], "status": status, "hung": hung}
-        answers.write(json.dumps(answer) + "\n")
+        answers.write(json.dumps({"status": status, "hung": hung}) + "\n")
         answers.flush()
     return None
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a port that nobody else takes meanwhile: the system gives out those from 32768 on."""
+    while True:
+        port = random.SystemRandom().randrange(15000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _become(rank: int, port: int, request: dict[str, Any]) -> None:

@@ -197,9 +197,13 @@ def _parse(launch: Launch, report: Report) -> tuple[Any, set[str]]:
     return args, given
 
 
+def _has_our_spec(args: Any) -> bool:
+    return next(iter(args.spec or []), "") == "megatron_maxscore.moe.specs"
+
+
 def _take_spec(args: Any) -> None:
     """Take the options of the environment, where the spec reads them."""
-    if next(iter(args.spec or []), "") != "megatron_maxscore.moe.specs":
+    if not _has_our_spec(args):
         return
     from megatron_maxscore.moe.config import MaxScoreConfig
     from megatron_maxscore.moe.environment import options_from_environment
@@ -214,7 +218,8 @@ def _validate(args: Any) -> None:
 
     from megatron_maxscore.training.arguments import check_configuration, set_defaults
 
-    set_defaults(args)
+    if not _has_our_spec(args):
+        set_defaults(args)
     check_configuration(args)
     # Megatron's own function: our wrapper around it would also check files.
     arguments.validate_args.__wrapped__(args, {"tokenizer_type": "NullTokenizer"})

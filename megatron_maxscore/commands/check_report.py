@@ -64,12 +64,15 @@ def _describe_flags(report: Report, given: set[str], args: Any, options: Any) ->
         value = getattr(args, name, None)
         if name in given and value not in (None, False, "none", ["none"]):
             report.say("--" + name.replace("_", "-"), text)
-    is_default = "moe_aux_loss_coeff" not in given and args.moe_aux_loss_coeff != 0
-    report.say(
-        "auxiliary loss",
-        shown_aux_loss(args)
-        + (", MaxScore's default; --moe-aux-loss-coeff changes it" if is_default else ""),
-    )
+    aux_loss = shown_aux_loss(args)
+    if not given & {"moe_aux_loss_coeff", "moe_router_load_balancing_type"}:
+        if args.use_checkpoint_args:
+            aux_loss = (
+                "that of the checkpoint's run, if it ran with MaxScore; otherwise " + aux_loss
+            )
+    if "moe_aux_loss_coeff" not in given and args.moe_aux_loss_coeff != 0:
+        aux_loss += ", MaxScore's default; --moe-aux-loss-coeff changes it"
+    report.say("auxiliary loss", aux_loss)
     function = getattr(args, "moe_router_score_function", "softmax")
     gate = "SoftTopk of the logits" if options.gate == "soft_topk" else f"those of {function}"
     report.say("gates", f"{gate} (--maxscore-gate {options.gate})")

@@ -121,10 +121,14 @@ def set_defaults(args: Any) -> None:
     """
     if args.moe_router_type != "maxscore":
         return
-    is_aux_loss = args.moe_router_load_balancing_type in ("aux_loss", ["aux_loss"])
+    if args.moe_router_load_balancing_type not in ("aux_loss", ["aux_loss"]):
+        return
     # Megatron's default is the number 0.0; its parser makes a list of what the command gives.
-    if is_aux_loss and args.moe_aux_loss_coeff == 0.0:
+    if args.moe_aux_loss_coeff == 0.0:
         args.moe_aux_loss_coeff = AUX_LOSS_COEFFICIENT
+    elif args.moe_aux_loss_coeff == [0.0]:
+        # Validated, and saved in a checkpoint, the two could not be told apart.
+        args.moe_router_load_balancing_type = ["none"]
 
 
 def shown_aux_loss(args: Any) -> str:
@@ -245,10 +249,11 @@ def restore_options(args: Any, saved: Any) -> None:
     if args.moe_router_type == "maxscore" == getattr(saved, "moe_router_type", None):
         # Megatron restores only arguments whose default is None; this one has another.
         args.moe_token_dispatcher_type = saved.moe_token_dispatcher_type
-        # Nor these, of which the parser makes lists where a command gives them. Otherwise our
+        # Nor these two, of which the parser makes lists where a command gives one. Otherwise our
         # default would switch on a loss that the run had switched off.
-        for name in ("moe_router_load_balancing_type", "moe_aux_loss_coeff"):
-            if not isinstance(getattr(args, name), list):
+        pair = ("moe_router_load_balancing_type", "moe_aux_loss_coeff")
+        if not any(isinstance(getattr(args, name), list) for name in pair):
+            for name in pair:
                 value = getattr(saved, name)
                 setattr(args, name, value if isinstance(value, list) else [value])
 

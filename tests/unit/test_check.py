@@ -134,6 +134,12 @@ AUX = {
     "--moe-aux-loss-coeff 0.0 --moe-router-load-balancing-type aux_loss": "none",
     "--moe-aux-loss-coeff 1e-3": "aux_loss times 0.001",
     "--moe-router-load-balancing-type none": "none",
+    # A spec is read too late to set our default.
+    "--spec megatron_maxscore.moe.specs gpt_layer": "none",
+    "--use-checkpoint-args --load nowhere": (
+        "that of the checkpoint's run, if it ran with MaxScore; otherwise aux_loss times 0.1, "
+        "MaxScore's default; --moe-aux-loss-coeff changes it"
+    ),
     "--moe-router-load-balancing-type seq_aux_loss": "none",
     "--moe-router-load-balancing-type aux_loss seq_aux_loss --moe-aux-loss-coeff 1e-2 1e-4": (
         "aux_loss times 0.01 and seq_aux_loss times 0.0001"
@@ -145,7 +151,8 @@ from megatron_maxscore.commands.check import Launch, examine
 model, flags = sys.argv[1].split(), sys.argv[2:]
 found = {}
 for each in flags:
-    report = examine(Launch([*model, "--moe-router-type", "maxscore", *each.split()], 16))
+    ours = [] if "--spec" in each else ["--moe-router-type", "maxscore"]
+    report = examine(Launch([*model, *ours, *each.split()], 16))
     found[each] = report.refusal or dict(report.notes)["auxiliary loss"]
 print("FOUND " + json.dumps(found))
 """

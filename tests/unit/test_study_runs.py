@@ -46,17 +46,25 @@ def test_results_of_several_processes_and_of_others(tmp_path):
         study_runs.Results(path)
 
 
-def test_a_second_study_in_the_same_place_is_refused(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def main(monkeypatch):
+    """Return the study's command, which must change nothing of this process."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(study_main.signal, "signal", lambda *_: None)
+    return study_main.main
+
+
+def test_a_second_study_in_the_same_place_is_refused(tmp_path, monkeypatch, capsys, main):
     command = ["study", "--quick", "--output", str(tmp_path / "here"), "--data", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", command)
     (tmp_path / "here").mkdir()
     with study_main.alone_in(tmp_path / "here"):
-        assert study_main.main() == 2
+        assert main() == 2
     assert "another study is running in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("change", "status"), [(0.0, 0), (5e-7, 0), (2e-6, 1)])
-def test_a_run_is_made_again_and_compared(tmp_path, monkeypatch, capsys, change, status):
+def test_a_run_is_made_again_and_compared(tmp_path, monkeypatch, capsys, main, change, status):
     size = dataclasses.replace(SIZE, name="small")
     monkeypatch.setitem(study_main.SIZES, "small", size)
     monkeypatch.setattr(study_main.data, "prepare", lambda *_: tmp_path)
@@ -66,21 +74,25 @@ def test_a_run_is_made_again_and_compared(tmp_path, monkeypatch, capsys, change,
     study_runs.Results(recorded).add(result(run, 4.0, data="d1", device="cpu"))
     before = recorded.read_bytes()
 
-    def carried_out(runs, _data, _output, results, *_):
+    begun = tmp_path / "out" / "repeats" / run.key
+    begun.mkdir(parents=True)
+
+    def carried_out(runs, _data, output, results, *_):
         assert runs == [run]
+        assert output == begun.parent and not begun.exists(), "would be compared with itself"
         results.add(result(runs[0], 4.0 + change))
 
     monkeypatch.setattr(study_main, "carry_out_all", carried_out)
     command = ["study", "--results", str(recorded), "--output", str(tmp_path / "out"), "--repeat"]
     monkeypatch.setattr(sys, "argv", [*command, run.key])
-    assert study_main.main() == status
+    assert main() == status
     assert "recorded 4.000000000, now" in capsys.readouterr().out
     assert recorded.read_bytes() == before
     monkeypatch.setattr(sys, "argv", [*command, "0000"])
-    assert study_main.main() == 2 and "no run with the key '0000'" in capsys.readouterr().err
+    assert main() == 2 and "no run with the key '0000'" in capsys.readouterr().err
     monkeypatch.setattr(study_main.data, "digest", lambda _: "d2")
     monkeypatch.setattr(sys, "argv", [*command, run.key])
-    assert study_main.main() == 2 and "text d2, recorded d1" in capsys.readouterr().err
+    assert main() == 2 and "text d2, recorded d1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@
     python -m tools.study --purposes factorial  # is it the flow or the gates
     python -m tools.study --purposes servable   # what serving anywhere costs
     python -m tools.study --purposes one_flag   # MaxScore in a recipe that was tuned for top-k
-    python -m tools.study --purposes quantile   # what quantile balancing drops at capacity 1
     python -m tools.study --purposes prices     # from when on prices serve
     python -m tools.study --size long --families prose_large --purposes core --seeds 5
     python -m tools.study --families custom --input my/texts --purposes tuning core
@@ -23,6 +22,7 @@ import argparse
 import contextlib
 import fcntl
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -39,7 +39,6 @@ from .arms import (
     FAMILIES,
     LEARNING_RATES,
     ONE_FLAG,
-    QUANTILE,
     SERVABLE,
     SIZES,
     Arm,
@@ -55,7 +54,7 @@ from .runs import ROOT, Results, carry_out_all, code_digest
 TUNING_SEED, FIRST_SEED, SEEDS = 100, 21, 10
 COMPARED = {
     "core": CORE, "factorial": FACTORIAL, "servable": SERVABLE, "one_flag": ONE_FLAG,
-    "quantile": QUANTILE, "prices": CORE[:1],
+    "prices": CORE[:1],
 }  # fmt: skip
 PURPOSES = ("tuning", *COMPARED)
 # From when on prices serve: seeds of their own, evaluated on the way too.
@@ -257,6 +256,12 @@ def repeat(key: str, arguments: argparse.Namespace, results: Results) -> bool:
         raise ValueError(
             f"{results.path} has no run with the key {key!r}; each line begins with one"
         )
+    if record["arm"] not in ARMS:
+        raise ValueError(
+            f"there is no arm {record['arm']!r} any more; check out {record['revision']}"
+        )
+    if record["device"] == "cuda":
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     directory = data.prepare(record["family"], arguments.data, arguments.input)
     again = Results(arguments.output / f"repeat-{key}.jsonl")
     again.lines = []
@@ -271,11 +276,17 @@ def repeat(key: str, arguments: argparse.Namespace, results: Results) -> bool:
             f"others (text {study.data}, recorded {record['data']}); check out {record['revision']}"
         )
     if record["code"] != code_digest():
-        print(f"recorded with other sources, those of {record['revision']}", flush=True)
-    carry_out_all([run], arguments.data, arguments.output / "runs", again, 1, arguments.keep)
+        print(
+            f"recorded with other sources; git checkout {record['revision'].rstrip('+')} -- "
+            "megatron_maxscore examples takes them",
+            flush=True,
+        )
+    # Nothing of an earlier run may be gone on with: it would be compared with itself.
+    shutil.rmtree(arguments.output / "repeats", ignore_errors=True)
+    carry_out_all([run], arguments.data, arguments.output / "repeats", again, 1, arguments.keep)
     before, now = compared_loss(record), compared_loss(again.lines[-1])
-    print(f"validation loss: recorded {before:.9f}, now {now:.9f}, difference {now - before:.1e}")
-    return abs(now - before) <= SAME_LOSS
+    print(f"validation loss: recorded {before:.9f}, now {now:.9f}")
+    return before == now or abs(now - before) <= SAME_LOSS
 
 
 def tuning_left(study: Study, arms: Sequence[Arm]) -> list[Run]:

@@ -112,14 +112,7 @@ ONE_FLAG = (
         Setting("2e-3", "4"),
     ),
 )  # fmt: skip
-# Quantile balancing with a bounded load: it drops what comes in excess.
-QUANTILE = (
-    Arm(
-        "quantile_capacity", "quantile balancing, capacity 1, drops",
-        f"{CORE[3].flags} --moe-expert-capacity-factor 1.0", CORE[3].setting,
-    ),
-)  # fmt: skip
-ARMS = {arm.name: arm for arm in (*CORE, *FACTORIAL, *SERVABLE, *ONE_FLAG, *QUANTILE)}
+ARMS = {arm.name: arm for arm in (*CORE, *FACTORIAL, *SERVABLE, *ONE_FLAG)}
 
 
 @dataclass(frozen=True)

@@ -223,8 +223,8 @@ def drops_table(arms: dict[str, Lines]) -> str:
     spans = list(zip([0, *ends[:-1]], ends, strict=True))
     rows = []
     for name, lines in arms.items():
-        if all("dropped_by_step" in line for line in lines):
-            shares_SI = np.array([line["dropped_by_step"] for line in lines])
+        if any("dropped_by_step" in line for line in lines):
+            shares_SI = np.array([line.get("dropped_by_step", [0.0] * steps) for line in lines])
             found = [f"{shares_SI[:, first:end].mean():.1%}" for first, end in spans]
             rows.append([ARMS[name].title, str(len(lines)), *found])
     headings = [f"steps {first + 1} to {end}" for first, end in spans]
@@ -410,12 +410,6 @@ def _section(family: str, size: str, lines: Lines, directory: Path) -> list[str]
         parts += ["### One flag in a recipe that was tuned for top-k\n", main_table(found)]
         if "dropless" in core:
             parts.append(against_table(found, "dropless", core["dropless"]))
-    if found := by_arm(lines, "quantile"):
-        parts += [
-            "### Quantile balancing with capacity 1\n",
-            main_table(found),
-            drops_table(core | found),
-        ]
     if found := by_arm(lines, "prices"):
         (own,) = found.values()
         price_curve(own, directory / f"{family}_{size}_prices.png")
@@ -438,6 +432,8 @@ def _core(core: dict[str, Lines], stem: str, directory: Path) -> list[str]:
         parts += ["### The primary question\n", "\n".join(primary(core)) + "\n"]
     curves(core, directory / f"{stem}_curves.png")
     parts += ["### All routers\n", main_table(core), f"![Curves]({stem}_curves.png)\n"]
+    if any("dropped_by_step" in line for own in core.values() for line in own):
+        parts += ["### Share of assignments dropped in training\n", drops_table(core)]
     if load_maps(core, directory / f"{stem}_loads.png"):
         parts.append(f"![Expert loads in training, one seed]({stem}_loads.png)\n")
     if OURS in core:
