@@ -1,10 +1,11 @@
 """Run Python commands in processes that are forked from one that has imported Megatron already.
 
-Importing torch and Megatron takes several seconds of a core, and the suite starts hundreds of
-processes. Here one server for each test process imports them once; each run is a fork of it.
-Ranks get the environment that torchrun would give them, but share the seed of string hashes; those
-of tests/dist/pool.py do not. Tests of the start itself, of signals, of other releases and of what
-must come before Megatron is imported start real processes.
+CPU mode is on in it. Importing torch and Megatron takes several seconds of a core, and the suite
+starts hundreds of processes. Here one server for each test process imports them once; each run is a
+fork of it. Ranks get the environment that torchrun would give them, but share the seed of string
+hashes; those of tests/dist/pool.py do not. Tests of the start itself, of signals, of other
+releases, of what must come before Megatron is imported, and of whether CPU mode is taken, start
+real processes.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_maxscore import cpu
+
 ROOT = Path(__file__).resolve().parents[1]
 # What most runs import. None of it starts threads or reads the command line; megatron.training must
 # find our hooks, so it is not among them.
@@ -37,6 +40,8 @@ IMPORTED = (
     "megatron.core.pipeline_parallel", "megatron.core.transformer.moe.moe_layer", "numba",
     "sentencepiece", "tensorboard", "transformers",
 )  # fmt: skip
+# What CPU mode sets.
+OF_CPU_MODE = ("TORCHDYNAMO_DISABLE",)
 # Between the end of the first rank that failed and the end of the others.
 GRACE_SECONDS = 15.0
 
@@ -123,6 +128,8 @@ def serve() -> dict[str, Any] | None:
     answers = os.fdopen(os.dup(1), "w")
     # Nothing that is imported may print into the answers.
     os.dup2(2, 1)
+    # As every command here does, and before Megatron is imported.
+    cpu.enable()
     for name in IMPORTED:
         importlib.import_module(name)
     # Otherwise every fork's collector copies all pages of what was imported.
@@ -156,8 +163,9 @@ def _free_port() -> int:
 
 def _become(rank: int, port: int, request: dict[str, Any]) -> None:
     """Take environment, directory, streams and command line of a new process."""
+    own = {name: os.environ[name] for name in OF_CPU_MODE}
     os.environ.clear()
-    os.environ.update(request["environment"])
+    os.environ.update(request["environment"], **own)
     if request["ranks"]:
         size = str(request["ranks"])
         os.environ.update(
