@@ -1,11 +1,11 @@
 """Run Python commands in processes that are forked from one that has imported Megatron already.
 
-CPU mode is on in it. Importing torch and Megatron takes several seconds of a core, and the suite
-starts hundreds of processes. Here one server for each test process imports them once; each run is a
-fork of it. Ranks get the environment that torchrun would give them, but share the seed of string
-hashes; those of tests/dist/pool.py do not. Tests of the start itself, of signals, of other
-releases, of what must come before Megatron is imported, and of whether CPU mode is taken, start
-real processes.
+Importing torch and Megatron takes several seconds of a core, and the suite starts hundreds of
+processes. Here each test process has a server for commands and one for training ranks, in CPU mode;
+each run is a fork of one of them. Ranks get the environment that torchrun would give them, but
+share the seed of string hashes; those of tests/dist/pool.py do not. Tests of the start itself, of
+signals, of other releases, of what must come before Megatron is imported, and of whether CPU mode
+is taken, start real processes.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def python(
             "environment": {**os.environ, **(environment or {})},
             "stdout": f"{folder}/stdout", "stderr": f"{folder}/stderr",
         }  # fmt: skip
-        server = _server()
+        server = _server("ranks" if ranks else "commands")
         assert server.stdin is not None and server.stdout is not None
         try:
             server.stdin.write(json.dumps(request) + "\n")
@@ -104,9 +104,9 @@ def python(
 
 
 @functools.cache
-def _server() -> subprocess.Popen:
+def _server(kind: str) -> subprocess.Popen:
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.forked"],
+        [sys.executable, "-m", "tests.forked", kind],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
         # Read when transformers is imported.
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
@@ -123,13 +123,18 @@ def _end(server: subprocess.Popen) -> None:
     server.wait()
 
 
-def serve() -> dict[str, Any] | None:
-    """Answer requests until there are none; in a fork return what it has to do."""
+def serve(kind: str) -> dict[str, Any] | None:
+    """Answer requests until there are none; in a fork return what it has to do.
+
+    Args:
+        kind: "ranks" with CPU mode, or "commands", which turn it on themselves if they need it.
+    """
     answers = os.fdopen(os.dup(1), "w")
     # Nothing that is imported may print into the answers.
     os.dup2(2, 1)
-    # As every command here does, and before Megatron is imported.
-    cpu.enable()
+    if kind == "ranks":
+        # Before Megatron is imported, as the launcher does.
+        cpu.enable()
     for name in IMPORTED:
         importlib.import_module(name)
     # Otherwise every fork's collector copies all pages of what was imported.
@@ -163,7 +168,7 @@ def _free_port() -> int:
 
 def _become(rank: int, port: int, request: dict[str, Any]) -> None:
     """Take environment, directory, streams and command line of a new process."""
-    own = {name: os.environ[name] for name in OF_CPU_MODE}
+    own = {name: os.environ[name] for name in OF_CPU_MODE if name in os.environ}
     os.environ.clear()
     os.environ.update(request["environment"], **own)
     if request["ranks"]:
@@ -237,6 +242,6 @@ def carry_out(command: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    work = serve()
+    work = serve(sys.argv[1])
     if work is not None:
         carry_out(work["command"])
