@@ -197,13 +197,11 @@ def _parse(launch: Launch, report: Report) -> tuple[Any, set[str]]:
     return args, given
 
 
-def _has_our_spec(args: Any) -> bool:
-    return next(iter(args.spec or []), "") == "megatron_maxscore.moe.specs"
-
-
 def _take_spec(args: Any) -> None:
     """Take the options of the environment, where the spec reads them."""
-    if not _has_our_spec(args):
+    from megatron_maxscore.training.arguments import has_our_spec
+
+    if not has_our_spec(args):
         return
     from megatron_maxscore.moe.config import MaxScoreConfig
     from megatron_maxscore.moe.environment import options_from_environment
@@ -216,9 +214,13 @@ def _validate(args: Any) -> None:
     from megatron.training import arguments
     from megatron.training.arguments import core_transformer_config_from_args
 
-    from megatron_maxscore.training.arguments import check_configuration, set_defaults
+    from megatron_maxscore.training.arguments import (
+        check_configuration,
+        has_our_spec,
+        set_defaults,
+    )
 
-    if not _has_our_spec(args):
+    if not has_our_spec(args):
         set_defaults(args)
     check_configuration(args)
     # Megatron's own function: our wrapper around it would also check files.

@@ -11,8 +11,6 @@ reach the experts.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
 import importlib.util
 import json
 import re
@@ -20,7 +18,6 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,7 +29,7 @@ from rich.table import Table
 from megatron_maxscore import _resources
 from megatron_maxscore.commands import prepare
 from megatron_maxscore.commands.parsing import parser_of
-from megatron_maxscore.commands.processes import STEP, Processes, RunError, execute
+from megatron_maxscore.commands.processes import STEP, Processes, RunError, alone_in, execute
 
 MODEL = """
     --num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 256
@@ -255,7 +252,7 @@ def main(command: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         arguments.output.mkdir(parents=True, exist_ok=True)
-        with alone_in(arguments.output):
+        with alone_in(arguments.output, "demo"):
             return demonstrate(arguments)
     except OSError as error:
         print(f"error: --output {arguments.output} cannot be written: {error}", file=sys.stderr)
@@ -266,23 +263,6 @@ def main(command: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; run the command again to begin anew", file=sys.stderr)
         return 130
-
-
-@contextlib.contextmanager
-def alone_in(output: Path) -> Iterator[None]:
-    """Hold a directory; the system lets go of it when the process ends, however it does.
-
-    Raises:
-        RunError: another demo holds it.
-    """
-    with (output / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(
-                f"another demo is writing to {output}; wait for it, or name another --output"
-            ) from None
-        yield
 
 
 def demonstrate(arguments: argparse.Namespace) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import re
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # A step in Megatron's log: its number, milliseconds, loss.
@@ -16,7 +18,7 @@ STEP = re.compile(
 
 
 class RunError(RuntimeError):
-    """A run failed; its text ends with the log's last lines.
+    """A run failed, or could not be begun; its text ends with the log's last lines.
 
     Attributes:
         log: all that the run has said.
@@ -25,6 +27,27 @@ class RunError(RuntimeError):
     def __init__(self, text: str, log: str = "") -> None:
         super().__init__(text)
         self.log = log
+
+
+@contextlib.contextmanager
+def alone_in(directory: Path, what: str) -> Iterator[None]:
+    """Hold a directory; the system lets go of it when the process ends, however it does.
+
+    Args:
+        directory: exists.
+        what: writes to it, for the message.
+
+    Raises:
+        RunError: another process holds it.
+    """
+    with (directory / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"another {what} is writing to {directory}; wait for it, or name another --output"
+            ) from None
+        yield
 
 
 class Processes:

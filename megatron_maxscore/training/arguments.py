@@ -207,11 +207,15 @@ def _check_servable(args: Any) -> None:
         raise ValueError(f"--maxscore-preset servable: {error}") from None
 
 
+def has_our_spec(args: Any) -> bool:
+    """Return whether ``--spec`` names this package's spec, which reads the environment."""
+    return next(iter(getattr(args, "spec", None) or []), "") == "megatron_maxscore.moe.specs"
+
+
 def _check_environment(args: Any) -> None:
     """Refuse options in the environment that nothing reads."""
-    spec = next(iter(getattr(args, "spec", None) or []), "")
-    is_read = spec == "megatron_maxscore.moe.specs"
-    if args.moe_router_type == "maxscore" and "MEGATRON_MAXSCORE" in os.environ and not is_read:
+    is_given = "MEGATRON_MAXSCORE" in os.environ
+    if args.moe_router_type == "maxscore" and is_given and not has_our_spec(args):
         raise ValueError(
             "MEGATRON_MAXSCORE is read by --spec megatron_maxscore.moe.specs alone; give its "
             "options as --maxscore- flags, and unset it"

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from megatron_maxscore.commands.processes import alone_in
 from tests.unit.study_lines import SIZE, result
 from tools.study import __main__ as study_main
 from tools.study import results as study_results
@@ -58,9 +59,9 @@ def test_a_second_study_in_the_same_place_is_refused(tmp_path, monkeypatch, caps
     command = ["study", "--quick", "--output", str(tmp_path / "here"), "--data", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", command)
     (tmp_path / "here").mkdir()
-    with study_main.alone_in(tmp_path / "here"):
+    with alone_in(tmp_path / "here", "study"):
         assert main() == 2
-    assert "another study is running in" in capsys.readouterr().err
+    assert "another study is writing to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("change", "status"), [(0.0, 0), (5e-7, 0), (2e-6, 1)])

@@ -19,17 +19,15 @@ killed run goes on from its last checkpoint. At the end the report is written.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_maxscore.commands.processes import RunError
+from megatron_maxscore.commands.processes import RunError, alone_in
 
 from . import data, report
 from .arms import (
@@ -223,23 +221,6 @@ def carry_out(arguments: argparse.Namespace, results: Results) -> None:
             carry_out_all(runs, *options)
 
 
-@contextlib.contextmanager
-def alone_in(directory: Path) -> Iterator[None]:
-    """Keep other studies out of the directory, whose runs they would mix with ours.
-
-    Raises:
-        ValueError: another study is there.
-    """
-    with (directory / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(
-                f"another study is running in {directory}; wait for it, or give another --output"
-            ) from None
-        yield
-
-
 def repeat(key: str, arguments: argparse.Namespace, results: Results) -> bool:
     """Make a recorded run again, say what came of it, and return whether it is the same.
 
@@ -263,8 +244,9 @@ def repeat(key: str, arguments: argparse.Namespace, results: Results) -> bool:
     if record["device"] == "cuda":
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     directory = data.prepare(record["family"], arguments.data, arguments.input)
-    again = Results(arguments.output / f"repeat-{key}.jsonl")
-    again.lines = []
+    path = arguments.output / f"repeat-{key}.jsonl"
+    path.unlink(missing_ok=True)
+    again = Results(path)
     study = Study(
         record["family"], SIZES[record["size"]], data.digest(directory), again, record["device"]
     )
@@ -346,10 +328,10 @@ def main() -> int:
     try:
         results = Results(arguments.results or arguments.output / default)
         if arguments.repeat:
-            with alone_in(arguments.output):
+            with alone_in(arguments.output, "study"):
                 return 0 if repeat(arguments.repeat, arguments, results) else 1
         if not arguments.report_only:
-            with alone_in(arguments.output):
+            with alone_in(arguments.output, "study"):
                 carry_out(arguments, results)
         if not results.lines:
             raise ValueError(f"{results.path} has no results to report")

@@ -28,7 +28,7 @@ class Setting(NamedTuple):
     factor: str
 
 
-# Where tuning begins: at the setting that most arms ended with before.
+# Where the tuning of most arms begins: at what it had found for most arms before.
 START = Setting("2e-3", "4")
 
 
