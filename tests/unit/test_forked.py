@@ -7,12 +7,22 @@ import pytest
 from tests import forked
 
 RANKS = """
-import os, signal, sys, time
+import os, sys, time
 print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], flush=True)
-signal.signal(signal.SIGTERM, lambda *_: (print("ended"), sys.exit(0)))
-if os.environ["RANK"] == sys.argv[1]:
-    sys.exit(5)
-time.sleep(float(sys.argv[2]))
+time.sleep(float(sys.argv[1]))
+"""
+# Rank 1 fails once rank 0 is ready to say that it was ended.
+FAILING = """
+import os, signal, sys, time
+from pathlib import Path
+ready = Path(sys.argv[1])
+if os.environ["RANK"] == "0":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(print("ended", flush=True)))
+    ready.touch()
+    time.sleep(200)
+while not ready.exists():
+    time.sleep(0.01)
+sys.exit(5)
 """
 
 
@@ -29,16 +39,15 @@ def test_streams_status_arguments_and_environment():
     assert forked.python("-m", "megatron_maxscore").stdout.startswith("usage: python -m")
 
 
-def test_a_rank_that_fails_ends_the_others():
-    # Rank 1 waits for no signal handler of rank 0, which may be cut off while it starts.
-    done = forked.python("-c", RANKS.replace("if os", "time.sleep(2)\nif os"), 1, 200, ranks=2)
-    assert done.returncode == 1
-    assert sorted(done.stdout.splitlines()) == ["ended", "rank 0 of 2", "rank 1 of 2"]
-    done = forked.python("-c", RANKS, "none", 0, ranks=3)
-    assert done.returncode == 0 and done.stdout.count("of 3") == 3
+def test_a_rank_that_fails_ends_the_others(tmp_path):
+    done = forked.python("-c", FAILING, tmp_path / "ready", ranks=2)
+    assert done.returncode == 1 and done.stdout == "ended\n"
+    done = forked.python("-c", RANKS, 0, ranks=3)
+    assert done.returncode == 0
+    assert sorted(done.stdout.splitlines()) == [f"rank {rank} of 3" for rank in range(3)]
 
 
 def test_a_run_that_hangs_shows_where():
     with pytest.raises(forked.HungError, match="Fatal Python error: Aborted"):
-        forked.python("-c", RANKS, "none", 600, ranks=2, timeout=2)
+        forked.python("-c", RANKS, 600, ranks=2, timeout=2)
     assert forked.python("-c", "print('again')").stdout == "again\n"
