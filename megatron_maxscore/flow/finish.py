@@ -24,6 +24,10 @@ over all rows finds the cheapest swaps of each pair of experts. Paths over these
 the units that are left have to go. Each pair then has only its few cheapest swaps, up to a multiple
 of that distance. So each stage moves units, and no stage builds large heaps to move the last ones.
 
+On a plateau many rows offer a swap at the same cost, which is then the pair's limit. As long as
+this moves most units, only every eighth row makes swaps at exactly the limit. Swaps that are left
+out still cost at least the limit.
+
 Shape letters: see :mod:`megatron_maxscore`.
 """
 
@@ -68,8 +72,10 @@ _MORE, _MOST_WANTED = 4, 1 << 20
 # The cheapest swap of each pair is found in so many groups of rows. _EXPECTED is how many swaps of
 # the pair, on average, cost no more than the dearest of these.
 _GROUPS = 8
+# Plateaus stay thinned out as long as stages leave no more than this share of the units.
+_THIN_LEFT = 0.25
 _EXPECTED = _GROUPS * sum(1 / (1 + group) for group in range(_GROUPS))
-# The longest limit relative to the way that units have to go.
+# The longest limit relative to the way that units have to go; the reach if that is longer.
 _FARTHEST = 64
 # Pairs of experts of the problems that go through stages together.
 _PAIRS_AT_ONCE = 1 << 20
@@ -112,6 +118,7 @@ class _Finish:
         left_B: (B,) int64 units that are left to be moved.
         reach_B: (B,) int64 the limit of all swaps; not used where pairs have their own limits.
         differs_B: (B,) bool, whether each pair of experts has a limit of its own.
+        thins_B: (B,) bool, whether plateaus are thinned out where limits differ.
     """
 
     def __init__(self, exchange: Exchange, problem: Problem, state: PriceState) -> None:
@@ -121,6 +128,7 @@ class _Finish:
         self.excess_BJ, self.slack_BE = imbalance(problem, self.prices_BE, state.load_BE)
         self.left_B = np.maximum(self.excess_BJ, 0).sum(1)
         self.differs_B = np.zeros(self.left_B.size, np.bool_)
+        self.thins_B = np.ones(self.left_B.size, np.bool_)
         # By how much gaps may have fallen since the rows were read.
         self.drift_B = np.zeros_like(self.left_B)
         # How many times more swaps pairs should have, of problems whose limits differ.
@@ -132,6 +140,10 @@ class _Finish:
             self.reach_B = np.zeros_like(self.left_B)
             self._level_out()
         self.reach_B = _first_reach(self.problem, self.state.gaps_BD, self.left_B)
+        # One reach would admit all swaps of the plateaus.
+        are_tied_B = 2 * self.state.gaps_BD[:, 0] > self.problem.rows_B
+        is_few_B = (self.left_B > 0) & (self.left_B <= _FEW_UNITS)
+        self.differs_B = are_tied_B & is_few_B & (self.reach_B < WHOLE)
         while self.left_B.any():
             self._stage()
         return self.prices_BE
@@ -161,7 +173,8 @@ class _Finish:
         limit_FEP = self._even_limits(self.reach_B[active_B])
         if differs_B.any():
             limit_FEP[slot_B[differs_B], :, : self.problem.num_experts] = self._limits()
-        found, own, own_A = self._contested(slot_B, limit_FEP, np.ones_like(slot_B))
+        stride_B = np.where(differs_B & self.thins_B, _GROUPS, 1)
+        found, own, own_A = self._contested(slot_B, limit_FEP, stride_B)
         units_B = self.problem.rows_B * self.problem.topk
         most_B = np.maximum(
             _SWAPS_PER_ASSIGNMENT * units_B, _SWAPS_PER_PAIR * self.problem.num_experts**2
@@ -176,7 +189,7 @@ class _Finish:
 
         # Ranks have the same rows now, and move the same units.
         held_A, self.excess_BJ, self.slack_BE, potential_BJ, lacks_FEE = self.exchange.same(
-            functools.partial(self._augment, found, slot_B, limit_FEP, wanted_FEE)
+            functools.partial(self._augment, found, slot_B, limit_FEP, stride_B, wanted_FEE)
         )
         for b in np.flatnonzero(differs_B).tolist():
             self.more[b] = more_wanted(self.more.get(b, 1), lacks_FEE[slot_B[b]])
@@ -186,6 +199,7 @@ class _Finish:
         # Without a sink its potential is 0, which only makes this bound looser.
         self.drift_B += potential_BJ.max(1) - potential_BJ.min(1)
         before_B, self.left_B = self.left_B, np.maximum(self.excess_BJ, 0).sum(1)
+        self.thins_B &= ~differs_B | (self.left_B <= _THIN_LEFT * before_B)
         has_many_B = swaps_B > _FEW_SWAPS * self.problem.num_experts**2
         differs_B |= (self.left_B <= _FEW_UNITS) & has_many_B | (self.reach_B >= WHOLE)
         self.differs_B = differs_B & (self.left_B > 0)
@@ -211,7 +225,12 @@ class _Finish:
         passes.apply(own, self.state.x_NE)
 
     def _augment(
-        self, found: Contested, slot_B: IntArray, limit_FEP: IntArray, wanted_FEE: NDArray
+        self,
+        found: Contested,
+        slot_B: IntArray,
+        limit_FEP: IntArray,
+        stride_B: IntArray,
+        wanted_FEE: NDArray,
     ) -> tuple[BoolArray, IntArray, IntArray, IntArray, BoolArray]:
         """Move units among contested rows; return which arcs they hold now, and other changes.
 
@@ -219,7 +238,7 @@ class _Finish:
         """
         excess_BJ, slack_BE = self.excess_BJ.copy(), self.slack_BE.copy()
         potential_BJ, lacks_FEE = passes.augment(
-            found, self.prices_BE, slot_B, limit_FEP, wanted_FEE, excess_BJ, slack_BE,
+            found, self.prices_BE, slot_B, limit_FEP, stride_B, wanted_FEE, excess_BJ, slack_BE,
             self.has_sink_B,
         )  # fmt: skip
         return found.held_A, excess_BJ, slack_BE, potential_BJ, lacks_FEE
@@ -265,8 +284,11 @@ class _Finish:
         dearest_FEE = np.where(least_FGEE < WHOLE, least_FGEE, -1).max(1)
         dearer_FEE = np.maximum(dearest_FEE - least_FEE, 0) * (wanted_FEE / _EXPECTED)
         limit_FEE = least_FEE + np.minimum(dearer_FEE, WHOLE).astype(np.int64)
+        # Only on a plateau, where all groups have the same cheapest swap, is the limit its cost.
+        limit_FEE += (least_FGEE != least_FEE[:, None]).any(1)
         limit_FEE = np.where(dearest_FEE < 0, WHOLE, limit_FEE)
-        return np.minimum(limit_FEE, _FARTHEST * last_F[:, None, None])
+        farthest_F = np.maximum(_FARTHEST * last_F, self.reach_B[far])
+        return np.minimum(limit_FEE, farthest_F[:, None, None] + 1)
 
     def _wanted_swaps(self, b: int) -> NDArray:
         """Return (E, E) int32 about how many swaps each pair of experts should have."""

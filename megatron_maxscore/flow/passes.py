@@ -196,7 +196,8 @@ def contested(
             padded to whole vectors.
         gap_N: (N,) int64.
         gap_limit_B: (B,) int64; rows with a larger gap are not looked at.
-        stride_B: (B,) int64; only rows whose index in the problem divides by it are looked at.
+        stride_B: (B,) int64; rows whose index in the problem is no multiple of it have only swaps
+            below the limits, none at exactly a limit.
     """
     num_words = -(-problem.num_experts // 64)
     count_N = np.empty(x_NE.shape[0], np.int64)
@@ -269,6 +270,7 @@ def augment(
     prices_BE: IntArray,
     slot_B: IntArray,
     limit_FEP: IntArray,
+    stride_B: IntArray,
     wanted_FEE: NDArray,
     excess_BJ: IntArray,
     slack_BE: IntArray,
@@ -281,6 +283,7 @@ def augment(
         prices_BE: (B, E) int64 prices at which they were collected.
         slot_B: (B,) int64 place of each problem in ``limit``, -1 for those to leave alone.
         limit_FEP: (F, E, P) int64 with which rows were collected.
+        stride_B: (B,) int64 with which rows were collected.
         wanted_FEE: (F, E, E) int32, about how many of the cheapest swaps within the limits take
             part.
         excess_BJ: (B, J) int64 units above capacity, the sink last; changed in place.
@@ -297,8 +300,8 @@ def augment(
         [
             lambda a=a, b=b: augmenting.augment_problems(  # type: ignore[misc]
                 a, b, found.first_B, found.first_C, found.expert_A, found.value_A, found.held_A,
-                prices_BE, slot_B, limit_FEP, wanted_FEE, excess_BJ, slack_BE, has_sink_B,
-                potential_BJ, lacks_FEE,
+                prices_BE, slot_B, limit_FEP, stride_B, wanted_FEE, excess_BJ, slack_BE,
+                has_sink_B, potential_BJ, lacks_FEE,
             )
             for a, b in spans(prices_BE.shape[0], found.row_C.size)
         ]

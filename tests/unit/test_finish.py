@@ -8,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_maxscore.flow import finish, solve
+from megatron_maxscore.flow import finish, passes, solve
 from tests.dist.flow_cases import small_samples
 from tools.benchmarks.oracles import check_assignment, ortools_objective
 from tools.benchmarks.scale import solve_together
+from tools.benchmarks.workloads import as_integers, workload
 
 
 def draw(seed):
@@ -45,6 +46,8 @@ def draw(seed):
         "_SWAPS_PER_ASSIGNMENT": int(rng.integers(3)),
         "_SWAPS_PER_PAIR": 0,
         "_FARTHEST": int(rng.integers(1, 8)),
+        "_GROUPS": int(rng.integers(1, 9)),
+        "_THIN_LEFT": float(rng.choice([0.0, 0.25])),
         "_PAIRS_AT_ONCE": 1,
     }
     return scores, topk, capacity, prices, tight
@@ -124,3 +127,22 @@ def test_many_units_that_no_expert_can_take(tokens):
     left = 2 * tokens - 2 * -(-2 * tokens // 6)
     with pytest.raises(ValueError, match=f"forbidden arcs leave {left} assignments"):
         solve(scores, 2)
+
+
+def test_few_units_on_plateaus_need_few_rows(monkeypatch):
+    tokens, experts, topk = 2048, 32, 4
+    first, second = (workload("softmax at 1/90", tokens, experts, topk, batch=b) for b in (0, 1))
+    scores = as_integers(first.scores)
+    prices = solve(as_integers(second.scores), topk, capacity=second.capacity).prices
+    arcs, plain = [], passes.augment
+
+    def watched(found, *more):
+        arcs.append(found.expert_A.size)
+        return plain(found, *more)
+
+    monkeypatch.setattr(passes, "augment", watched)
+    solution = solve(scores, topk, capacity=first.capacity, prices=prices)
+    best = ortools_objective(scores.numpy(), topk, first.capacity.numpy())
+    assert solution.objective.item() == best
+    # Nearly all scores of a row are tied.
+    assert arcs and max(arcs) < tokens * experts / 4

@@ -237,22 +237,22 @@ def _send(
 
 @jit
 def augment(
-    first_C, expert_A, value_A, held_A, prices_E, limit_EP, wanted_EE, excess_J, slack_E,
+    first_C, expert_A, value_A, held_A, prices_E, limit_EP, stride, wanted_EE, excess_J, slack_E,
     potential_J, lacks_EE,
 ):  # fmt: skip
     """Move units along shortest paths, as long as these consist of swaps within their limits.
 
-    ``limit_EP`` (E, P) int64: swaps that are not among the arcs cost more. ``wanted_EE`` (E, E)
-    int32: about how many swaps of each pair take part. Written are ``potential_J`` (J,) int64, by
-    how much prices have risen, and ``lacks_EE`` (E, E) bool, where another swap was needed to go
-    on.
+    ``limit_EP`` (E, P) int64: swaps that are not among the arcs cost more, or as much if ``stride``
+    is not 1. It is changed. ``wanted_EE`` (E, E) int32: about how many swaps of each pair take
+    part. Written are ``potential_J`` (J,) int64, by how much prices have risen, and ``lacks_EE``
+    (E, E) bool, where another swap was needed to go on.
     """
     num_experts, num_nodes = prices_E.shape[0], excess_J.shape[0]
     root_EE = np.full((num_experts, num_experts), -1, np.int32)
     # What is left out costs no less.
-    bound_EP = limit_EP + 1
+    bound_EP = limit_EP + np.int64(stride == 1)
     cost_M, node_M5, used_1 = swaps.fill(
-        first_C, expert_A, value_A, held_A, wanted_EE, bound_EP, root_EE
+        first_C, expert_A, value_A, held_A, wanted_EE, limit_EP, bound_EP, root_EE
     )
     # Padded to whole vectors: nothing leads to what is beyond the last node.
     width = padded(num_nodes)
@@ -320,7 +320,8 @@ def level_out_problems(
 @jit
 def augment_problems(
     first_problem, last_problem, first_B, first_C, expert_A, value_A, held_A, prices_BE,
-    slot_B, limit_FEP, wanted_FEE, excess_BJ, slack_BE, has_sink_B, potential_BJ, lacks_FEE,
+    slot_B, limit_FEP, stride_B, wanted_FEE, excess_BJ, slack_BE, has_sink_B, potential_BJ,
+    lacks_FEE,
 ):  # fmt: skip
     """Run :func:`augment` on each problem that has a slot."""
     num_experts = prices_BE.shape[1]
@@ -333,7 +334,7 @@ def augment_problems(
         nodes = num_experts + np.int64(has_sink_B[problem])
         augment(
             first_C[a : b + 1] - arc_a, expert_A[arc_a:arc_b], value_A[arc_a:arc_b],
-            held_A[arc_a:arc_b], prices_BE[problem], limit_FEP[slot], wanted_FEE[slot],
-            excess_BJ[problem, :nodes], slack_BE[problem], potential_BJ[problem, :nodes],
-            lacks_FEE[slot],
+            held_A[arc_a:arc_b], prices_BE[problem], limit_FEP[slot].copy(), stride_B[problem],
+            wanted_FEE[slot], excess_BJ[problem, :nodes], slack_BE[problem],
+            potential_BJ[problem, :nodes], lacks_FEE[slot],
         )  # fmt: skip

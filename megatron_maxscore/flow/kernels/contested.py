@@ -6,7 +6,8 @@ A swap lets a row give one expert and take another; it costs the difference of t
 Arguments that kernels share, besides those of :mod:`rows`: ``slot_B`` (B,) int64 place of each
 problem in the arrays of a stage, -1 for those to leave out; ``limit_FEP`` (F, E, P) int64;
 ``widest_FE`` (F, E) int64 largest limit of each expert; ``gap_limit_B`` and ``stride_B`` (B,)
-int64, only rows with no larger gap and an index divisible by the stride take part; ``count_N``
+int64: rows with a larger gap do not take part, and rows whose index is no multiple of the stride
+have only swaps that cost less than the limit, none that cost just as much; ``count_N``
 (N,) int64 and ``arcs_NW`` (N, W) int64, how many experts of a row take part and which.
 
 Example: a row has experts 0 and 1 at reduced scores 9 and 7, and lacks expert 2 at 6. With a limit
@@ -81,9 +82,9 @@ def find_contested(
         slot, stride, gap_limit = slot_B[problem], stride_B[problem], gap_limit_B[problem]
         for row in range(first_row_B[problem], last_row_B[problem]):
             count_N[row] = 0
-            if slot < 0 or gap_N[row] > gap_limit:
-                continue
-            if stride > 1 and (row - origin_B[problem]) % stride:
+            # 1 for a row that has only swaps below the limits.
+            below = np.int64((row - origin_B[problem]) % stride != 0)
+            if slot < 0 or gap_N[row] > gap_limit - below:
                 continue
             reduced_row(scores_NE, low_N[row], factor_B[problem], price_E, row, r_E)
             limit_EP, widest_E, arcs_W = limit_FEP[slot], widest_FE[slot], arcs_NW[row]
@@ -101,13 +102,13 @@ def find_contested(
                     gives = 64 * held_word + lowest_bit(held)
                     held &= held - 1
                     value = r_E[gives]
-                    if value - most > widest_E[gives]:
+                    if value - most > widest_E[gives] - below:
                         continue
                     found = np.int64(0)
                     for word in range(num_words):
                         takers = np.int64(0)
                         for place in range(64 * word, min(64 * word + 64, r_P.shape[0]), LANES):
-                            near = exceeding(r_P, limit_EP[gives], place, value - 1)
+                            near = exceeding(r_P, limit_EP[gives], place, value - 1 + below)
                             takers |= near << (place - 64 * word)
                         takers &= ~held_W[word]
                         found |= takers

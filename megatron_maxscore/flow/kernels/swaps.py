@@ -48,12 +48,12 @@ def level_out(first_C, expert_A, value_A, held_A, excess_J):
 
 
 @jit
-def fill(first_C, expert_A, value_A, held_A, wanted_EE, bound_EP, root_EE):
-    """Put swaps that cost less than their bound into the heaps of their two experts.
+def fill(first_C, expert_A, value_A, held_A, wanted_EE, limit_EP, bound_EP, root_EE):
+    """Put swaps that cost no more than their limit into the heaps of their two experts.
 
     ``wanted_EE`` (E, E) int32 is how many swaps each pair should have. Each time a pair has got so
-    many more, its bound is lowered to the dearest of them. Swaps that are left out cost no less
-    than the bound. Returns the heaps' arrays.
+    many more, its bound becomes the cost of the dearest of them, and its limit one less. Swaps that
+    are left out cost no less than the bound. Both are written. Returns the heaps' arrays.
     """
     cost_M, node_M5, used_1 = heaps.empty(4 * expert_A.shape[0] + 1024)
     room_EE, most_EE = wanted_EE.copy(), np.zeros(wanted_EE.shape, np.int64)
@@ -65,7 +65,7 @@ def fill(first_C, expert_A, value_A, held_A, wanted_EE, bound_EP, root_EE):
                 a, value = expert_A[gives], value_A[gives]
                 for takes in range(first_C[row], first_C[row + 1]):
                     b, cost = expert_A[takes], value - value_A[takes]
-                    if cost >= bound_EP[a, b] or held_A[takes]:
+                    if cost > limit_EP[a, b] or held_A[takes]:
                         continue
                     root_EE[a, b] = heaps.add(
                         cost_M, node_M5, used_1, root_EE[a, b], cost, row, gives, takes
@@ -73,7 +73,8 @@ def fill(first_C, expert_A, value_A, held_A, wanted_EE, bound_EP, root_EE):
                     most_EE[a, b] = max(most_EE[a, b], cost)
                     room_EE[a, b] -= 1
                     if room_EE[a, b] == 0:
-                        bound_EP[a, b], most_EE[a, b] = most_EE[a, b], 0
+                        bound_EP[a, b], limit_EP[a, b] = most_EE[a, b], most_EE[a, b] - 1
+                        most_EE[a, b] = 0
                         room_EE[a, b] = wanted_EE[a, b]
     return cost_M, node_M5, used_1
 
