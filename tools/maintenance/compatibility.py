@@ -5,9 +5,10 @@
 
 Every row is a configuration, every column a release. A cell says what the run found: passed,
 refused (the test of the refusal passed), failed, or not run. ``--record`` replaces the record in
-docs/evidence/compatibility.json by what these JUnit files hold; without it the document is written
-from the record. ``--check`` fails where the document is not what this writes. A release without a
-wheel has a column where ``MEGATRON_TREE`` named its checkout, in the run and here.
+docs/evidence/compatibility.json by what these JUnit files hold and this checkout's commit; run it in
+the checkout that was tested. Without it the document is written from the record. ``--check`` fails
+where the document is not what this writes. A release without a wheel has a column where
+``MEGATRON_TREE`` named its checkout, in the run and here.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ UPSTREAM = (
 )
 
 
-def recorded(paths: list[Path], commit: str | None) -> dict[str, Any]:
+def recorded(paths: list[Path]) -> dict[str, Any]:
     """Return the record of JUnit files: when they ran, and every test's last result."""
     results, dates = {}, []
     for path in paths:
@@ -121,7 +122,7 @@ def recorded(paths: list[Path], commit: str | None) -> dict[str, Any]:
                 results[f"{file}.py::{case.get('name')}"] = result
     return {
         "date": max(dates),
-        "commit": commit or commit_of(ROOT),
+        "commit": commit_of(ROOT),
         "releases": {
             release: f"branch at {commit_of(TREES[release])}" if release in TREES else "wheel"
             for release in RELEASES
@@ -302,10 +303,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
     parser.add_argument("--record", nargs="+", type=Path, metavar="JUNIT_XML")
-    parser.add_argument("--commit", help="commit that was tested (default: this checkout's)")
     arguments = parser.parse_args()
     if arguments.record:
-        record = json.dumps(recorded(arguments.record, arguments.commit), indent=1)
+        record = json.dumps(recorded(arguments.record), indent=1)
         RECORD.write_text(record + "\n", encoding="utf-8")
     if not arguments.check:
         DOCUMENT.write_text(document(), encoding="utf-8")
