@@ -5,9 +5,9 @@
 
 Every row is a configuration, every column a release. A cell says what the run found: passed,
 refused (the test of the refusal passed), failed, or not run. ``--record`` replaces the record in
-docs/evidence/compatibility.json by what these JUnit files hold and this checkout's commit; run it in
-the checkout that was tested. Without it the document is written from the record. ``--check`` fails
-where the document is not what this writes. A release without a wheel has a column where
+docs/evidence/compatibility.json by what these JUnit files hold, and by this checkout's commit; run
+it in the checkout that was tested. Without it the document is written from the record. ``--check``
+fails where the document is not what this writes. A release without a wheel has a column where
 ``MEGATRON_TREE`` named its checkout, in the run and here.
 """
 
