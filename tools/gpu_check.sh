@@ -26,12 +26,13 @@ python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
 }
 mkdir -p runs/gpu
 echo "== one launch, phase by phase, graph, no waits"
-python -m pytest -q -m gpu --timeout 300 -x tests/gpu/test_kernels.py \
-  -k "same_bits or graph or waits or beside" | tee runs/gpu/first.txt || failed=1
+# A kernel that hangs blocks Python, where only a thread or another process can end it.
+timeout -k 10 600 python -m pytest -q -m gpu --timeout 300 --timeout-method thread -x \
+  tests/gpu/test_kernels.py -k "same_bits or graph or waits or beside" | tee runs/gpu/first.txt || failed=1
 echo "== times"
 python -m tools.benchmarks.gpu --output runs/gpu "$@" | tee runs/gpu/times.txt || failed=1
 echo "== tests"
-python -m pytest -q -m gpu --timeout 1200 --junitxml runs/gpu/tests.xml tests/gpu || failed=1
+python -m pytest -q -m gpu --timeout 1200 --timeout-method thread --junitxml runs/gpu/tests.xml tests/gpu || failed=1
 echo "== resources"
 python -m tools.maintenance.kernel_report --output runs/gpu/kernels.md || failed=1
 exit "${failed:-0}"

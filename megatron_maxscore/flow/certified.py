@@ -272,19 +272,38 @@ def _agree_once(exchange: Exchange, arguments: tuple, tokens: int, error: str) -
     _agreed.add(group)
 
 
-def refuse(exchange: Exchange, mode: str, error: str) -> None:
+def refuse(
+    exchange: Exchange, scores: Any, mode: str, has_mask: bool, fill_padding: bool, error: str
+) -> None:
     """Raise a ValueError for arguments that are wrong, so that no rank of the group waits in vain.
 
-    If the group has not compared its arguments yet, the other ranks wait in that exchange.
-    Otherwise they wait in the sum that the device checks. This rank takes part before it raises.
+    In bounded mode, once the group has compared its arguments, the other ranks wait in the sum that
+    the device checks. Otherwise they wait in that comparison. This rank takes part before it
+    raises.
+
+    Args:
+        exchange: between the ranks.
+        scores: as they were given; they may be what is wrong.
+        mode: as for ``flow.solve``.
+        has_mask: whether there is a mask of padding.
+        fill_padding: as for ``flow.solve``.
+        error: what is wrong.
     """
     is_known = getattr(exchange, "group", exchange) in _agreed
-    if exchange.size > 1 and mode != "exact" and is_known:
-        on = getattr(exchange, "device", "cpu")
-        exchange.sum_tensor(
-            torch.ones(_launch().HEADER_WORDS, dtype=torch.int32, device=on), phase=""
-        )
-        raise ValueError(error)
+    if exchange.size > 1 and is_known:
+        try:
+            matrix = inputs.tensor("scores", scores)
+            if matrix.dim() not in (2, 3):  # the other ranks' scores may be well shaped
+                matrix = matrix.new_empty(0, 1)
+            is_bounded = not obstacle(matrix, mode, exchange.size, has_mask, fill_padding)
+        except (ValueError, TypeError):
+            is_bounded = False
+        if is_bounded:
+            exchange.sum_tensor(
+                torch.ones(_launch().HEADER_WORDS, dtype=torch.int32, device=matrix.device),
+                phase="",
+            )
+            raise ValueError(error)
     agree(exchange, Own.wrong(error))
 
 

@@ -83,6 +83,18 @@ class Shape:
         return int(layout.HEADER.value + 3 * layout.COUNTS.value * block + programs * state)
 
 
+def _parts(sizes: list[int], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Return parts of one allocation, each from a multiple of 16 bytes on.
+
+    Triton compiles another kernel for a pointer that is aligned otherwise.
+    """
+    step = 16 // dtype.itemsize
+    rounded = [-(-size // step) * step for size in sizes]
+    whole = torch.empty(sum(rounded), dtype=dtype, device=device)
+    parts = torch.split(whole, rounded)
+    return [part[:size] for part, size in zip(parts, sizes, strict=True)]
+
+
 class Results(NamedTuple):
     """Of each problem: sums over its rows as float64, counts of rows, loads and prices."""
 
@@ -121,23 +133,25 @@ class Solve:
         self.shape = shape = Shape(problems, tokens, experts, topk)
         constants, device = shape.constants, scores.device
         block, most = constants["BLOCK_E"], _most_programs(device)
-        self.members = max(1, min(programs or most // problems, shape.tiles))
+        members = max(1, min(programs or most // problems, shape.tiles))
+        # Fewer programs may have no more tiles each; the others would only be waited for.
+        self.members = -(-shape.tiles // -(-shape.tiles // members))
         self.grid = (self.members * max(1, min(problems, most // self.members)),)
         self.words = shape.words(self.members)
         # Only the headers begin as zero; all else is written before it is read.
         keys, units = 3 * 2 * block * constants["S"], tokens * topk
         sizes = [self.words, 2 * keys, 24 * shape.tiles, 3 * tokens, tokens * (-(-block // 32))]
-        scratch = torch.empty(problems * sum(sizes), dtype=torch.int32, device=device)
-        self.work, keys_3, partial, rows, bits = torch.split(
-            scratch, [problems * size for size in sizes]
+        self.work, keys_3, partial, rows, bits = _parts(
+            [problems * size for size in sizes], torch.int32, device
         )
         self.work.view(problems, -1)[:, : layout.HEADER.value].zero_()
-        sizes = [problems * units, problems * 2 * units, problems * constants["RESULTS"]]
-        results = torch.empty(sum(sizes), dtype=torch.int64, device=device)
-        self.experts, self.order, self.results = torch.split(results, sizes)
-        self.experts = self.experts.view(problems, tokens, topk)
-        self.order = self.order.view(problems, 2, units)
-        self.results = self.results.view(problems, -1)
+        chosen, order = _parts([problems * units, problems * 2 * units], torch.int64, device)
+        self.experts = chosen.view(problems, tokens, topk)
+        self.order = order.view(problems, 2, units)
+        # Apart, because prices and the gap are views of it that outlive the assignment.
+        self.results = torch.empty(
+            (problems, constants["RESULTS"]), dtype=torch.int64, device=device
+        )
         self.scores, self.prices = scores, prices
         self.arguments = (
             self.experts, self.order, self.results.view(torch.float64), rows.view(torch.float32),
@@ -170,13 +184,15 @@ class Solve:
             options: of the launch.
         """
         capacity = self.results if capacity is None else capacity  # which a scan does not read
-        solve_kernel[self.grid if members == 0 else (self.shape.problems * members,)](
-            self.scores, self.prices, capacity, capacity if quota is None else quota,
-            *self.arguments, first, last, members or self.members, end.value, mark,
-            *(x.stride(0) if x.dim() == 2 else 0 for x in (self.prices, capacity)),
-            **self.shape.constants, num_warps=WARPS, maxnreg=REGISTERS, enable_fp_fusion=True,
-            **options,
-        )  # fmt: skip
+        # Triton launches on the current device, whatever device its arguments are on.
+        with torch.cuda.device_of(self.scores):
+            solve_kernel[self.grid if members == 0 else (self.shape.problems * members,)](
+                self.scores, self.prices, capacity, capacity if quota is None else quota,
+                *self.arguments, first, last, members or self.members, end.value, mark,
+                *(x.stride(0) if x.dim() == 2 else 0 for x in (self.prices, capacity)),
+                **self.shape.constants, num_warps=WARPS, maxnreg=REGISTERS, enable_fp_fusion=True,
+                **options,
+            )  # fmt: skip
 
     def run(
         self, capacity: Tensor, quota: Tensor | None = None, first: int = 0, end: Any = GO_ON

@@ -102,7 +102,7 @@ def solve(
                 detached, mode, exchange.size, valid is not None, fill_padding
             )
         except (ValueError, TypeError) as error:
-            certified.refuse(exchange, mode, str(error))
+            certified.refuse(exchange, scores, mode, valid is not None, fill_padding, str(error))
             raise  # not reached
         if not obstacle:
             return certified.solve(

@@ -72,6 +72,13 @@ class _Filled(NamedTuple):
     is_reported: bool
 
 
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the host on a device, without waiting for what the device still does."""
+    if device.type != "cuda" or values.is_cuda:
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
+
+
 def knows_splits(config: Any, options: MaxScoreConfig) -> bool:
     """Return whether a layer's dispatcher is ours and takes its splits from the routing.
 
@@ -260,7 +267,7 @@ class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
         """
         hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         assert plan.static is not None
-        expected_E = self._quotas(plan.static)[self._rank].to(routing_map.device)
+        expected_E = _sent(self._quotas(plan.static)[self._rank], routing_map.device)
         assignments = plan.static.num_tokens * self.config.moe_router_topk
         most = math.ceil(assignments / self.num_experts)
         rows = hidden_TH.shape[0] if plan.fits else 0
@@ -340,7 +347,7 @@ class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
     def _splits(self, counts_RE: Tensor) -> _Splits:
         """Return all split sizes on the host for the (R, E) int64 loads of the ``tp_ep`` ranks."""
         counts = self._counts(counts_RE)
-        counts_RZ = counts.counts_RZ.to(self.permute_idx_device)
+        counts_RZ = _sent(counts.counts_RZ, torch.device(self.permute_idx_device))
         if self.ep_size * self.tp_size == 1:
             return _Splits(None, None, None, counts_RZ, counts.tokens_Z)
         received_R = counts.received_RR.sum(1)

@@ -39,13 +39,22 @@ def quotas(
         turn: number of the microbatch, the same on all ranks.
     """
     rest = num_tokens * topk % num_experts
-    # step: sum of all ranks' remainders in one turn. cycle: turns after which every expert has got
-    # the same number. After each cycle remainders start one expert later. Otherwise the remainder
-    # of a rank might always go to the same experts.
+    # step: sum of all ranks' remainders in one turn. After each cycle remainders start one expert
+    # later. Otherwise the remainder of a rank might always go to the same experts.
     step = ranks * rest
-    cycle = num_experts // math.gcd(step, num_experts)
-    first = turn * step + turn // cycle + rank * rest
+    first = turn * step + turn // _cycle(step, num_experts) + rank * rest
     return _known_quotas(num_tokens * topk, num_experts, first % num_experts)
+
+
+def turns_until_repeat(num_tokens: int, topk: int, num_experts: int, ranks: int = 1) -> int:
+    """Return after how many turns the :func:`quotas` of all ranks are the same again."""
+    rest = num_tokens * topk % num_experts
+    return num_experts * _cycle(ranks * rest, num_experts) if rest else 1
+
+
+def _cycle(step: int, num_experts: int) -> int:
+    """Return after how many turns every expert has got the same number of remainders."""
+    return num_experts // math.gcd(step, num_experts)
 
 
 def own_quotas(topk: int, scores_TE: Tensor) -> Tensor:

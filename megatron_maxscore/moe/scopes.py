@@ -26,7 +26,13 @@ from megatron_maxscore.flow import FlowSolution, solve
 from megatron_maxscore.flow.exchange import Exchange, exchange_of
 from megatron_maxscore.moe.config import MaxScoreConfig
 from megatron_maxscore.moe.plan import RoutingPlan, StaticLoads
-from megatron_maxscore.moe.quotas import capacities, has_quotas, own_quotas, quotas
+from megatron_maxscore.moe.quotas import (
+    capacities,
+    has_quotas,
+    own_quotas,
+    quotas,
+    turns_until_repeat,
+)
 
 
 class Scope:
@@ -174,17 +180,17 @@ class Scope:
         if turn is None or self._fixed_tokens == 0 or self.options.capacity_factor != 1.0:
             return None
         assert self.options.fixed_shape is not None
+        turns = turns_until_repeat(self._fixed_tokens, topk, num_experts, self.ranks)
         if self._is_graphed:
-            # Without remainders quotas do not turn.
-            is_static = self._fixed_tokens * topk % num_experts == 0
-            turn = 0
+            is_static = turns == 1
         elif self.options.scope == "local":
             is_static = has_quotas(self._fixed_tokens, topk, num_experts)
         else:
             # Each sequence must be on one rank, and its assignments must divide evenly.
             is_whole = self.options.scope == "sequence" and self.group.size() == 1
             is_static = is_whole and self.options.fixed_shape[0] * topk % num_experts == 0
-        return StaticLoads(self._fixed_tokens, turn) if is_static else None
+        # Equal loads have equal names, so that the dispatcher works each out once.
+        return StaticLoads(self._fixed_tokens, turn % turns) if is_static else None
 
     def _solve_together(
         self,

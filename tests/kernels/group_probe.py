@@ -119,6 +119,14 @@ def check_late_refusals(rank):
             assert "arguments of flow.solve differ" in str(error)
         else:
             raise AssertionError(f"{topk} {options} was accepted")
+    # The other rank solves these exactly, where ranks meet in another exchange.
+    try:
+        topk = 99 if rank == 1 else TOPK
+        solve(scores.double(), topk, mode="bounded", group=dist.group.WORLD, fill_padding=True)
+    except ValueError as error:
+        assert "topk must lie" in str(error)
+    else:
+        raise AssertionError("a wrong topk was accepted")
     solve(scores, TOPK, mode="bounded", group=dist.group.WORLD, fill_padding=True)
 
 

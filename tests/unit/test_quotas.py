@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_maxscore.moe.checks import check_transformer_config
 from megatron_maxscore.moe.config import MaxScoreConfig
-from megatron_maxscore.moe.quotas import capacities, own_quotas, quotas
+from megatron_maxscore.moe.quotas import capacities, own_quotas, quotas, turns_until_repeat
 
 
 @given(st.integers(0, 500), st.integers(1, 8), st.integers(8, 64), st.integers(1, 16))
@@ -41,6 +41,20 @@ def test_quotas_turn(num_tokens, topk, num_experts, ranks):
             for turn in range(num_experts * num_experts)
         ]
         assert torch.stack(extra).any(0).all(), "no expert of a rank is always left out"
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 500), st.integers(1, 8), st.integers(2, 24), st.integers(1, 8))
+def test_quotas_repeat(num_tokens, topk, num_experts, ranks):
+    turns = turns_until_repeat(num_tokens, topk, num_experts, ranks)
+
+    def rows(turn):
+        of = [quotas(num_tokens, topk, num_experts, r, ranks, turn) for r in range(ranks)]
+        return torch.stack(of)
+
+    for turn in (0, 1, 5, turns - 1):
+        assert torch.equal(rows(turn), rows(turn + turns))
+    assert (turns == 1) == (num_tokens * topk % num_experts == 0)
 
 
 def test_own_quotas_follow_from_the_scores():

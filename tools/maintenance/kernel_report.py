@@ -81,7 +81,14 @@ def engine_compilations() -> list[Compilation]:
 
 def usage(compilation: Compilation, target: int) -> Usage:
     """Compile a kernel for ``sm_<target>`` and read what it needs."""
-    source = ASTSource(compilation.kernel, compilation.signature, constexprs=compilation.constants)
+    # Tensors are aligned in a launch, unless the kernel says that it does not care.
+    attributes = {
+        (parameter.num,): [["tt.divisibility", 16]]
+        for parameter in compilation.kernel.params
+        if compilation.signature.get(parameter.name, "").startswith("*")
+        and not parameter.do_not_specialize_on_alignment
+    }
+    source = ASTSource(compilation.kernel, compilation.signature, compilation.constants, attributes)
     options = {"num_warps": compilation.num_warps, **compilation.options}
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

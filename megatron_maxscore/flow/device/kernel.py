@@ -15,8 +15,10 @@ from megatron_maxscore.flow.device.rows import get, vec
 
 @triton.jit
 def _wait_for_all(ptr, target):
-    """Return when so many programs have come here, and what they wrote can be read."""
-    tl.debug_barrier()
+    """Return when so many programs have come here, and what they wrote can be read.
+
+    All threads of the program must have passed a barrier before.
+    """
     tl.atomic_add(ptr, 1, sem="acq_rel")
     while tl.load(ptr, volatile=True) < target:
         pass
@@ -28,7 +30,9 @@ def _wait_for_all(ptr, target):
     do_not_specialize=[
         "B", "T", "tiles", "words", "seed", "first", "last", "members", "end", "mark",
         "warm_stride", "capacity_stride",
-    ]
+    ],
+    # All others are aligned, see :class:`~megatron_maxscore.flow.engine.Solve`.
+    do_not_specialize_on_alignment=["warm_ptr", "capacity_ptr", "quota_ptr"],
 )  # fmt: skip
 def solve_kernel(
     scores_ptr, warm_ptr, capacity_ptr, quota_ptr, experts_ptr, order_ptr, results_ptr, rows_ptr,
@@ -94,16 +98,17 @@ def solve_kernel(
     per = tl.maximum((tiles + members - 1) // members, 1)
     start, stop = tl.minimum(member * per, tiles), tl.minimum((member + 1) * per, tiles)
     for problem in range(lane, B, lanes):
-        header = work_ptr + problem * words
+        # In int64: problems times rows may exceed int32.
+        wide = tl.full((), 0, tl.int64) + problem
+        header = work_ptr + wide * words
         counters, states = header + at.HEADER, header + at.HEADER + 3 * COUNTS
         state = states + member * STATE
-        wide = tl.full((), 0, tl.int64) + problem
         scores, warm = scores_ptr + wide * T * E, warm_ptr + problem * warm_stride
         capacities = capacity_ptr + problem * capacity_stride
         quotas, experts = quota_ptr + problem * capacity_stride, experts_ptr + wide * T * K
-        row_data, bits = rows_ptr + problem * 3 * T, bits_ptr + wide * T * WORDS
-        partial, results = partial_ptr + problem * 3 * FINE * tiles, results_ptr + problem * RESULTS
-        keys_3 = keys_ptr + problem * 3 * KEYS
+        row_data, bits = rows_ptr + wide * 3 * T, bits_ptr + wide * T * WORDS
+        partial, results = partial_ptr + wide * 3 * FINE * tiles, results_ptr + wide * RESULTS
+        keys_3 = keys_ptr + wide * 3 * KEYS
         n = first
         going = n < last
         while going:
@@ -175,5 +180,7 @@ def solve_kernel(
                     )  # fmt: skip
             n += 1
             going = (n < last) & (kind < at.ORDER)
+            # The next phase reads what any thread of this program has counted.
+            tl.debug_barrier()
             if going & (members > 1):
                 _wait_for_all(header + at.BARRIER, members * (n - first))

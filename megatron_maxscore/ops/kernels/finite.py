@@ -18,7 +18,9 @@ def _load(ptr, num_rows, E: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.conste
     inside = (row_Q < num_rows)[:, None] & (e < E)
     place = row_Q[:, None] * E + e
     x = tl.load(ptr + place, mask=inside, other=0.0)
-    return x, tl.abs(x.to(tl.float32)) < float("inf"), place, inside, row_Q
+    # float32 holds what narrower types do, but not all that float64 does.
+    wide = x if x.dtype == tl.float64 else x.to(tl.float32)
+    return x, tl.abs(wide) < float("inf"), place, inside, row_Q
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -46,7 +48,10 @@ def forward(x_NE: Tensor) -> tuple[Tensor, Tensor]:
     clean_NE = torch.empty_like(x_NE)
     bad_N = torch.empty(x_NE.shape[:-1], dtype=torch.bool, device=x_NE.device)
     rows, grid, constants = _tiling(x_NE)
-    _forward[grid](x_NE, clean_NE, bad_N.view(torch.int8), rows, **constants, enable_fp_fusion=True)
+    with torch.cuda.device_of(x_NE):  # Triton launches on the current device
+        _forward[grid](
+            x_NE, clean_NE, bad_N.view(torch.int8), rows, **constants, enable_fp_fusion=True
+        )
     return clean_NE, bad_N
 
 
@@ -54,7 +59,8 @@ def backward(x_NE: Tensor, grad_NE: Tensor) -> Tensor:
     """Return the gradient, 0 where ``x_NE`` is not finite."""
     result_NE = torch.empty_like(grad_NE)
     rows, grid, constants = _tiling(x_NE)
-    _backward[grid](x_NE, grad_NE, result_NE, rows, **constants, enable_fp_fusion=True)
+    with torch.cuda.device_of(x_NE):
+        _backward[grid](x_NE, grad_NE, result_NE, rows, **constants, enable_fp_fusion=True)
     return result_NE
 
 

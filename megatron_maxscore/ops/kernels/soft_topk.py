@@ -164,10 +164,12 @@ def forward(
     p = torch.empty_like(logits_NE if experts_NK is None else experts_NK, dtype=logits_NE.dtype)
     tau_2N = torch.empty((2, rows), dtype=torch.float32, device=logits_NE.device)
     block_k = 0 if experts_NK is None else triton.next_power_of_2(k)
-    _forward[(triton.cdiv(rows, tile["ROWS"]),)](
-        logits_NE, logits_NE if experts_NK is None else experts_NK, p, tau_2N, rows, num_experts,
-        k, temperature, **tile, BLOCK_K=block_k, num_warps=_WARPS, enable_fp_fusion=True,
-    )  # fmt: skip
+    with torch.cuda.device_of(logits_NE):  # Triton launches on the current device
+        _forward[(triton.cdiv(rows, tile["ROWS"]),)](
+            logits_NE, logits_NE if experts_NK is None else experts_NK, p, tau_2N, rows,
+            num_experts, k, temperature, **tile, BLOCK_K=block_k, num_warps=_WARPS,
+            enable_fp_fusion=True,
+        )  # fmt: skip
     return p, tau_2N
 
 
@@ -193,10 +195,11 @@ def backward(
     result_NE = torch.empty_like(logits_NE)
     rows, num_experts, tile = _tiling(logits_NE)
     k = 0 if experts_NK is None else experts_NK.shape[-1]
-    _backward[(triton.cdiv(rows, tile["ROWS"]),)](
-        logits_NE, logits_NE if experts_NK is None else experts_NK, tau_2N, grad, result_NE, rows,
-        num_experts, temperature, K=k, **tile, num_warps=_WARPS, enable_fp_fusion=True,
-    )  # fmt: skip
+    with torch.cuda.device_of(logits_NE):
+        _backward[(triton.cdiv(rows, tile["ROWS"]),)](
+            logits_NE, logits_NE if experts_NK is None else experts_NK, tau_2N, grad, result_NE,
+            rows, num_experts, temperature, K=k, **tile, num_warps=_WARPS, enable_fp_fusion=True,
+        )  # fmt: skip
     return result_NE
 
 
