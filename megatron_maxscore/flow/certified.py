@@ -133,7 +133,7 @@ def capacity_of(
 
 @functools.cache  # a captured graph may go on reading what it has seen
 def _on_device(values: bytes, on: torch.device) -> Tensor:
-    return torch.frombuffer(bytearray(values), dtype=torch.int64).to(on)
+    return places.sent(torch.frombuffer(bytearray(values), dtype=torch.int64), on)
 
 
 def solve(

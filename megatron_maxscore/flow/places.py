@@ -1,4 +1,4 @@
-"""Where bounded mode can run."""
+"""Where bounded mode can run, and how tensors get there."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import os
 
+import torch
 from torch import Tensor
 
 
@@ -18,6 +19,13 @@ def has_triton() -> bool:
 def is_device(tensor: Tensor) -> bool:
     """Return whether a tensor is where the engine runs, and the host would wait to read it."""
     return tensor.is_cuda and has_triton()
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the host on a device, without waiting for what the device still does."""
+    if device.type != "cuda" or values.is_cuda:
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 def is_interpreted() -> bool:

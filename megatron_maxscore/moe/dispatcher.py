@@ -22,7 +22,7 @@ from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantizat
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
 
-from megatron_maxscore.flow.places import is_device
+from megatron_maxscore.flow.places import is_device, sent
 from megatron_maxscore.moe import permutation
 from megatron_maxscore.moe.capture import holds_dispatch, is_capturing
 from megatron_maxscore.moe.config import MaxScoreConfig
@@ -70,13 +70,6 @@ class _Filled(NamedTuple):
     shape: torch.Size
     rows: int
     is_reported: bool
-
-
-def _sent(values: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the host on a device, without waiting for what the device still does."""
-    if device.type != "cuda" or values.is_cuda:
-        return values.to(device)
-    return values.pin_memory().to(device, non_blocking=True)
 
 
 def knows_splits(config: Any, options: MaxScoreConfig) -> bool:
@@ -267,7 +260,7 @@ class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
         """
         hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         assert plan.static is not None
-        expected_E = _sent(self._quotas(plan.static)[self._rank], routing_map.device)
+        expected_E = sent(self._quotas(plan.static)[self._rank], routing_map.device)
         assignments = plan.static.num_tokens * self.config.moe_router_topk
         most = math.ceil(assignments / self.num_experts)
         rows = hidden_TH.shape[0] if plan.fits else 0
@@ -347,7 +340,7 @@ class MaxScoreTokenDispatcher(MoEAlltoAllTokenDispatcher):
     def _splits(self, counts_RE: Tensor) -> _Splits:
         """Return all split sizes on the host for the (R, E) int64 loads of the ``tp_ep`` ranks."""
         counts = self._counts(counts_RE)
-        counts_RZ = _sent(counts.counts_RZ, torch.device(self.permute_idx_device))
+        counts_RZ = sent(counts.counts_RZ, torch.device(self.permute_idx_device))
         if self.ep_size * self.tp_size == 1:
             return _Splits(None, None, None, counts_RZ, counts.tokens_Z)
         received_R = counts.received_RR.sum(1)
