@@ -68,7 +68,8 @@ def test_what_a_forward_pass_launches(layer, as_on_a_device, monkeypatch):
     ours = counted(layer, monkeypatch)
     layer.router.raises_bad_scores = False
     stock = counted(make_layer(is_ours=False), monkeypatch)
-    # Megatron's permutation is among stock's, and ours among ours. These may only fall.
+    # Megatron's permutation is among stock's, and ours among ours. Three of the tensors are the
+    # solve's: its scratch, the assignment, and its results, which outlive the assignment.
     assert ours.by_whom["ours"].total() <= 6, ours.by_whom["ours"]
     assert ours.made["ours"] <= 9, ours.made
     assert stock.by_whom["ours"].total() == 0 < stock.by_whom["megatron"].total()

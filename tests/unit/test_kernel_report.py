@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tools.maintenance.kernel_report import TARGETS, all_compilations, usage
+from tools.maintenance.kernel_report import TARGETS, all_compilations, most_stack, usage
 
 REGISTERS = 65536
 
@@ -25,9 +25,7 @@ def cases():
 @pytest.mark.parametrize(("compilation", "target"), cases())
 def test_next_to_no_spills(compilation, target):
     found = usage(compilation, target)
-    # The conversion of bfloat16 scores takes a few registers more than there are.
-    assert found.stack <= (64 if "solve, bf16" in compilation.name else 0)
-    assert found.spills <= found.stack
+    assert found.stack <= most_stack(compilation) and (found.stack or not found.spills)
     # Kernels of one program are of eight warps, and have a multiprocessor to themselves; of the
     # others at least two programs have to fit.
     programs = 1 if compilation.num_warps == 8 else 2

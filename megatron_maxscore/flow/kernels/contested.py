@@ -5,10 +5,10 @@ A swap lets a row give one expert and take another; it costs the difference of t
 
 Arguments that kernels share, besides those of :mod:`rows`: ``slot_B`` (B,) int64 place of each
 problem in the arrays of a stage, -1 for those to leave out; ``limit_FEP`` (F, E, P) int64;
-``widest_FE`` (F, E) int64 largest limit of each expert; ``gap_limit_B`` and ``stride_B`` (B,)
-int64: rows with a larger gap do not take part, and rows whose index is no multiple of the stride
-have only swaps that cost less than the limit, none that cost just as much; ``count_N``
-(N,) int64 and ``arcs_NW`` (N, W) int64, how many experts of a row take part and which.
+``widest_FE`` (F, E) int64 largest limit of each expert; ``gap_limit_B`` (B,) int64, rows with a
+larger gap do not take part; ``stride_B`` (B,) int64, rows whose index is no multiple of it have
+only swaps that cost less than the limit, none that cost just as much; ``count_N`` (N,) int64 and
+``arcs_NW`` (N, W) int64, how many experts of a row take part and which.
 
 Example: a row has experts 0 and 1 at reduced scores 9 and 7, and lacks expert 2 at 6. With a limit
 of 2 for all pairs only the swap from 1 to 2, of cost 1, takes part: two experts, bits 1 and 2.
